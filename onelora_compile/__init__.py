@@ -1,0 +1,55 @@
+"""1LoRA as a compiler feature: y = W x + c + b * sum(x), one trained vector b per frozen linear.
+
+    import onelora_compile as onelora
+
+    model = onelora.adapt(model)
+    model = torch.compile(model, backend="onelora")
+    optimizer = torch.optim.AdamW(onelora.trainable_parameters(model), lr=1e-3)
+
+Method: Quercia et al., arXiv 2503.08333.
+"""
+
+from onelora_compile import ops as ops  # first: everything else needs the operators registered
+from onelora_compile.adapter import adapt, detach, disabled, trainable_parameters, vectors
+from onelora_compile.checkpoint import load_adapter, read_adapter, save_adapter
+from onelora_compile.config import OneLoRAConfig
+from onelora_compile.errors import (
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    ExportError,
+    MergeError,
+    MissingExtraError,
+    OneLoRAError,
+    OneLoRAWarning,
+    PassError,
+    StateError,
+    TargetError,
+)
+from onelora_compile.merge import merge
+from onelora_compile.version import __version__
+
+__all__ = [
+    "AdapterFileError",
+    "BaseMismatchError",
+    "ConfigError",
+    "ExportError",
+    "MergeError",
+    "MissingExtraError",
+    "OneLoRAConfig",
+    "OneLoRAError",
+    "OneLoRAWarning",
+    "PassError",
+    "StateError",
+    "TargetError",
+    "__version__",
+    "adapt",
+    "detach",
+    "disabled",
+    "load_adapter",
+    "merge",
+    "read_adapter",
+    "save_adapter",
+    "trainable_parameters",
+    "vectors",
+]

@@ -1,0 +1,239 @@
+"""Adapting a model in place: vectors on its linears, the base frozen, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from onelora_compile.config import OneLoRAConfig
+from onelora_compile.errors import OneLoRAWarning, StateError
+from onelora_compile.layer import attach, is_adapted, out_features, remove, vector_of
+from onelora_compile.targets import READ_DIRECTLY, Selection, clean_name, named_modules, select
+
+_STATE = "_onelora_state"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclasses.dataclass
+class AdapterState:
+    """What an adapted model knows besides its vectors; an attribute of the module given to `adapt`.
+
+    Attributes:
+        config: the configuration in force.
+        requires_grad: of every base parameter, as it was before, by name.
+        originals: values before training of what is trained besides the vectors, by name: parameters of
+            modules_to_save and norms, and the running statistics of batch norms, which move without a gradient.
+        disabled: how many `disabled` blocks are open.
+    """
+
+    config: OneLoRAConfig
+    requires_grad: dict[str, bool]
+    originals: dict[str, Tensor]
+    disabled: int = 0
+
+
+def adapt(model: Model, config: OneLoRAConfig | None = None) -> Model:
+    """Put a zero vector on every selected linear and freeze everything else.
+
+    In place. The vectors are ordinary parameters (`<module>.onelora_vector`), so `.to`, `state_dict`, `deepcopy`
+    and optimizers see them; a model that was compiled before is captured anew at its next call.
+
+    Args:
+        model: the model, plain or compiled.
+        config: what to adapt; None is `OneLoRAConfig()`: every linear but the output head.
+
+    Returns:
+        The same object.
+
+    Raises:
+        StateError: the model, or a part of it, is adapted already.
+        TargetError: the selection is empty or can't be adapted; the message lists what the model offers.
+    """
+    root = unwrap(model)
+    if adapted := adapted_modules(root):
+        raise StateError(
+            f"the model is adapted already ({len(adapted)} vectors, the first on {next(iter(adapted))!r}). "
+            "To start over call onelora.detach(model) first; to keep the vectors call onelora.merge(model); "
+            "to load other values use onelora.load_adapter(model, path)"
+        )
+    config = config or OneLoRAConfig()
+    selection = select(root, config)
+    _warn_about_dead(selection)
+    attach_vectors(root, selection, config)
+    return model
+
+
+def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig) -> None:
+    """Carry out a selection: freeze, mark what is trained besides, attach zero vectors, remember the way back."""
+    parameters = {clean_name(name): parameter for name, parameter in root.named_parameters(remove_duplicate=False)}
+    tensors = parameters | {clean_name(name): buffer for name, buffer in root.named_buffers()}
+    travelling = [*selection.saved, *_running_statistics(root, selection)]
+    # inference_mode(False): tensors made in inference mode could never be trained.
+    with torch.inference_mode(False), torch.no_grad():
+        originals = {name: tensors[name].detach().clone() for name in travelling}
+        setattr(root, _STATE, AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals))
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        for name in selection.saved:
+            parameters[name].requires_grad_(True)
+        for module in selection.targets.values():
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            default = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            dtype = config.vector_dtype or default
+            attach(module, torch.zeros(out_features(module), dtype=dtype, device=weight.device))
+
+
+def detach(model: Model) -> Model:
+    """Remove the vectors: the model is the base again, bit for bit.
+
+    Also restores what modules_to_save, train_norms and batch-norm statistics changed, and which parameters
+    require a gradient.
+
+    Returns:
+        The same object.
+
+    Raises:
+        StateError: the model is not adapted, or a `disabled` block is open.
+    """
+    root = unwrap(model)
+    state = state_of(root, "detach")
+    tensors = saved_tensors(root, state)
+    with torch.inference_mode(False), torch.no_grad():
+        for name, original in state.originals.items():
+            tensors[name].copy_(original)
+    release(root, state)
+    return model
+
+
+def release(root: nn.Module, state: AdapterState) -> None:
+    """Take the vectors off and give the base its requires_grad flags back; values stay as they are."""
+    for module in adapted_modules(root).values():
+        remove(module)
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if (flag := state.requires_grad.get(clean_name(name))) is not None:
+            parameter.requires_grad_(flag)
+    # The mark stays: a model whose vectors were removed on purpose is not adapted again by its next compiled call.
+    setattr(root, _STATE, None)
+
+
+def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The vectors, by the qualified name of the module that each adapts; float [out_features] each.
+
+    They are the parameters themselves, not copies. Empty for a model that is not adapted.
+    """
+    return {name: vector_of(module) for name, module in adapted_modules(unwrap(model)).items()}
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimizer should get: the vectors and whatever modules_to_save and train_norms train.
+
+    Raises:
+        StateError: the model is not adapted, so that its whole base would be trained.
+    """
+    root = unwrap(model)
+    if not adapted_modules(root):
+        raise StateError(
+            "the model is not adapted yet: call onelora.adapt(model) before you build the optimizer, or run a model "
+            "compiled with backend='onelora' once"
+        )
+    return [parameter for parameter in root.parameters() if parameter.requires_grad]
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is the base, exactly; no recompilation.
+
+    The values are swapped underneath the parameters, so a backward of a forward from outside the block still
+    works afterwards. The switch holds for every thread that uses the model.
+
+    Raises:
+        StateError: the model is not adapted.
+    """
+    root = unwrap(model)
+    state = state_of(root, "disable", allow_disabled=True)
+    with torch.inference_mode(False), torch.no_grad():
+        swaps = [(vector, torch.zeros_like(vector)) for vector in vectors(root).values()]
+        trained = saved_tensors(root, state)
+        swaps += [(trained[name], original.to(trained[name], copy=True)) for name, original in state.originals.items()]
+    kept = [tensor.data for tensor, _ in swaps]
+    state.disabled += 1
+    try:
+        # Assigning .data leaves autograd's version counters alone, unlike copy_.
+        for tensor, base in swaps:
+            tensor.data = base
+        yield
+    finally:
+        for (tensor, _), value in zip(swaps, kept, strict=True):
+            tensor.data = value
+        state.disabled -= 1
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain module inside a compiled one (`torch.compile` returns an `OptimizedModule`)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    inner = model._modules.get("_orig_mod")
+    return unwrap(inner) if inner is not None else model
+
+
+def adapted_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """The modules that carry a vector, by qualified name."""
+    return {name: module for name, module in named_modules(root) if is_adapted(module)}
+
+
+def was_adapted(root: nn.Module) -> bool:
+    """Whether the model or a part of it is adapted, or was until `detach` or `merge`."""
+    return any(is_adapted(module) or _STATE in vars(module) for module in root.modules())
+
+
+def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> AdapterState:
+    """The state of an adapted model.
+
+    Raises:
+        StateError: not adapted, adapted at another module of the tree, or disabled.
+    """
+    state = vars(root).get(_STATE)
+    if state is None:
+        inside = next((name for name, module in named_modules(root) if vars(module).get(_STATE)), None)
+        hint = f"its submodule {inside!r} is: pass that one" if inside else "call onelora.adapt(model) first"
+        raise StateError(f"can't {purpose}: this {type(root).__name__} was not given to adapt; {hint}")
+    assert isinstance(state, AdapterState)
+    if state.disabled and not allow_disabled:
+        raise StateError(f"can't {purpose} inside a onelora.disabled block: the values there are the base's")
+    return state
+
+
+def saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
+    """What travels with the vectors: trained base parameters and batch-norm statistics, by name."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]:
+        if clean_name(name) in state.originals:
+            tensors[clean_name(name)] = tensor
+    return tensors
+
+
+def _running_statistics(root: nn.Module, selection: Selection) -> list[str]:
+    """Persistent buffers that training moves: of batch norms, and of everything under modules_to_save."""
+    saved_owners = {name.rpartition(".")[0] for name in selection.saved}
+    names = []
+    for prefix, module in root.named_modules():
+        owner = clean_name(prefix)
+        tracked = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        if tracked or owner in saved_owners:
+            own = [name for name, buffer in module._buffers.items() if buffer is not None]
+            persistent = [name for name in own if name not in module._non_persistent_buffers_set]
+            names += [f"{owner}.{name}" if owner else name for name in persistent]
+    return names
+
+
+def _warn_about_dead(selection: Selection) -> None:
+    dead = [name for name, reason in selection.skipped.items() if reason == READ_DIRECTLY]
+    if dead:
+        warnings.warn(f"not adapted: {', '.join(dead)}: {READ_DIRECTLY}", OneLoRAWarning, stacklevel=3)

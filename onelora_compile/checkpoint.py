@@ -1,0 +1,246 @@
+"""Adapter files: vectors, configuration and fingerprints of the base weights in one safetensors file.
+
+Layout, format version 1
+    tensors     `<module name>`               float32 [out_features], one per adapted module
+                `<parameter or buffer name>`  as trained: modules_to_save, norms, batch-norm statistics
+    metadata    format = "onelora", format_version = "1", config, fingerprints (JSON), producer
+A name is a vector's if and only if `fingerprints` holds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from onelora_compile.adapter import (
+    AdapterState,
+    adapted_modules,
+    attach_vectors,
+    release,
+    saved_tensors,
+    state_of,
+    unwrap,
+    vectors,
+)
+from onelora_compile.config import OneLoRAConfig
+from onelora_compile.errors import AdapterFileError, BaseMismatchError, ConfigError
+from onelora_compile.files import replacing
+from onelora_compile.fingerprint import Fingerprint, fingerprint
+from onelora_compile.layer import is_linear, weight_view
+from onelora_compile.targets import Selection, named_modules, select
+from onelora_compile.version import __version__
+
+FORMAT = "onelora"
+FORMAT_VERSION = 1
+Model = TypeVar("Model", bound=nn.Module)
+PathLike = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """The content of an adapter file, checked.
+
+    Attributes:
+        config: with which the model was adapted.
+        vectors: float32 [out_features], by module name.
+        saved: what else was trained, by parameter or buffer name.
+        fingerprints: of the base weight of each vector, by module name.
+        producer: the package and version that wrote it.
+    """
+
+    config: OneLoRAConfig
+    vectors: dict[str, Tensor]
+    saved: dict[str, Tensor]
+    fingerprints: dict[str, Fingerprint]
+    producer: str
+
+
+def save_adapter(model: nn.Module, path: PathLike) -> None:
+    """Write the adapter to one safetensors file; an existing file is replaced in one step.
+
+    Raises:
+        StateError: the model is not adapted, or a `disabled` block is open.
+        AdapterFileError: a vector holds NaN or infinity (training diverged).
+        OSError: the file can't be written; an old file is left as it was.
+    """
+    root = unwrap(model)
+    state = state_of(root, "save")
+    tensors = {name: vector.detach().to("cpu", torch.float32) for name, vector in vectors(root).items()}
+    extra = {name: tensor.detach().to("cpu", copy=True) for name, tensor in saved_tensors(root, state).items()}
+    _check_finite(tensors | extra, "nothing was written: the training has diverged")
+    prints = {name: fingerprint(weight_view(module)).to_json() for name, module in adapted_modules(root).items()}
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "producer": f"onelora-compile {__version__}",
+        "config": state.config.to_json(),
+        "fingerprints": json.dumps(prints),
+    }
+    with replacing(path) as beside:
+        save_file({name: tensor.contiguous() for name, tensor in (tensors | extra).items()}, beside, metadata)
+
+
+def load_adapter(model: Model, path: PathLike) -> Model:
+    """Load an adapter file into a model; a compiled model is not compiled again.
+
+    A model that is not adapted yet is adapted as the file says. Everything is checked before the first value is
+    written: after an error the model is as it was.
+
+    Returns:
+        The same object.
+
+    Raises:
+        AdapterFileError: a damaged file, a newer format, other modules or shapes than the model's, NaN or infinity.
+        BaseMismatchError: the adapter was trained on another base.
+        StateError: a `disabled` block is open.
+    """
+    root = unwrap(model)
+    file = read_adapter(path)
+    fresh = not adapted_modules(root)
+    state = attach_like(root, file, path) if fresh else state_of(root, "load")
+    try:
+        _check_fits(root, state, file, path)
+    except Exception:
+        if fresh:
+            release(root, state)
+        raise
+    current: dict[str, Tensor] = {**vectors(root), **saved_tensors(root, state)}
+    with torch.inference_mode(False), torch.no_grad():
+        for name, value in (file.vectors | file.saved).items():
+            current[name].copy_(value)
+    return model
+
+
+def read_adapter(path: PathLike) -> AdapterFile:
+    """Read and check an adapter file by itself, without a model.
+
+    Raises:
+        AdapterFileError: not an adapter file, damaged, of a newer format version, or with NaN or infinity.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no adapter file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_format(metadata, path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except safetensors.SafetensorError as error:
+        raise AdapterFileError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+    try:
+        config = OneLoRAConfig.from_json(metadata["config"])
+        raw = json.loads(metadata["fingerprints"])
+        prints = {name: Fingerprint.from_json(fields) for name, fields in raw.items()}
+    except (ConfigError, KeyError, ValueError, AttributeError, RecursionError) as error:
+        raise AdapterFileError(f"{path}: damaged metadata: {error}") from error
+    if missing := sorted(set(prints) - set(tensors)):
+        raise AdapterFileError(f"{path}: the file names vectors that it does not hold: {_some(missing)}")
+    found = {name: tensors[name] for name in tensors if name in prints}
+    for name, vector in found.items():
+        if vector.shape != prints[name].shape[:1] or vector.dtype != torch.float32:
+            raise AdapterFileError(
+                f"{path}: the vector of {name!r} is {vector.dtype} {list(vector.shape)}; its base weight of "
+                f"{list(prints[name].shape)} needs torch.float32 [{prints[name].shape[0]}]"
+            )
+    if not found:
+        raise AdapterFileError(f"{path} holds no vector")
+    _check_finite(tensors, f"{path} was not loaded")
+    saved = {name: tensor for name, tensor in tensors.items() if name not in prints}
+    return AdapterFile(config, found, saved, prints, metadata.get("producer", "unknown"))
+
+
+def attach_like(root: nn.Module, file: AdapterFile, path: PathLike) -> AdapterState:
+    """Adapt exactly the modules that the file has vectors for.
+
+    Raises:
+        AdapterFileError: the model has no linear of that name, or is laid out otherwise.
+    """
+    linears = {name: module for name, module in named_modules(root) if is_linear(module)}
+    if missing := [name for name in file.vectors if name not in linears]:
+        raise AdapterFileError(
+            f"{path} has vectors for linears that {type(root).__name__} does not have: {_some(missing)}. "
+            f"It has: {_some(list(linears))}"
+        )
+    exact = dataclasses.replace(file.config, target_modules=list(file.vectors), exclude_modules=None)
+    try:
+        chosen = select(root, exact)
+    except ValueError as error:
+        raise AdapterFileError(f"{path} does not fit {type(root).__name__}: {error}") from error
+    targets = {name: linears[name] for name in file.vectors}
+    attach_vectors(root, Selection(targets, chosen.saved, {}), file.config)
+    return state_of(root, "load")
+
+
+def _check_fits(root: nn.Module, state: AdapterState, file: AdapterFile, path: PathLike) -> None:
+    modules = adapted_modules(root)
+    for what, here, there in (
+        ("vectors", set(modules), set(file.vectors)),
+        ("trained parameters", set(saved_tensors(root, state)), set(file.saved)),
+    ):
+        if here != there:
+            raise AdapterFileError(
+                f"{path} and the adapted model have different {what}. Missing in the file: {_some(sorted(here - there))}. "
+                f"Missing in the model: {_some(sorted(there - here))}. Detach the model and load again to take the "
+                "file's selection"
+            )
+    current: dict[str, Tensor] = saved_tensors(root, state)
+    for name, value in file.saved.items():
+        if value.shape != current[name].shape:
+            raise AdapterFileError(
+                f"{path}: {name!r} is {list(value.shape)} in the file and {list(current[name].shape)} in the model"
+            )
+    _check_base(modules, file, path)
+
+
+def _check_base(modules: dict[str, nn.Module], file: AdapterFile, path: PathLike) -> None:
+    wrong = []
+    for name, module in modules.items():
+        weight, expected = weight_view(module), file.fingerprints[name]
+        if tuple(weight.shape) != expected.shape:
+            raise AdapterFileError(
+                f"{path}: the vector of {name!r} is for a weight of {list(expected.shape)}; the model's is "
+                f"{list(weight.shape)}"
+            )
+        if not (found := fingerprint(weight)).agrees(expected):
+            wrong.append(f"{name} (differs by {found.distance(expected):.1%})")
+    if wrong:
+        raise BaseMismatchError(
+            f"{path} was trained on another base: {len(wrong)} of {len(modules)} weights are not those it was trained "
+            f"with: {_some(wrong, 5)}. Load the base model that it was trained on (a merged or further trained "
+            "model is another base)"
+        )
+
+
+def _check_format(metadata: dict[str, str], path: Path) -> None:
+    if metadata.get("format") != FORMAT:
+        raise AdapterFileError(
+            f"{path} is a safetensors file, but not an adapter of onelora (metadata format={metadata.get('format')!r})"
+        )
+    version = metadata.get("format_version", "")
+    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+        raise AdapterFileError(
+            f"{path} has format version {version!r}; this onelora-compile {__version__} reads up to {FORMAT_VERSION}: "
+            "upgrade it with pip install -U onelora-compile"
+        )
+
+
+def _check_finite(tensors: dict[str, Tensor], consequence: str) -> None:
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise AdapterFileError(f"NaN or infinity in {_some(bad)}; {consequence}")
+
+
+def _some(names: list[str], most: int = 10) -> str:
+    listed = ", ".join(names[:most]) + (f", … ({len(names) - most} more)" if len(names) > most else "")
+    return listed or "none"
+
+

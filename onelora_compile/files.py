@@ -1,0 +1,44 @@
+"""Writing files so that a killed process leaves the old one or the new one, never half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a new file name beside `path`; what is written there becomes `path` when the block ends well.
+
+    If the block raises, nothing is left and an old file at `path` is untouched.
+
+    Raises:
+        OSError: the folder does not exist or can't be written.
+    """
+    path = Path(os.fspath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"the folder {path.parent} can't be written")
+    target = path.resolve()  # a link stays a link: what it points to is replaced
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield beside
+        flush(beside)
+        if target.exists():
+            os.chmod(beside, target.stat().st_mode & 0o7777)
+        os.replace(beside, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()
+
+
+def flush(path: Path) -> None:
+    """Wait until the file's bytes are on the disk: a rename must not overtake them."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,137 @@
+"""Putting vectors into weights: W <- W + b 1ᵀ, with one rounding, and what that rounding lost.
+
+`fold_weight` is the one place where a weight and a vector become one; exporters use it too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from onelora_compile.adapter import adapted_modules, release, state_of, unwrap
+from onelora_compile.errors import MergeError
+from onelora_compile.layer import is_conv1d, vector_of, weight_view
+from onelora_compile.ops import accumulation_dtype
+from onelora_compile.text import Printable
+
+_CHUNK = 1 << 22  # entries per step: the check of what was lost works in float64
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldLoss:
+    """What storing W + b 1ᵀ in the weight's dtype lost.
+
+    Attributes:
+        dtype: of the stored weight.
+        relative: Frobenius norm of (stored - exact) over that of b 1ᵀ; 0 for a zero vector.
+        unchanged: share of the entries that the update should have moved and did not, 0 to 1.
+    """
+
+    dtype: torch.dtype
+    relative: float
+    unchanged: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport(Printable):
+    """What `merge` did, by module name; `print(report)` shows it as a table."""
+
+    losses: dict[str, FoldLoss]
+
+    @property
+    def worst(self) -> float:
+        """The largest relative loss."""
+        return max((loss.relative for loss in self.losses.values()), default=0.0)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"merged {len(self.losses)} vectors")
+        for column, justify in (("module", "left"), ("dtype", "left"), ("lost to rounding", "right"), ("unchanged", "right")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for name, loss in self.losses.items():
+            dtype = str(loss.dtype).removeprefix("torch.")
+            table.add_row(name, dtype, f"{loss.relative:.2e}", f"{loss.unchanged:.1%}")
+        return table
+
+
+def merge(model: nn.Module) -> MergeReport:
+    """Write W + b 1ᵀ into the weights and remove the vectors.
+
+    In place and final. Computed in float32 from the weight as it is (float64 for float64) and rounded once to its
+    dtype. A weight that something else reads too (a tied embedding, another module) is untied first, so that only
+    the adapted use changes. What modules_to_save and train_norms trained stays. All weights are computed before
+    the first is written, so a failure leaves the model as it was.
+
+    Raises:
+        StateError: the model is not adapted, or a `disabled` block is open.
+        MergeError: a weight that is not floating point, or a result that its dtype can't hold.
+    """
+    root = unwrap(model)
+    state = state_of(root, "merge")
+    modules = adapted_modules(root)
+    folded = {name: _folded(name, module) for name, module in modules.items()}
+    readers = _readers(root)
+    with torch.inference_mode(False), torch.no_grad():
+        for name, module in modules.items():
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter)
+            value = folded[name][0].T if is_conv1d(module) else folded[name][0]
+            if readers[id(weight)] > 1:
+                module.weight = nn.Parameter(value.contiguous(), requires_grad=weight.requires_grad)
+            else:
+                weight.copy_(value)
+    release(root, state)
+    return MergeReport({name: loss for name, (_, loss) in folded.items()})
+
+
+def fold_weight(weight: Tensor, vector: Tensor) -> tuple[Tensor, FoldLoss]:
+    """W + b 1ᵀ with one rounding, and what it lost.
+
+    Shapes: weight [out_features, in_features], vector [out_features]; the result is a new tensor like weight.
+    Dtype: float32 arithmetic (float64 for a float64 weight or vector), stored in the weight's dtype.
+    Raises: MergeError where the weight is not floating point, or the result overflows its dtype.
+    Source: arXiv 2503.08333, section 3.2, merging.
+    """
+    if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
+        raise MergeError(
+            f"a weight of {type(weight).__name__} in {weight.dtype} can't take the vector without quantising again; "
+            "dequantise the base first, or keep the vectors beside it"
+        )
+    dtype = torch.promote_types(accumulation_dtype(weight.dtype), accumulation_dtype(vector.dtype))
+    update = vector.detach().to(weight.device, dtype)[:, None]  # [out_features, 1]
+    stored = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    lost = moved = still = 0.0
+    rows = max(1, _CHUNK // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        chunk = slice(start, start + rows)
+        stored[chunk] = weight[chunk].to(dtype) + update[chunk]
+        exact = weight[chunk].double() + update[chunk].double()
+        lost += (stored[chunk].double() - exact).square().sum().item()
+        asked = (update[chunk] != 0).expand_as(exact)
+        moved += asked.sum().item()
+        still += (asked & (stored[chunk] == weight[chunk])).sum().item()
+    if not torch.isfinite(stored).all() and torch.isfinite(weight).all():
+        raise MergeError(f"W + b 1ᵀ does not fit {weight.dtype}: convert the model to bfloat16 or float32 first")
+    size = (weight.shape[1] * update.double().square().sum().item()) ** 0.5  # Frobenius norm of b 1ᵀ
+    loss = FoldLoss(weight.dtype, lost**0.5 / size if size else 0.0, still / moved if moved else 0.0)
+    return stored, loss
+
+
+def _folded(name: str, module: nn.Module) -> tuple[Tensor, FoldLoss]:
+    vector = vector_of(module)
+    try:
+        return fold_weight(weight_view(module), vector)
+    except MergeError as error:
+        raise MergeError(f"{name!r}: {error}") from None
+
+
+def _readers(root: nn.Module) -> dict[int, int]:
+    """How many places of the module tree register each parameter."""
+    counts: dict[int, int] = {}
+    for module in root.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return counts

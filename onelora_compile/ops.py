@@ -1,0 +1,70 @@
+"""The operators `onelora::…`: the definition of an adapted linear, in one place.
+
+    rank1_update(y, x, vector) = add_rank1(y, feature_sum(x), vector) = y + vector * sum(x)
+
+`rank1_update` is the canonical form that adapted modules call; the passes rewrite it into the other two when
+several sites share one input.  All three are composites: in graphs of Dynamo and `torch.export` each stays one
+node, and any backend, autograd, vmap and fake tensors see plain PyTorch operators inside.
+
+Autograd saves the feature sum and the vector; the input x is never kept for them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("onelora", "DEF")
+_library.define("feature_sum(Tensor x) -> Tensor")
+_library.define("add_rank1(Tensor y, Tensor s, Tensor vector) -> Tensor")
+_library.define("rank1_update(Tensor y, Tensor x, Tensor vector) -> Tensor")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums and updates are computed: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def feature_sum(x: Tensor) -> Tensor:
+    """The fixed compression of 1LoRA: the sum over the last dimension.
+
+    Shapes: x [*, in_features] -> [*, 1].
+    Dtype: float32 (float64 for float64 x): a half-precision sum of thousands of features drifts or overflows.
+    Source: arXiv 2503.08333, section 3.2.
+    """
+    return torch.sum(x, dim=-1, keepdim=True, dtype=accumulation_dtype(x.dtype))
+
+
+def add_rank1(y: Tensor, s: Tensor, vector: Tensor) -> Tensor:
+    """The decompression: y + s * vector, computed in the widest of the dtypes and rounded once to y's.
+
+    Shapes: y [*, out_features], s [*, 1], vector [out_features] -> [*, out_features].
+    Raises: RuntimeError where the vector does not have out_features entries (it would broadcast).
+    Source: arXiv 2503.08333, section 3.2.
+    """
+    torch._check(
+        vector.shape[-1] == y.shape[-1],
+        lambda: f"the vector has {vector.shape[-1]} entries; the linear has out_features={y.shape[-1]}",
+    )
+    # addcmul is one pass over y in every dtype, and promotes by itself.
+    return torch.addcmul(y, s, vector).to(y.dtype)
+
+
+def rank1_update(y: Tensor, x: Tensor, vector: Tensor) -> Tensor:
+    """The output of a frozen linear, adapted: y + sum(x) * vector, which is (W + vector 1ᵀ) x + c.
+
+    Shapes: y [*, out_features], x [*, in_features], vector [out_features] -> [*, out_features].
+    Dtype: that of y.
+    Source: arXiv 2503.08333, section 3.2.
+    """
+    return add_rank1(y, feature_sum(x), vector)
+
+
+_library.impl("feature_sum", feature_sum, "CompositeImplicitAutograd")
+_library.impl("add_rank1", add_rank1, "CompositeImplicitAutograd")
+_library.impl("rank1_update", rank1_update, "CompositeImplicitAutograd")
+
+# What graphs hold and passes match.
+FEATURE_SUM = torch.ops.onelora.feature_sum.default
+ADD_RANK1 = torch.ops.onelora.add_rank1.default
+RANK1_UPDATE = torch.ops.onelora.rank1_update.default

@@ -1,0 +1,54 @@
+"""Run the passes in order, with checks and times; the order and its reasons are here."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from torch import fx
+
+from onelora_compile.errors import PassError
+from onelora_compile.passes.fuse_rank1 import fuse_rank1
+from onelora_compile.passes.result import PassResult
+from onelora_compile.passes.share_feature_sum import share_feature_sum
+from onelora_compile.passes.verify import vectors_of, verify
+
+log = logging.getLogger("onelora_compile.passes")
+
+Pass = Callable[[fx.GraphModule], PassResult]
+
+PIPELINE: tuple[Pass, ...] = (
+    share_feature_sum,  # before fuse: a lowering must know whether the sum is its own or a sibling's too
+    fuse_rank1,
+)
+
+
+def run_passes(gm: fx.GraphModule, passes: Sequence[Pass] = PIPELINE) -> list[PassResult]:
+    """Run passes over a graph and the subgraphs of its higher-order ops, in place, and recompile it.
+
+    Raises:
+        PassError: a pass failed or broke an invariant; the message names it and those that ran before.
+    """
+    results = []
+    graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    vectors = {graph: vectors_of(graph) for graph in graphs}
+    for one in passes:
+        name = getattr(one, "__name__", str(one))
+        total = PassResult(name)
+        start = time.perf_counter()
+        for graph in graphs:
+            try:
+                result = one(graph)
+                verify(graph, vectors[graph])
+            except Exception as error:
+                before = [done.name for done in results]
+                raise PassError(f"pass {name} failed after {before}: {error}") from error
+            total.rewrites += result.rewrites
+            total.skips |= result.skips
+            log.debug("after %s:\n%s", name, graph.graph)
+        total.seconds = time.perf_counter() - start
+        results.append(total)
+    for graph in graphs:
+        graph.recompile()
+    return results
