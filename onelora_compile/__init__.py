@@ -27,6 +27,7 @@ from onelora_compile.errors import (
     TargetError,
 )
 from onelora_compile.merge import merge
+from onelora_compile.report import explain, summary
 from onelora_compile.version import __version__
 
 __all__ = [
@@ -46,10 +47,12 @@ __all__ = [
     "adapt",
     "detach",
     "disabled",
+    "explain",
     "load_adapter",
     "merge",
     "read_adapter",
     "save_adapter",
+    "summary",
     "trainable_parameters",
     "vectors",
 ]

@@ -99,5 +99,3 @@ def _announce(root: nn.Module) -> None:
         OneLoRAWarning,
         stacklevel=2,
     )
-
-

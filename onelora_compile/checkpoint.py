@@ -74,9 +74,13 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     root = unwrap(model)
     state = state_of(root, "save")
     tensors = {name: vector.detach().to("cpu", torch.float32) for name, vector in vectors(root).items()}
-    extra = {name: tensor.detach().to("cpu", copy=True) for name, tensor in saved_tensors(root, state).items()}
+    extra = {
+        name: tensor.detach().to("cpu", copy=True) for name, tensor in saved_tensors(root, state).items()
+    }
     _check_finite(tensors | extra, "nothing was written: the training has diverged")
-    prints = {name: fingerprint(weight_view(module)).to_json() for name, module in adapted_modules(root).items()}
+    prints = {
+        name: fingerprint(weight_view(module)).to_json() for name, module in adapted_modules(root).items()
+    }
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -133,7 +137,7 @@ def read_adapter(path: PathLike) -> AdapterFile:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_format(metadata, path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise AdapterFileError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     try:
@@ -242,5 +246,3 @@ def _check_finite(tensors: dict[str, Tensor], consequence: str) -> None:
 def _some(names: list[str], most: int = 10) -> str:
     listed = ", ".join(names[:most]) + (f", … ({len(names) - most} more)" if len(names) > most else "")
     return listed or "none"
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -128,7 +128,9 @@ def output_heads(model: nn.Module) -> set[nn.Module]:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether this is a normalisation layer: by its class name, as each model library has classes of its own."""
-    return any("Norm" in c.__name__ for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
+    return any(
+        "Norm" in c.__name__ for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module
+    )
 
 
 def _read_directly(model: nn.Module) -> set[nn.Module]:
@@ -152,8 +154,12 @@ def _matching_roots(names: dict[nn.Module, list[str]], patterns: Sequence[str]) 
     """Modules named in modules_to_save; each pattern must find one."""
     for pattern in patterns:
         if not any(_any_match([pattern], aliases) for aliases in names.values()):
-            offer = sorted({alias.rpartition(".")[2] for aliases in names.values() for alias in aliases} - {""})
-            raise TargetError(f"modules_to_save: {pattern!r} matches no module; the last names are {_short(offer)}")
+            offer = sorted(
+                {alias.rpartition(".")[2] for aliases in names.values() for alias in aliases} - {""}
+            )
+            raise TargetError(
+                f"modules_to_save: {pattern!r} matches no module; the last names are {_short(offer)}"
+            )
     return [module for module, aliases in names.items() if _any_match(patterns, aliases)]
 
 
@@ -168,7 +174,11 @@ def _check_names_match(
         for pattern in patterns:
             if any(_any_match([pattern], aliases) for aliases in linears.values()):
                 continue
-            hits = [f"{aliases[0]!r} ({type(m).__name__})" for m, aliases in names.items() if _any_match([pattern], aliases)]
+            hits = [
+                f"{aliases[0]!r} ({type(m).__name__})"
+                for m, aliases in names.items()
+                if _any_match([pattern], aliases)
+            ]
             found = f"only {_short(hits)}, not a linear" if hits else "no module"
             raise TargetError(
                 f"{field}: {pattern!r} matches {found}. The linears of this model: {_offer(linears.values())}"
@@ -178,17 +188,22 @@ def _check_names_match(
 def _nothing_selected(model: nn.Module, config: OneLoRAConfig, skipped: dict[str, str]) -> str:
     if not skipped:
         return f"{type(model).__name__} holds no linear module (nn.Linear, a subclass of it, or Conv1D)"
-    listed = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:20])
-    more = f"; and {len(skipped) - 20} more" if len(skipped) > 20 else ""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        reasons.setdefault(reason, []).append(name)
+    listed = "; ".join(f"{reason}: {_offer([[name] for name in names])}" for reason, names in reasons.items())
     return (
-        f"target_modules={config.target_modules!r}, exclude_modules={config.exclude_modules!r} select no linear of "
-        f"{type(model).__name__}. Its linears: {listed}{more}"
+        f"target_modules={config.target_modules!r}, exclude_modules={config.exclude_modules!r}, "
+        f"modules_to_save={config.modules_to_save!r} select no linear of {type(model).__name__}. "
+        f"Its linears, by the endings that select them: {listed}"
     )
 
 
 def _check_adaptable(name: str, module: nn.Module) -> None:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        raise TargetError(f"{name!r} is a {type(module).__name__} without a shape yet: run the model once, then adapt")
+        raise TargetError(
+            f"{name!r} is a {type(module).__name__} without a shape yet: run the model once, then adapt"
+        )
     if "forward" in vars(module):
         # An instance's own forward hides the class's, where the update is: the vector would be dead.
         raise TargetError(
@@ -209,15 +224,18 @@ def _saved_parameters(model: nn.Module, config: OneLoRAConfig, saved_modules: se
     return saved
 
 
-def _offer(aliases: Iterator[list[str]] | Sequence[list[str]] | object) -> str:
+def _offer(aliases: Iterable[list[str]]) -> str:
     """The linears as the endings that select them, with how many each selects."""
     counts: dict[str, int] = {}
-    for names in aliases:  # type: ignore[attr-defined]
+    for names in aliases:
         last = names[0].rpartition(".")[2]
         # 'blocks.0.mlp.2' is better offered by its parent than as '2'.
         ending = ".".join(names[0].split(".")[-2:]) if last.isdigit() else last
         counts[ending] = counts.get(ending, 0) + 1
-    return _short([f"{name} (x{count})" if count > 1 else name for name, count in sorted(counts.items())]) or "none"
+    return (
+        _short([f"{name} (x{count})" if count > 1 else name for name, count in sorted(counts.items())])
+        or "none"
+    )
 
 
 def _short(items: Sequence[str], most: int = 30) -> str:

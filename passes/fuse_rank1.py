@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from onelora_compile.passes.match_linear import example, module_path
+from onelora_compile.passes.result import PassResult
 from torch import fx
 
 from onelora_compile.ops import ADD_RANK1, FEATURE_SUM, accumulation_dtype
-from onelora_compile.passes.match_linear import example, module_path
-from onelora_compile.passes.result import PassResult
 
 NO_SHAPES = "the graph carries no example values"
 LOWERING = "onelora_lowering"  # key in node.meta

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
+from onelora_compile.passes.match_linear import LinearSite, example, match_linear
+from onelora_compile.passes.result import PassResult
 from torch import Tensor, fx
 
 from onelora_compile.ops import RANK1_UPDATE
-from onelora_compile.passes.match_linear import LinearSite, example, match_linear
-from onelora_compile.passes.result import PassResult
 
 ADAPTED = "adapted already"
 NOT_NAMED = "no vector of this name was given"
@@ -77,5 +76,3 @@ def _rewrite(graph: fx.Graph, site: LinearSite, vector: fx.Node) -> None:
         update = graph.call_function(RANK1_UPDATE, (site.node, site.x, vector))
     update.meta = site.node.meta.copy()
     site.node.replace_all_uses_with(update, delete_user_cb=lambda user: user is not update)
-
-

@@ -12,7 +12,9 @@ import torch
 from torch import fx
 
 _IN_PLACE_FUNCTIONS = {operator.setitem} | {
-    getattr(operator, name) for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)
+    getattr(operator, name)
+    for name in dir(operator)
+    if name.startswith("i") and f"__{name}__" in dir(operator)
 }
 
 
@@ -24,7 +26,9 @@ def mutates(gm: fx.GraphModule, node: fx.Node) -> bool:
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op == "call_module":
         called = gm.get_submodule(str(node.target))
-        return any(getattr(module, "inplace", False) for module in called.modules()) or isinstance(called, fx.GraphModule)
+        return any(getattr(module, "inplace", False) for module in called.modules()) or isinstance(
+            called, fx.GraphModule
+        )
     if node.op != "call_function":
         return False
     target = node.target

@@ -6,13 +6,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from torch import fx
-
-from onelora_compile.errors import PassError
 from onelora_compile.passes.fuse_rank1 import fuse_rank1
 from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.share_feature_sum import share_feature_sum
 from onelora_compile.passes.verify import vectors_of, verify
+from torch import fx
+
+from onelora_compile.errors import PassError
 
 log = logging.getLogger("onelora_compile.passes")
 

@@ -10,12 +10,12 @@ may write to a tensor in place: the input may be another one after it.
 
 from __future__ import annotations
 
-from torch import fx
-
-from onelora_compile.ops import ADD_RANK1, FEATURE_SUM, RANK1_UPDATE, feature_sum
 from onelora_compile.passes.match_linear import example, module_path
 from onelora_compile.passes.mutation import mutates
 from onelora_compile.passes.result import PassResult
+from torch import fx
+
+from onelora_compile.ops import ADD_RANK1, FEATURE_SUM, RANK1_UPDATE, feature_sum
 
 
 def share_feature_sum(gm: fx.GraphModule) -> PassResult:

@@ -7,11 +7,11 @@
 
 from __future__ import annotations
 
+from onelora_compile.passes.match_linear import example, rank1_updates
 from torch import fx
 
 from onelora_compile.errors import PassError
 from onelora_compile.ops import ADD_RANK1
-from onelora_compile.passes.match_linear import example, rank1_updates
 
 
 def vectors_of(gm: fx.GraphModule) -> list[fx.Node]:
@@ -35,6 +35,8 @@ def verify(gm: fx.GraphModule, vectors: list[fx.Node]) -> None:
     for update in rank1_updates(gm.graph):
         y, s, vector = (example(node) for node in update.args[:3])  # type: ignore[arg-type]
         if y is not None and vector is not None and y.shape[-1] != vector.shape[-1]:
-            raise PassError(f"{update.name}: a vector of {vector.shape[-1]} entries on {y.shape[-1]} features")
+            raise PassError(
+                f"{update.name}: a vector of {vector.shape[-1]} entries on {y.shape[-1]} features"
+            )
         if update.target is ADD_RANK1 and s is not None and s.shape[-1] != 1:
             raise PassError(f"{update.name}: a feature sum of width {s.shape[-1]}")

@@ -1,0 +1,58 @@
+"""From a model to an exported program without vectors: what every exporter starts from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from onelora_compile.passes.fold_vectors import FoldResult, fold_vectors
+from torch import nn
+from torch.export import ExportedProgram
+
+
+def freeze(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> tuple[ExportedProgram, FoldResult]:
+    """Export a plain model in evaluation mode and fold its vectors into its weights; the model is not changed.
+
+    Args:
+        model: adapted or not.
+        args: example inputs.
+        kwargs: example keyword inputs.
+        dynamic_shapes: as in `torch.export.export`; a dimension may also be a name, as in `torch.onnx.export`.
+    """
+    dynamic_shapes = _dims(dynamic_shapes)
+    with evaluating(model):
+        program = torch.export.export(
+            model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+        )
+    return fold_vectors(program)
+
+
+def _dims(shapes: Any) -> Any:
+    """Named dimensions as dynamic ones; torch.export finds out which of them are equal."""
+    if isinstance(shapes, str):
+        return torch.export.Dim.DYNAMIC
+    if isinstance(shapes, Mapping):
+        return {key: _dims(value) for key, value in shapes.items()}
+    if isinstance(shapes, (tuple, list)):
+        return type(shapes)(_dims(value) for value in shapes)
+    return shapes
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients and without compiled calls; every module's own mode is put back."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
