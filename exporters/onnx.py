@@ -70,17 +70,13 @@ class ExportReport(Printable):
         table.add_row("size", bytes_text(self.bytes))
         table.add_row("opset", str(self.opset_version))
         worst = max((loss.relative for loss in self.losses.values()), default=0.0)
-        table.add_row(
-            "vectors folded", f"{len(self.losses)} (lost to rounding: at most {worst:.1e} of the update)"
-        )
+        table.add_row("vectors folded", f"{len(self.losses)} (lost to rounding: at most {worst:.1e} of the update)")
         if self.unused:
             table.add_row("not in the graph", ", ".join(self.unused))
         if self.parity is None:
             table.add_row("verified", "no")
         else:
-            table.add_row(
-                "verified", f"ONNX Runtime against eager: {self.parity.relative:.1e} relative, passed"
-            )
+            table.add_row("verified", f"ONNX Runtime against eager: {self.parity.relative:.1e} relative, passed")
         table.add_row("time", f"{self.seconds:.1f} s")
         return table
 

@@ -41,9 +41,7 @@ class Parity:
         return self.relative <= self.tolerance
 
 
-def check_onnx(
-    path: Path, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
-) -> Parity:
+def check_onnx(path: Path, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Parity:
     """Run the file in ONNX Runtime on the CPU and the model in eager on the same inputs, and compare.
 
     Raises:
@@ -53,18 +51,14 @@ def check_onnx(
     runtime = require("onnxruntime", "onnx", "verify an ONNX file")
     with evaluating(model):
         expected = _tensors(model(*args, **dict(kwargs or {})))
-    inputs = [
-        value for value in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(value, Tensor)
-    ]
+    inputs = [value for value in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(value, Tensor)]
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         names = [node.name for node in session.get_inputs()]
         if len(names) != len(inputs):
-            raise ExportError(
-                f"the ONNX model takes {len(names)} inputs {names}; {len(inputs)} tensors were given"
-            )
+            raise ExportError(f"the ONNX model takes {len(names)} inputs {names}; {len(inputs)} tensors were given")
         feed = {name: value.detach().cpu().numpy() for name, value in zip(names, inputs, strict=True)}
         actual = session.run(None, feed)
     except ExportError:
@@ -84,9 +78,7 @@ def compare(expected: Sequence[Tensor], actual: Sequence[Tensor], names: Sequenc
         ExportError: another number of outputs, or an output of another shape.
     """
     if len(expected) != len(actual):
-        raise ExportError(
-            f"the ONNX model has {len(actual)} outputs {list(names)}, the model {len(expected)}"
-        )
+        raise ExportError(f"the ONNX model has {len(actual)} outputs {list(names)}, the model {len(expected)}")
     worst: Parity | None = None
     for name, want, got in zip(names, expected, actual, strict=True):
         if want.shape != got.shape:

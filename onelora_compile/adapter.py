@@ -71,17 +71,13 @@ def adapt(model: Model, config: OneLoRAConfig | None = None) -> Model:
 
 def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig) -> None:
     """Carry out a selection: freeze, mark what is trained besides, attach zero vectors, remember the way back."""
-    parameters = {
-        clean_name(name): parameter for name, parameter in root.named_parameters(remove_duplicate=False)
-    }
+    parameters = {clean_name(name): parameter for name, parameter in root.named_parameters(remove_duplicate=False)}
     tensors = parameters | {clean_name(name): buffer for name, buffer in root.named_buffers()}
     travelling = [*selection.saved, *_running_statistics(root, selection)]
     # inference_mode(False): tensors made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         originals = {name: tensors[name].detach().clone() for name in travelling}
-        setattr(
-            root, _STATE, AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals)
-        )
+        setattr(root, _STATE, AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals))
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         for name in selection.saved:
@@ -165,10 +161,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         swaps = [(vector, torch.zeros_like(vector)) for vector in vectors(root).values()]
         trained = saved_tensors(root, state)
-        swaps += [
-            (trained[name], original.to(trained[name], copy=True))
-            for name, original in state.originals.items()
-        ]
+        swaps += [(trained[name], original.to(trained[name], copy=True)) for name, original in state.originals.items()]
     kept = [tensor.data for tensor, _ in swaps]
     state.disabled += 1
     try:

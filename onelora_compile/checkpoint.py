@@ -74,13 +74,9 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     root = unwrap(model)
     state = state_of(root, "save")
     tensors = {name: vector.detach().to("cpu", torch.float32) for name, vector in vectors(root).items()}
-    extra = {
-        name: tensor.detach().to("cpu", copy=True) for name, tensor in saved_tensors(root, state).items()
-    }
+    extra = {name: tensor.detach().to("cpu", copy=True) for name, tensor in saved_tensors(root, state).items()}
     _check_finite(tensors | extra, "nothing was written: the training has diverged")
-    prints = {
-        name: fingerprint(weight_view(module)).to_json() for name, module in adapted_modules(root).items()
-    }
+    prints = {name: fingerprint(weight_view(module)).to_json() for name, module in adapted_modules(root).items()}
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -192,7 +188,8 @@ def _check_fits(root: nn.Module, state: AdapterState, file: AdapterFile, path: P
     ):
         if here != there:
             raise AdapterFileError(
-                f"{path} and the adapted model have different {what}. Missing in the file: {_some(sorted(here - there))}. "
+                f"{path} and the adapted model have different {what}. "
+                f"Missing in the file: {_some(sorted(here - there))}. "
                 f"Missing in the model: {_some(sorted(there - here))}. Detach the model and load again to take the "
                 "file's selection"
             )

@@ -76,11 +76,7 @@ class OneLoRAConfig:
             raise ConfigError(f"the configuration is not JSON: {error}") from error
         known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(fields, dict) or (unknown := sorted(set(fields) - set(known))):
-            what = (
-                "fields " + ", ".join(map(repr, unknown))
-                if isinstance(fields, dict)
-                else type(fields).__name__
-            )
+            what = "fields " + ", ".join(map(repr, unknown)) if isinstance(fields, dict) else type(fields).__name__
             raise ConfigError(f"the configuration holds {what}; known are {', '.join(known)}")
         if (dtype := fields.get("vector_dtype")) is not None:
             fields["vector_dtype"] = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype

@@ -63,11 +63,7 @@ class Fingerprint:
             dtype = str(fields["dtype"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a fingerprint: {error!r}") from error
-        if (
-            sketch.shape != (_WIDTH * _WIDTH,)
-            or not np.isfinite(sketch).all()
-            or not 0 <= norm < float("inf")
-        ):
+        if sketch.shape != (_WIDTH * _WIDTH,) or not np.isfinite(sketch).all() or not 0 <= norm < float("inf"):
             raise ValueError("not a fingerprint: a sketch of the wrong size, or not finite")
         return cls((out_features, in_features), dtype, norm, sketch)
 

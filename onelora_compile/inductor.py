@@ -74,9 +74,7 @@ def compiled_module(module: nn.Module) -> nn.Module:
     frame = sys._getframe()
     while (caller := frame.f_back) is not None:
         frame = caller
-        called = (
-            frame.f_locals.get("self") if frame.f_code.co_name in ("__call__", "_wrapped_call_impl") else None
-        )
+        called = frame.f_locals.get("self") if frame.f_code.co_name in ("__call__", "_wrapped_call_impl") else None
         if not isinstance(called, nn.Module):
             continue
         inner = called._modules.get("_orig_mod")
@@ -136,9 +134,7 @@ def inner_compiler(
             inner = lookup_backend(inner)
         except InvalidBackend as error:
             known = ", ".join(torch.compiler.list_backends())
-            raise ConfigError(
-                f"option inner={inner!r}: there is no such backend; known are {known}"
-            ) from error
+            raise ConfigError(f"option inner={inner!r}: there is no such backend; known are {known}") from error
     return functools.partial(inner, options=dict(options)) if options else inner
 
 

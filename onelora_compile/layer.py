@@ -94,9 +94,7 @@ def weight_view(module: nn.Module) -> Tensor:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D, a linear that stores its weight as [in_features, out_features]."""
-    return any(
-        c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__
-    )
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -118,9 +118,7 @@ def fold_weight(weight: Tensor, vector: Tensor) -> tuple[Tensor, FoldLoss]:
         moved += asked.sum().item()
         still += (asked & (stored[chunk] == weight[chunk])).sum().item()
     if not torch.isfinite(stored).all() and torch.isfinite(weight).all():
-        raise MergeError(
-            f"W + b 1ᵀ does not fit {weight.dtype}: convert the model to bfloat16 or float32 first"
-        )
+        raise MergeError(f"W + b 1ᵀ does not fit {weight.dtype}: convert the model to bfloat16 or float32 first")
     size = (weight.shape[1] * update.double().square().sum().item()) ** 0.5  # Frobenius norm of b 1ᵀ
     loss = FoldLoss(weight.dtype, lost**0.5 / size if size else 0.0, still / moved if moved else 0.0)
     return stored, loss

@@ -42,9 +42,7 @@ class BackendOptions:
         if not isinstance(parsed.config, OneLoRAConfig):
             raise ConfigError(f"option config must be a OneLoRAConfig, got {parsed.config!r}")
         if not isinstance(parsed.inner, str) and not callable(parsed.inner):
-            raise ConfigError(
-                f"option inner must be the name of a backend or a callable, got {parsed.inner!r}"
-            )
+            raise ConfigError(f"option inner must be the name of a backend or a callable, got {parsed.inner!r}")
         if parsed.inner == "onelora":
             raise ConfigError("option inner='onelora' would call itself; use 'inductor', 'aot_eager', …")
         if not isinstance(parsed.inner_options, Mapping):

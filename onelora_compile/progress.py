@@ -19,9 +19,7 @@ def steps(title: str, total: int, show: bool = True) -> Iterator[Callable[[str],
         TextColumn("{task.fields[step]}"),
         TimeElapsedColumn(),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not (show and console.is_terminal)
-    ) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         task = progress.add_task(title, total=total, step="")
         started = 0
 

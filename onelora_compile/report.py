@@ -54,9 +54,7 @@ class Summary(Printable):
             table.add_column(column, justify="left" if column == "module" else "right")
         for name, columns, rows in self.sites:
             table.add_row(name, str(columns), str(rows))
-        lines = [
-            f"{len(self.sites)} vectors, {self.vector_parameters:,} numbers, {bytes_text(self.vector_bytes)}: "
-        ]
+        lines = [f"{len(self.sites)} vectors, {self.vector_parameters:,} numbers, {bytes_text(self.vector_bytes)}: "]
         lines[0] += f"{self.share:.3%} of {self.base_parameters:,} base parameters"
         if self.other_parameters:
             lines.append(f"trained besides: {self.other_parameters:,} numbers (modules_to_save, train_norms)")
@@ -81,8 +79,7 @@ def summary(model: nn.Module) -> Summary:
         sites=[(name, in_features(module), out_features(module)) for name, module in modules.items()],
         skipped=skipped,
         vector_parameters=entries,
-        other_parameters=trained
-        - sum(v.numel() for v in map(vector_of, modules.values()) if v.requires_grad),
+        other_parameters=trained - sum(v.numel() for v in map(vector_of, modules.values()) if v.requires_grad),
         base_parameters=everything - entries,
         vector_bytes=4 * entries,
     )
@@ -176,18 +173,12 @@ def _report(index: int, site: LinearSite, after: fx.GraphModule, reasons: dict[s
         lowering = fused.meta[LOWERING] if fused is not None else "composite operator"
     reason = "" if site.update is not None else reasons.get(site.module, "not a call of a linear module")
     adapted = site.update is not None
-    return SiteReport(
-        index, site.module, site.in_features, site.out_features, adapted, lowering, reason, site.source
-    )
+    return SiteReport(index, site.module, site.in_features, site.out_features, adapted, lowering, reason, site.source)
 
 
 def _lowered_from(node: fx.Node, site: LinearSite) -> bool:
     vector = site.vector
-    return (
-        LOWERING in node.meta
-        and vector is not None
-        and any(n.name == vector.name for n in node.all_input_nodes)
-    )
+    return LOWERING in node.meta and vector is not None and any(n.name == vector.name for n in node.all_input_nodes)
 
 
 def _reasons(root: nn.Module) -> dict[str, str]:
@@ -198,9 +189,7 @@ def _reasons(root: nn.Module) -> dict[str, str]:
         chosen = select(root, OneLoRAConfig())
     except ValueError as error:
         return {name: str(error) for name, _ in named_modules(root)}
-    return chosen.skipped | dict.fromkeys(
-        chosen.targets, "the model is not adapted; the default config would adapt it"
-    )
+    return chosen.skipped | dict.fromkeys(chosen.targets, "the model is not adapted; the default config would adapt it")
 
 
 def _break(graph: fx.GraphModule) -> str | None:

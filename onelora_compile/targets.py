@@ -128,9 +128,7 @@ def output_heads(model: nn.Module) -> set[nn.Module]:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether this is a normalisation layer: by its class name, as each model library has classes of its own."""
-    return any(
-        "Norm" in c.__name__ for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module
-    )
+    return any("Norm" in c.__name__ for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
 
 
 def _read_directly(model: nn.Module) -> set[nn.Module]:
@@ -154,12 +152,8 @@ def _matching_roots(names: dict[nn.Module, list[str]], patterns: Sequence[str]) 
     """Modules named in modules_to_save; each pattern must find one."""
     for pattern in patterns:
         if not any(_any_match([pattern], aliases) for aliases in names.values()):
-            offer = sorted(
-                {alias.rpartition(".")[2] for aliases in names.values() for alias in aliases} - {""}
-            )
-            raise TargetError(
-                f"modules_to_save: {pattern!r} matches no module; the last names are {_short(offer)}"
-            )
+            offer = sorted({alias.rpartition(".")[2] for aliases in names.values() for alias in aliases} - {""})
+            raise TargetError(f"modules_to_save: {pattern!r} matches no module; the last names are {_short(offer)}")
     return [module for module, aliases in names.items() if _any_match(patterns, aliases)]
 
 
@@ -175,9 +169,7 @@ def _check_names_match(
             if any(_any_match([pattern], aliases) for aliases in linears.values()):
                 continue
             hits = [
-                f"{aliases[0]!r} ({type(m).__name__})"
-                for m, aliases in names.items()
-                if _any_match([pattern], aliases)
+                f"{aliases[0]!r} ({type(m).__name__})" for m, aliases in names.items() if _any_match([pattern], aliases)
             ]
             found = f"only {_short(hits)}, not a linear" if hits else "no module"
             raise TargetError(
@@ -201,9 +193,7 @@ def _nothing_selected(model: nn.Module, config: OneLoRAConfig, skipped: dict[str
 
 def _check_adaptable(name: str, module: nn.Module) -> None:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        raise TargetError(
-            f"{name!r} is a {type(module).__name__} without a shape yet: run the model once, then adapt"
-        )
+        raise TargetError(f"{name!r} is a {type(module).__name__} without a shape yet: run the model once, then adapt")
     if "forward" in vars(module):
         # An instance's own forward hides the class's, where the update is: the vector would be dead.
         raise TargetError(
@@ -232,10 +222,7 @@ def _offer(aliases: Iterable[list[str]]) -> str:
         # 'blocks.0.mlp.2' is better offered by its parent than as '2'.
         ending = ".".join(names[0].split(".")[-2:]) if last.isdigit() else last
         counts[ending] = counts.get(ending, 0) + 1
-    return (
-        _short([f"{name} (x{count})" if count > 1 else name for name, count in sorted(counts.items())])
-        or "none"
-    )
+    return _short([f"{name} (x{count})" if count > 1 else name for name, count in sorted(counts.items())]) or "none"
 
 
 def _short(items: Sequence[str], most: int = 30) -> str:

@@ -75,8 +75,7 @@ class _Folder:
         self.vectors = [
             node
             for node in gm.graph.find_nodes(op="placeholder")
-            if self.specs[node.name].kind is InputKind.PARAMETER
-            and self._target(node).split(".")[-1] == VECTOR
+            if self.specs[node.name].kind is InputKind.PARAMETER and self._target(node).split(".")[-1] == VECTOR
         ]
         self.unused = [self._module(node) for node in self.vectors if not node.users]
 
@@ -119,9 +118,7 @@ class _Folder:
         # The program's own value, not this run's: another group may have folded into the same name.
         stored = self.program.state_dict[self._target(weight)].detach()
         try:
-            value, loss = fold_weight(
-                stored.T if transposed else stored, self.program.state_dict[self._target(vector)]
-            )
+            value, loss = fold_weight(stored.T if transposed else stored, self.program.state_dict[self._target(vector)])
         except MergeError as error:
             raise MergeError(f"{self._module(vector)!r}: {error}") from None
         value = value.T.contiguous() if transposed else value
@@ -158,9 +155,7 @@ class _Folder:
     def _name_of(self, update: fx.Node) -> str:
         assert update.target in (RANK1_UPDATE, ADD_RANK1)
         vector = update.args[2]
-        return (
-            self._module(vector) if isinstance(vector, fx.Node) and vector.name in self.specs else update.name
-        )
+        return self._module(vector) if isinstance(vector, fx.Node) and vector.name in self.specs else update.name
 
     def signature(self) -> ExportGraphSignature:
         inputs = [self.specs[node.name] for node in self.gm.graph.find_nodes(op="placeholder")]

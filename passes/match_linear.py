@@ -79,19 +79,13 @@ def match_linear(gm: fx.GraphModule) -> list[LinearSite]:
         x, weight, transposed = operands
         sizes = _sizes(gm, node, x)
         path = module_path(node)
-        sites.append(
-            LinearSite(node, x, weight, transposed, updates.get(node), path, *sizes, source_line(node))
-        )
+        sites.append(LinearSite(node, x, weight, transposed, updates.get(node), path, *sizes, source_line(node)))
     return sites
 
 
 def rank1_updates(graph: fx.Graph) -> Iterator[fx.Node]:
     """The update nodes, in either spelling: vector in argument 2, output of the linear in argument 0."""
-    return (
-        node
-        for node in graph.nodes
-        if node.op == "call_function" and node.target in (RANK1_UPDATE, ADD_RANK1)
-    )
+    return (node for node in graph.nodes if node.op == "call_function" and node.target in (RANK1_UPDATE, ADD_RANK1))
 
 
 def example(node: fx.Node) -> torch.Tensor | None:
@@ -166,9 +160,7 @@ def _is_parameter(node: fx.Node) -> bool:
     if node.op != "placeholder":
         return False
     # torch.export marks nothing on the node; its placeholders of parameters are named p_…
-    return (
-        isinstance(example(node), nn.Parameter) or node.name.startswith("p_") or "_parameters_" in node.name
-    )
+    return isinstance(example(node), nn.Parameter) or node.name.startswith("p_") or "_parameters_" in node.name
 
 
 def _linear_below(update: fx.Node) -> fx.Node | None:

@@ -12,9 +12,7 @@ import torch
 from torch import fx
 
 _IN_PLACE_FUNCTIONS = {operator.setitem} | {
-    getattr(operator, name)
-    for name in dir(operator)
-    if name.startswith("i") and f"__{name}__" in dir(operator)
+    getattr(operator, name) for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)
 }
 
 

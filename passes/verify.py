@@ -35,8 +35,6 @@ def verify(gm: fx.GraphModule, vectors: list[fx.Node]) -> None:
     for update in rank1_updates(gm.graph):
         y, s, vector = (example(node) for node in update.args[:3])  # type: ignore[arg-type]
         if y is not None and vector is not None and y.shape[-1] != vector.shape[-1]:
-            raise PassError(
-                f"{update.name}: a vector of {vector.shape[-1]} entries on {y.shape[-1]} features"
-            )
+            raise PassError(f"{update.name}: a vector of {vector.shape[-1]} entries on {y.shape[-1]} features")
         if update.target is ADD_RANK1 and s is not None and s.shape[-1] != 1:
             raise PassError(f"{update.name}: a feature sum of width {s.shape[-1]}")

@@ -1,0 +1,251 @@
+"""torch.compile(model, backend="onelora") on a model that nobody adapted."""
+
+import copy
+import gc
+import warnings
+
+import pytest
+import torch
+import zoo
+from test_backend import Counter, build
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.testing import fill_vectors, merged_copy
+
+
+@pytest.fixture
+def counter():
+    return Counter()
+
+
+def first_call(compiled, *args, **kwargs):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = compiled(*args, **kwargs)
+    return out, [str(w.message) for w in caught if issubclass(w.category, onelora.OneLoRAWarning)]
+
+
+def test_the_first_call_adapts_says_so_and_is_the_only_compilation(counter, tmp_path):
+    model = zoo.MLP()
+    base = copy.deepcopy(model)
+    compiled = build(counter, model, fullgraph=True)
+    x = torch.randn(5, 8)
+    out, messages = first_call(compiled, x)
+    assert torch.equal(out, base(x))
+    (message,) = messages
+    for part in ("adapted 3 linears of MLP", "a, b, c", "froze", "trainable_parameters", "adapt"):
+        assert part in message
+
+    assert list(onelora.vectors(compiled)) == list(onelora.vectors(model)) == ["a", "b", "c"]
+    assert len(onelora.trainable_parameters(compiled)) == 3
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(v) for v in onelora.vectors(model).values()}
+
+    fill_vectors(model, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(compiled(x), merged_copy(base_with(model, base))(x))
+        torch.testing.assert_close(model(x), compiled(x))  # eager
+    assert len(counter.graphs) == 1
+    onelora.save_adapter(compiled, tmp_path / "a.safetensors")
+    assert set(onelora.read_adapter(tmp_path / "a.safetensors").vectors) == {"a", "b", "c"}
+
+
+def base_with(model, base):
+    twin = onelora.adapt(copy.deepcopy(base))
+    with torch.no_grad():
+        for name, vector in onelora.vectors(twin).items():
+            vector.copy_(onelora.vectors(model)[name])
+    return twin
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_it_trains(inner):
+    model = zoo.MLP()
+    expected = onelora.adapt(copy.deepcopy(model))
+    compiled = torch.compile(model, backend="onelora", options={"inner": inner})
+    x = torch.randn(5, 8)
+    first_call(compiled, x)
+    for trained, forward in ((model, compiled), (expected, expected)):
+        optimizer = torch.optim.SGD(onelora.trainable_parameters(trained), lr=0.002)
+        for _ in range(4):
+            optimizer.zero_grad()
+            forward(x).square().sum().backward()
+            optimizer.step()
+    for name, vector in onelora.vectors(model).items():
+        assert vector.any()
+        torch.testing.assert_close(vector, onelora.vectors(expected)[name])
+    assert model.a.weight.grad is None
+
+
+def test_the_first_graph_trains_too():
+    model = zoo.MLP()
+    compiled = torch.compile(model, backend="onelora", options={"inner": "aot_eager"})
+    out, _ = first_call(compiled, torch.randn(5, 8))
+    out.square().sum().backward()
+    assert all(v.grad is not None and v.grad.any() for v in onelora.vectors(model).values())
+
+
+def test_under_inference_mode_the_vectors_can_still_be_trained():
+    model = zoo.MLP()
+    compiled = torch.compile(model, backend="onelora", options={"inner": "aot_eager"})
+    with torch.inference_mode():
+        first_call(compiled, torch.randn(5, 8))
+    compiled(torch.randn(5, 8)).square().sum().backward()
+    assert all(v.grad is not None for v in onelora.vectors(model).values())
+
+
+def test_a_copy_does_not_run_with_the_vectors_of_the_original(counter):
+    model = zoo.MLP()
+    x = torch.randn(5, 8)
+    compiled = build(counter, model)
+    first_call(compiled, x)
+    fill_vectors(model, 0.5, seed=1)
+    twin = fill_vectors(copy.deepcopy(model), 0.5, seed=2)
+    assert not torch.allclose(twin(x), model(x))
+    fast_twin = build(counter, twin)
+    torch.testing.assert_close(fast_twin(x), twin(x))
+    torch.testing.assert_close(compiled(x), model(x))
+    assert len(counter.graphs) == 2
+
+
+def test_a_second_model_of_the_same_class_is_adapted_itself(counter):
+    x = torch.randn(5, 8)
+    first, second = zoo.MLP().requires_grad_(False), zoo.MLP().requires_grad_(False)
+    first_call(build(counter, first), x)
+    fill_vectors(first, 0.5)
+    expected = second(x)
+    out, messages = first_call(build(counter, second), x)
+    assert torch.equal(out, expected)
+    assert len(messages) == 1
+    assert not any(v.any() for v in onelora.vectors(second).values())
+
+
+def test_a_dead_model_does_not_lend_its_graph_to_a_new_one(counter):
+    x = torch.randn(5, 8)
+    for seed in range(5):
+        model = zoo.MLP()
+        compiled = build(counter, model)
+        first_call(compiled, x)
+        fill_vectors(model, 0.5, seed=seed)
+        torch.testing.assert_close(compiled(x), model(x))
+        del model, compiled
+        gc.collect()
+
+
+def test_options_choose_the_config(counter):
+    model = zoo.MLP()
+    config = onelora.OneLoRAConfig(target_modules=["a"], modules_to_save=["c"])
+    compiled = torch.compile(model, backend="onelora", options={"inner": counter, "config": config})
+    first_call(compiled, torch.randn(5, 8))
+    assert list(onelora.vectors(model)) == ["a"]
+    assert model.c.weight.requires_grad
+    compiled(torch.randn(5, 8))
+    assert len(counter.graphs) == 1
+
+
+class BrokenBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.fc(x)
+        torch._dynamo.graph_break()
+        return self.out(x)
+
+
+class Broken(nn.Module):
+    """Breaks before its first op, and inside its blocks; shares a module and a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([BrokenBlock(), BrokenBlock()])
+        self.again = self.blocks[0].fc
+        self.tied = nn.Linear(8, 8)
+        self.tied.weight = self.again.weight
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        for block in self.blocks:
+            x = block(x)
+        return self.tied(self.again(x))
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
+def test_graph_breaks_adapt_the_whole_model_once(how, counter):
+    model = Broken()
+    base = copy.deepcopy(model)
+    if how == "model.compile":
+        model.compile(backend="onelora", options={"inner": counter})
+    compiled = model if how == "model.compile" else build(counter, model)
+    x = torch.randn(3, 8)
+    out, messages = first_call(compiled, x)
+    assert torch.equal(out, base(x))
+    assert len(messages) == 1
+    names = ["blocks.0.fc", "blocks.0.out", "blocks.1.fc", "blocks.1.out", "tied"]
+    assert list(onelora.vectors(compiled)) == names
+    compilations = len(counter.graphs)
+    fill_vectors(model, 0.3)
+    twin = base_with(model, base)
+    torch.testing.assert_close(compiled(x), twin(x))
+    assert len(counter.graphs) == compilations
+
+
+def test_a_compiled_submodule_is_adapted_alone(counter):
+    outer = nn.Sequential(nn.Linear(8, 8), zoo.MLP())
+    outer[1] = build(counter, outer[1])
+    x = torch.randn(3, 8)
+    first_call(outer, x)
+    assert list(onelora.vectors(outer)) == ["1.a", "1.b", "1.c"]
+    assert outer[0].weight.requires_grad
+
+
+def test_a_compiled_function_adapts_the_model_it_calls(counter):
+    model = zoo.MLP()
+
+    def step(x):
+        return model(x).square().sum()
+
+    x = torch.randn(5, 8)
+    expected = step(x).detach()
+    compiled = build(counter, step)
+    out, messages = first_call(compiled, x)
+    assert torch.equal(out, expected)
+    assert len(messages) == 1
+    fill_vectors(model, 0.5)
+    torch.testing.assert_close(compiled(x), step(x))
+    assert len(counter.graphs) == 1
+
+
+@pytest.mark.parametrize("call", ["detach", "merge"])
+def test_a_model_whose_vectors_were_removed_is_not_adapted_again(call, counter):
+    model = zoo.MLP()
+    compiled = build(counter, model)
+    x = torch.randn(5, 8)
+    first_call(compiled, x)
+    fill_vectors(model, 0.5)
+    expected = compiled(x).detach() if call == "merge" else None
+    getattr(onelora, call)(compiled)
+    out, messages = first_call(compiled, x)
+    assert messages == []
+    assert onelora.vectors(model) == {}
+    torch.testing.assert_close(out, model(x) if expected is None else expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_transformers_model(counter):
+    model, inputs = zoo.bert()
+    base = copy.deepcopy(model)
+    compiled = build(counter, model)
+    out, messages = first_call(compiled, **inputs)
+    torch.testing.assert_close(out.logits, base(**inputs).logits)
+    assert len(messages) == 1
+    assert "classifier" not in onelora.vectors(model)
+    fill_vectors(model)
+    torch.testing.assert_close(compiled(**inputs).logits, merged_copy(model)(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert len(counter.graphs) == 1
+
+
+def test_nothing_to_adapt_is_an_error():
+    with pytest.raises(Exception, match="no linear module"):
+        torch.compile(nn.Sequential(nn.Conv1d(1, 1, 1)), backend="onelora")(torch.randn(1, 1, 3))
