@@ -74,7 +74,9 @@ def test_agrees_with_peft_miss_of_rank_one(name, how):
 
     assert_parity(out, expected, theirs.detach(), floor=4)
     for key, grad in grads.items():
-        torch.testing.assert_close(grad, their_grads[key].view(-1), rtol=2e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            grad, their_grads[key].view(-1), rtol=2e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)

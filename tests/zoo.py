@@ -70,9 +70,7 @@ def bert():
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, vocab_size=64
-    )
+    config = BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, vocab_size=64)
     ids = torch.randint(0, 64, (2, 9))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return perturb_norms(BertForSequenceClassification(config)).eval(), inputs

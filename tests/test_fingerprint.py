@@ -1,0 +1,67 @@
+"""Fingerprints: stable for ever, blind to dtype and layout, sharp for everything else."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onelora_compile.fingerprint import Fingerprint, _signs, fingerprint
+
+
+def test_the_sketch_never_changes():
+    # These numbers are in every adapter file that exists: a change here orphans them all.
+    weight = torch.arange(12, dtype=torch.float32).view(3, 4)
+    print_ = fingerprint(weight)
+    assert print_.to_json() == GOLDEN
+
+
+GOLDEN = {
+    "shape": [3, 4],
+    "dtype": "float32",
+    "norm": 22.494443758403985,
+    "sketch": "AAAgQQAAIMEAAAAAAADAwAAAhEIAAITCAAAAAAAA8MEAAIRCAACEwgAAAAAAAPDBAACwQQAAsMEAAAAAAAAgwQ==",
+}
+
+
+def test_the_first_signs_do_not_depend_on_how_many_there_are():
+    assert (_signs(5, 0) == _signs(900, 0)[:5]).all()
+    assert set(_signs(900, 0).flatten()) == {-1.0, 1.0}
+    assert abs(_signs(10_000, 1).mean()) < 0.02
+    assert (_signs(100, 0) != _signs(100, 1)).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (64, 3000), (3000, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_agrees_across_dtypes(shape, dtype):
+    weight = torch.randn(shape) * 0.02
+    assert fingerprint(weight).agrees(fingerprint(weight.to(dtype)))
+    assert fingerprint(weight.to(dtype)).agrees(fingerprint(weight))
+
+
+@given(st.integers(0, 2**31 - 1), st.floats(1e-4, 1.0))
+def test_distance_estimates_the_frobenius_distance(seed, size):
+    torch.manual_seed(seed)
+    weight = torch.randn(40, 60)
+    other = weight + size * torch.randn(40, 60)
+    exact = ((weight - other).norm() / max(weight.norm(), other.norm())).item()
+    assert exact / 4 < fingerprint(weight).distance(fingerprint(other)) < exact * 4
+    assert not fingerprint(weight).agrees(fingerprint(other))
+
+
+def test_other_shape_transpose_and_zero():
+    weight = torch.randn(6, 6)
+    assert not fingerprint(weight).agrees(fingerprint(weight.T.contiguous()))
+    assert fingerprint(weight).agrees(fingerprint(weight.T.contiguous().T))
+    assert fingerprint(weight[:5]).distance(fingerprint(weight)) == float("inf")
+    zero = fingerprint(torch.zeros(6, 6))
+    assert zero.agrees(zero)
+    assert not zero.agrees(fingerprint(weight))
+
+
+def test_json_round_trip_and_damage():
+    print_ = fingerprint(torch.randn(5, 3))
+    again = Fingerprint.from_json(print_.to_json())
+    assert again.distance(print_) == 0
+    for damage in ({"shape": [5]}, {"sketch": "AAAA"}, {"sketch": "*"}, {"norm": "x"}, {"norm": -1.0}, {"shape": None}):
+        with pytest.raises(ValueError, match="not a fingerprint"):
+            Fingerprint.from_json(print_.to_json() | damage)

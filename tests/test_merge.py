@@ -1,0 +1,120 @@
+"""merge: one rounding, reported; only the adapted use of a weight changes."""
+
+import copy
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.merge import fold_weight
+from onelora_compile.testing import fill_vectors, merged_copy
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_merged_model_is_the_adapted_one_and_plain_again(name):
+    base, inputs = zoo.MODELS[name]()
+    classes = [type(module) for module in base.modules()]
+    model = fill_vectors(onelora.adapt(copy.deepcopy(base)))
+    expected, reference = zoo.logits(model(**inputs)), merged_copy(model)
+    onelora.merge(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert onelora.vectors(model) == {}
+    torch.testing.assert_close(zoo.logits(model(**inputs)), expected, rtol=1e-4, atol=1e-5)
+    for (key, value), other in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-7, msg=key)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_one_rounding_to_the_stored_dtype(dtype):
+    weight, vector = (torch.randn(37, 53) * 0.02).to(dtype), torch.randn(37) * 1e-3
+    stored, loss = fold_weight(weight, vector)
+    exact = weight.double() + vector.double()[:, None]
+    assert stored.dtype == dtype
+    if dtype == torch.float32:
+        assert torch.equal(stored, weight + vector[:, None])
+    else:
+        assert torch.equal(
+            stored, (weight.to(torch.float64 if dtype == torch.float64 else torch.float32) + vector[:, None]).to(dtype)
+        )
+    expected = (stored.double() - exact).norm() / (vector.double().norm() * 53**0.5)
+    assert loss.relative == pytest.approx(expected.item(), rel=1e-6, abs=1e-12)
+
+
+def test_the_report_shows_what_bfloat16_swallows():
+    model = nn.Sequential(nn.Linear(256, 64))
+    nn.init.normal_(model[0].weight, std=0.02)
+    model.bfloat16()
+    fill_vectors(onelora.adapt(model), 1e-4)
+    weight = model[0].weight.detach().clone()
+    update = onelora.vectors(model)["0"].detach().clone()
+    report = onelora.merge(model)
+    unchanged = (model[0].weight == weight)[update != 0].double().mean().item()
+    assert 0.05 < unchanged < 1
+    assert report.losses["0"].unchanged == pytest.approx(unchanged)
+    assert report.worst == report.losses["0"].relative > 0.05
+    assert "bfloat16" in str(report)
+
+
+def test_zero_vectors_merge_to_the_same_bits():
+    model, _ = zoo.tiny_vit()
+    before = copy.deepcopy(model.state_dict())
+    report = onelora.merge(onelora.adapt(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert report.worst == 0
+
+
+def test_a_tied_embedding_does_not_change():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.embed(ids))
+
+    model = fill_vectors(onelora.adapt(Tied()), 0.5)
+    ids, table = torch.arange(11), model.embed.weight.detach().clone()
+    expected = model(ids)
+    onelora.merge(model)
+    assert torch.equal(model.embed.weight, table)
+    torch.testing.assert_close(model(ids), expected)
+
+
+def test_two_linears_that_share_a_weight_keep_their_own_vectors():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    fill_vectors(onelora.adapt(model), 0.5)
+    x = torch.randn(4, 6)
+    expected = model(x)
+    onelora.merge(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_overflow_and_quantised_weights_are_refused_and_nothing_is_written():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).half()
+    onelora.adapt(model)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        onelora.vectors(model)["0"].fill_(1.0)
+        onelora.vectors(model)["1"].fill_(1e5)
+    with pytest.raises(onelora.MergeError, match=r"'1'.*float16"):
+        onelora.merge(model)
+    for name, value in model.state_dict().items():
+        assert "onelora" in name or torch.equal(value, before[name])
+    assert list(onelora.vectors(model)) == ["0", "1"]
+
+    with pytest.raises(onelora.MergeError, match="int8"):
+        fold_weight(torch.zeros(2, 3, dtype=torch.int8), torch.ones(2))
+
+
+def test_merged_compiled_model_is_captured_again():
+    model = fill_vectors(onelora.adapt(zoo.MLP()), 0.5)
+    compiled = torch.compile(model, backend="onelora", options={"inner": "eager"})
+    x = torch.randn(5, 8)
+    expected = compiled(x).detach()
+    onelora.merge(compiled)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
