@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from onelora_compile.passes.fold_vectors import FoldResult, fold_vectors
 from torch import nn
 from torch.export import ExportedProgram
+
+from onelora_compile.passes.fold_vectors import FoldResult, fold_vectors
 
 
 def freeze(

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from onelora_compile.exporters.freeze import freeze
-from onelora_compile.exporters.save_onnx import save_model
-from onelora_compile.exporters.verify import Parity, check_onnx
 from rich.table import Table
 from torch import nn
 
 from onelora_compile.adapter import unwrap, vectors
 from onelora_compile.errors import ConfigError, ExportError, OneLoRAError, require
+from onelora_compile.exporters.freeze import freeze
+from onelora_compile.exporters.save_onnx import save_model
+from onelora_compile.exporters.verify import Parity, check_onnx
 from onelora_compile.merge import FoldLoss
 from onelora_compile.progress import steps
 from onelora_compile.text import Printable, bytes_text
@@ -31,8 +31,9 @@ from onelora_compile.version import __version__
 
 if TYPE_CHECKING:
     import onnx_ir
-    from onelora_compile.passes.fold_vectors import FoldResult
     from torch.export import ExportedProgram
+
+    from onelora_compile.passes.fold_vectors import FoldResult
 
 ADAPTERS = ("fold",)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from onelora_compile.exporters.freeze import evaluating
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from onelora_compile.errors import ExportError, require
+from onelora_compile.exporters.freeze import evaluating
 
 # Largest difference over the largest magnitude of an output that rounding in this dtype explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

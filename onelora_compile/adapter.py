@@ -159,7 +159,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     root = unwrap(model)
     state = state_of(root, "disable", allow_disabled=True)
     with torch.inference_mode(False), torch.no_grad():
-        swaps = [(vector, torch.zeros_like(vector)) for vector in vectors(root).values()]
+        swaps: list[tuple[Tensor, Tensor]] = [(v, torch.zeros_like(v)) for v in vectors(root).values()]
         trained = saved_tensors(root, state)
         swaps += [(trained[name], original.to(trained[name], copy=True)) for name, original in state.originals.items()]
     kept = [tensor.data for tensor, _ in swaps]

@@ -44,8 +44,6 @@ class OneLoRAConfig:
         put(self, "target_modules", _patterns("target_modules", self.target_modules))
         if self.exclude_modules is not None:
             put(self, "exclude_modules", _patterns("exclude_modules", self.exclude_modules))
-        if self.modules_to_save is None:
-            put(self, "modules_to_save", ())
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
                 f"modules_to_save={self.modules_to_save!r} is a string; pass a list: [{self.modules_to_save!r}]"

@@ -22,6 +22,8 @@ from torch import fx, nn
 from onelora_compile.errors import ConfigError
 from onelora_compile.layer import VECTOR
 
+Compiler = Callable[..., Any]  # (graph, example inputs) -> compiled function
+
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of Dynamo's graph that passes may change, inputs included; submodules are shared."""
@@ -34,7 +36,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     # node_copy leaves out attributes that are not fx's own.
     for old, new in nodes.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id", "compile_subgraph_reason"):
         if hasattr(gm, name):
             setattr(copy, name, getattr(gm, name))
@@ -111,9 +113,7 @@ def guard_vector(root_source: Any, name: str) -> None:
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
-def inner_compiler(
-    inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any]
-) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any]) -> Compiler:
     """The backend that compiles the rewritten graph.
 
     Raises:
@@ -123,7 +123,8 @@ def inner_compiler(
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **options}
-        return functools.partial(compile_fx, config_patches=patches) if patches else compile_fx
+        fx_compiler: Compiler = compile_fx
+        return functools.partial(fx_compiler, config_patches=patches) if patches else fx_compiler
     if mode:
         raise ConfigError(f"mode={mode!r} is Inductor's; it can't be combined with inner={inner!r}")
     if isinstance(inner, str):
@@ -131,11 +132,13 @@ def inner_compiler(
         from torch._dynamo.exc import InvalidBackend
 
         try:
-            inner = lookup_backend(inner)
+            compiler: Compiler = lookup_backend(inner)
         except InvalidBackend as error:
             known = ", ".join(torch.compiler.list_backends())
             raise ConfigError(f"option inner={inner!r}: there is no such backend; known are {known}") from error
-    return functools.partial(inner, options=dict(options)) if options else inner
+    else:
+        compiler = inner
+    return functools.partial(compiler, options=dict(options)) if options else compiler
 
 
 def _value(source: Any, names: dict[str, Any], scope: dict[str, Any]) -> Any:

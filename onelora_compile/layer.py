@@ -38,18 +38,19 @@ class OneLoRALayer:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the base class: the subclass is made at run time and can't be imported by name."""
-        function, args, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, args, *rest = reduced
         if args[:1] == (type(self),):
             return (_new_adapted, (function, self._onelora_base, args[1:]), *rest)
         return (function, args, *rest)
 
 
-def _new_adapted(function: Any, base: type[nn.Module], args: tuple[Any, ...]) -> nn.Module:
+def _new_adapted(function: Any, base: Any, args: tuple[Any, ...]) -> nn.Module:
     return function(adapted_class(base), *args)
 
 
 @functools.cache
-def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+def adapted_class(base: Any) -> Any:
     """The adapted subclass of a linear class, `OneLoRA` + its name; one per class, so that guards agree."""
     names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
     return type(
@@ -73,16 +74,15 @@ def vector_of(module: nn.Module) -> nn.Parameter:
 
 def attach(module: nn.Module, vector: Tensor) -> None:
     """Give the module its vector [out_features] and make it an adapted one."""
-    base = type(module)
+    base: Any = type(module)
     module.register_parameter(VECTOR, nn.Parameter(vector))
     module.__class__ = adapted_class(base)
 
 
 def remove(module: nn.Module) -> None:
     """Undo `attach`: the vector is dropped, the class is the base's again."""
-    assert isinstance(module, OneLoRALayer)
     del module._parameters[VECTOR]
-    module.__class__ = module._onelora_base
+    module.__class__ = module._onelora_base  # type: ignore[assignment]
 
 
 def weight_view(module: nn.Module) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from onelora_compile.passes.match_linear import LinearSite, match_linear, rank1_updates
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
@@ -22,7 +21,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from onelora_compile.errors import MergeError, PassError
 from onelora_compile.layer import VECTOR
 from onelora_compile.merge import FoldLoss, fold_weight
-from onelora_compile.ops import ADD_RANK1, RANK1_UPDATE
+from onelora_compile.passes.match_linear import LinearSite, match_linear, operands, rank1_updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,6 @@ class _Folder:
             self.gm.graph.erase_node(vector)
             del self.state[self._target(vector)]
             del self.specs[vector.name]
-        self.gm.graph.eliminate_dead_code()
         self.gm.recompile()
 
     def _fold_group(self, weight: fx.Node, vector: fx.Node, sites: list[LinearSite]) -> None:
@@ -107,8 +105,7 @@ class _Folder:
                 site.node.replace_input_with(weight, own)
         for site in sites:
             assert site.update is not None
-            plain = site.update.args[0]
-            assert isinstance(plain, fx.Node)
+            plain = operands(site.update)[0]
             site.update.replace_all_uses_with(plain)
             self.renamed[site.update.name] = plain.name
             self.gm.graph.erase_node(site.update)
@@ -153,9 +150,8 @@ class _Folder:
         return self._target(vector).rpartition(".")[0]
 
     def _name_of(self, update: fx.Node) -> str:
-        assert update.target in (RANK1_UPDATE, ADD_RANK1)
-        vector = update.args[2]
-        return self._module(vector) if isinstance(vector, fx.Node) and vector.name in self.specs else update.name
+        vector = operands(update)[2]
+        return self._module(vector) if vector.name in self.specs else update.name
 
     def signature(self) -> ExportGraphSignature:
         inputs = [self.specs[node.name] for node in self.gm.graph.find_nodes(op="placeholder")]
@@ -171,9 +167,12 @@ class _Folder:
 
 def _copy(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
-    output = copy.graph_copy(graph, {}, return_output_node=True)
+    nodes: dict[fx.Node, fx.Node] = {}
+    output = copy.graph_copy(graph, nodes, return_output_node=True)
     assert isinstance(output, tuple)
     value, old = output
     copy.output(value).meta = dict(old.meta)
     copy.set_codegen(graph._codegen)
+    for before, after in nodes.items():
+        after.name = before.name  # the signature knows nodes by name; a copy renames 'input' and other builtins
     return copy

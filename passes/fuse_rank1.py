@@ -14,13 +14,14 @@ share_feature_sum, which leaves one spelling and one sum per input.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from onelora_compile.passes.match_linear import example, module_path
-from onelora_compile.passes.result import PassResult
 from torch import fx
 
 from onelora_compile.ops import ADD_RANK1, FEATURE_SUM, accumulation_dtype
+from onelora_compile.passes.match_linear import example, module_path, operands
+from onelora_compile.passes.result import PassResult
 
 NO_SHAPES = "the graph carries no example values"
 LOWERING = "onelora_lowering"  # key in node.meta
@@ -49,11 +50,11 @@ def _choose(node: fx.Node) -> str:
 
 
 def _producer_consumer(graph: fx.Graph, update: fx.Node) -> None:
-    if update.args[1].target is FEATURE_SUM:  # type: ignore[union-attr]
-        _plain_sum(graph, update.args[1])  # type: ignore[arg-type]
-    y, s, vector = update.args
+    if operands(update)[1].target is FEATURE_SUM:
+        _plain_sum(graph, operands(update)[1])
+    y, s, vector = operands(update)
     value = example(update)
-    dtypes = {example(node).dtype for node in (y, s, vector)}  # type: ignore[union-attr, arg-type]
+    dtypes = {tensor.dtype for tensor in map(example, (y, s, vector)) if tensor is not None}
     with graph.inserting_before(update):
         fused = graph.call_function(torch.addcmul, (y, s, vector))
         fused.meta = update.meta | {LOWERING: "producer_consumer"}
@@ -71,7 +72,7 @@ def _plain_sum(graph: fx.Graph, s: fx.Node) -> None:
     assert isinstance(x, fx.Node)
     value = example(x)
     assert value is not None
-    keywords = {"dim": -1, "keepdim": True, "dtype": accumulation_dtype(value.dtype)}
+    keywords: dict[str, Any] = {"dim": -1, "keepdim": True, "dtype": accumulation_dtype(value.dtype)}
     with graph.inserting_before(s):
         plain = graph.call_function(torch.sum, (x,), keywords)
     plain.meta = s.meta.copy()

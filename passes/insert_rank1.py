@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from onelora_compile.passes.match_linear import LinearSite, example, match_linear
-from onelora_compile.passes.result import PassResult
 from torch import Tensor, fx
 
 from onelora_compile.ops import RANK1_UPDATE
+from onelora_compile.passes.match_linear import LinearSite, example, match_linear
+from onelora_compile.passes.result import PassResult
 
 ADAPTED = "adapted already"
 NOT_NAMED = "no vector of this name was given"

@@ -56,11 +56,7 @@ class LinearSite:
     @property
     def vector(self) -> fx.Node | None:
         """The node that holds the vector, None for a linear that is not adapted."""
-        if self.update is None:
-            return None
-        vector = self.update.args[2]
-        assert isinstance(vector, fx.Node)
-        return vector
+        return None if self.update is None else operands(self.update)[2]
 
 
 def match_linear(gm: fx.GraphModule) -> list[LinearSite]:
@@ -86,6 +82,15 @@ def match_linear(gm: fx.GraphModule) -> list[LinearSite]:
 def rank1_updates(graph: fx.Graph) -> Iterator[fx.Node]:
     """The update nodes, in either spelling: vector in argument 2, output of the linear in argument 0."""
     return (node for node in graph.nodes if node.op == "call_function" and node.target in (RANK1_UPDATE, ADD_RANK1))
+
+
+def operands(update: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Of an update in either spelling: y, then x or its feature sum, then the vector."""
+    y, second, vector = update.args
+    assert isinstance(y, fx.Node)
+    assert isinstance(second, fx.Node)
+    assert isinstance(vector, fx.Node)
+    return y, second, vector
 
 
 def example(node: fx.Node) -> torch.Tensor | None:
@@ -165,7 +170,7 @@ def _is_parameter(node: fx.Node) -> bool:
 
 def _linear_below(update: fx.Node) -> fx.Node | None:
     """The node whose output the update changes, seen through reshapes of the leading dimensions."""
-    node = update.args[0]
+    node: Any = operands(update)[0]
     while isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in _VIEWS:
         node = node.args[0]
     return node if isinstance(node, fx.Node) else None

@@ -21,7 +21,9 @@ def mutates(gm: fx.GraphModule, node: fx.Node) -> bool:
     if "out" in node.kwargs or node.kwargs.get("inplace"):
         return True
     if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+        name = str(node.target)
+        dunder = name.endswith("__")
+        return name == "__setitem__" or name.startswith("__i") if dunder else name.endswith("_")
     if node.op == "call_module":
         called = gm.get_submodule(str(node.target))
         return any(getattr(module, "inplace", False) for module in called.modules()) or isinstance(

@@ -6,13 +6,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from torch import fx
+
+from onelora_compile.errors import PassError
 from onelora_compile.passes.fuse_rank1 import fuse_rank1
 from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.share_feature_sum import share_feature_sum
 from onelora_compile.passes.verify import vectors_of, verify
-from torch import fx
-
-from onelora_compile.errors import PassError
 
 log = logging.getLogger("onelora_compile.passes")
 
@@ -30,7 +30,7 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass] = PIPELINE) -> list[Pa
     Raises:
         PassError: a pass failed or broke an invariant; the message names it and those that ran before.
     """
-    results = []
+    results: list[PassResult] = []
     graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
     vectors = {graph: vectors_of(graph) for graph in graphs}
     for one in passes:

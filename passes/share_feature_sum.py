@@ -10,12 +10,12 @@ may write to a tensor in place: the input may be another one after it.
 
 from __future__ import annotations
 
-from onelora_compile.passes.match_linear import example, module_path
-from onelora_compile.passes.mutation import mutates
-from onelora_compile.passes.result import PassResult
 from torch import fx
 
 from onelora_compile.ops import ADD_RANK1, FEATURE_SUM, RANK1_UPDATE, feature_sum
+from onelora_compile.passes.match_linear import example, module_path, operands
+from onelora_compile.passes.mutation import mutates
+from onelora_compile.passes.result import PassResult
 
 
 def share_feature_sum(gm: fx.GraphModule) -> PassResult:
@@ -26,8 +26,7 @@ def share_feature_sum(gm: fx.GraphModule) -> PassResult:
         if mutates(gm, node):
             sums.clear()
         elif node.op == "call_function" and node.target is RANK1_UPDATE:
-            x = node.args[1]
-            assert isinstance(x, fx.Node)
+            x = operands(node)[1]
             if x not in sums:
                 sums[x] = _insert_sum(gm.graph, node, x)
             _rewrite(gm.graph, node, sums[x])
@@ -45,7 +44,7 @@ def _insert_sum(graph: fx.Graph, update: fx.Node, x: fx.Node) -> fx.Node:
 
 
 def _rewrite(graph: fx.Graph, update: fx.Node, s: fx.Node) -> None:
-    y, _, vector = update.args
+    y, _, vector = operands(update)
     with graph.inserting_before(update):
         node = graph.call_function(ADD_RANK1, (y, s, vector))
     node.meta = update.meta.copy()

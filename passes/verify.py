@@ -7,16 +7,16 @@
 
 from __future__ import annotations
 
-from onelora_compile.passes.match_linear import example, rank1_updates
 from torch import fx
 
 from onelora_compile.errors import PassError
 from onelora_compile.ops import ADD_RANK1
+from onelora_compile.passes.match_linear import example, operands, rank1_updates
 
 
 def vectors_of(gm: fx.GraphModule) -> list[fx.Node]:
     """The nodes that hold a vector, each once."""
-    return list(dict.fromkeys(node.args[2] for node in rank1_updates(gm.graph)))  # type: ignore[arg-type]
+    return list(dict.fromkeys(operands(update)[2] for update in rank1_updates(gm.graph)))
 
 
 def verify(gm: fx.GraphModule, vectors: list[fx.Node]) -> None:
@@ -29,11 +29,11 @@ def verify(gm: fx.GraphModule, vectors: list[fx.Node]) -> None:
         gm.graph.lint()
     except RuntimeError as error:
         raise PassError(f"the graph is not well-formed: {error}") from error
-    for vector in vectors:
-        if not vector.users:
-            raise PassError(f"the vector {vector.name!r} lost its last user: its linear would not be adapted")
+    for held in vectors:
+        if not held.users:
+            raise PassError(f"the vector {held.name!r} lost its last user: its linear would not be adapted")
     for update in rank1_updates(gm.graph):
-        y, s, vector = (example(node) for node in update.args[:3])  # type: ignore[arg-type]
+        y, s, vector = map(example, operands(update))
         if y is not None and vector is not None and y.shape[-1] != vector.shape[-1]:
             raise PassError(f"{update.name}: a vector of {vector.shape[-1]} entries on {y.shape[-1]} features")
         if update.target is ADD_RANK1 and s is not None and s.shape[-1] != 1:

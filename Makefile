@@ -1,0 +1,41 @@
+# make demo   set everything up and run the main job
+# make test   set everything up and run the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-slow lint clean
+
+help:  ## Show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## Build .venv with the versions that were tested
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "onelora-compile needs Python 3.11 or newer with venv; $(PYTHON) is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt setuptools wheel
+	@echo "installing PyTorch and the other dependencies, a few minutes the first time"
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY)  ## Train, compare, export and swap adapters on handwritten digits (2 minutes)
+	$(BIN)/onelora demo
+
+test: $(READY)  ## Run the tests
+	$(BIN)/pytest
+
+test-slow: $(READY)  ## Run the long tail of the tests
+	$(BIN)/pytest -m slow
+
+# mypy sees the folders that setuptools maps only in a strict editable install, and only from another folder.
+lint: $(READY)  ## Check style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p onelora_compile; status=$$?; cd ..; \
+	  $(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e . && exit $$status
+
+clean:  ## Remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis onelora-demo

@@ -1,0 +1,109 @@
+"""The command line `onelora`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from onelora_compile.errors import ConfigError, OneLoRAError
+from onelora_compile.version import __version__
+
+app = typer.Typer(
+    help="1LoRA: one trained vector per frozen linear, compiled into training and folded into deployed models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for what it writes.")] = Path("onelora-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps only: to see that it runs.")] = False,
+) -> None:
+    """Adapt a small vision transformer to shifted digits, compare methods, export to ONNX (about 2 minutes)."""
+    from onelora_compile.examples.digits.run import run_demo
+
+    run_demo(folder, seed=seed, quick=quick)
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="An adapter (.safetensors) or an ONNX model (.onnx).")]) -> None:
+    """Show what is in a file: vectors, configuration and base of an adapter; mode and sizes of a model."""
+    from onelora_compile.inspection import inspect_file
+
+    Console().print(inspect_file(file))
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(help="module:function that returns (model, args) or (model, args, kwargs).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    adapter: Annotated[Path | None, typer.Option(help="Adapter to load into the model first.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset version; the exporter's own choice without.")] = None,
+    verify: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime and compare with eager.")] = True,
+) -> None:
+    """Export a model with its adapter folded into the weights, and verify the file.
+
+    The function is found in the current folder or among the installed packages.
+    """
+    from onelora_compile.checkpoint import load_adapter
+    from onelora_compile.exporters import export_onnx
+
+    model, args, kwargs = _load_target(target)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    Console().print(export_onnx(model, args, output, kwargs, opset_version=opset, verify=verify))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, compiler, runtimes and GPU, and what each means for you."""
+    from onelora_compile.inspection import doctor_table
+
+    Console().print(doctor_table())
+
+
+def _load_target(target: str) -> tuple[Any, Any, dict[str, Any]]:
+    module_name, _, name = target.partition(":")
+    if not module_name or not name:
+        raise ConfigError(f"{target!r} is not of the form module:function, for example mymodels:make_vit")
+    sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{target!r}: {error}; run the command in the folder that holds the module") from error
+    except AttributeError as error:
+        raise ConfigError(f"{target!r}: the module {module_name!r} has no {name!r}") from error
+    made = function()
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        raise ConfigError(f"{target!r} must return (model, args) or (model, args, kwargs), not {type(made).__name__}")
+    model, args = made[:2]
+    return model, args, dict(made[2]) if len(made) == 3 else {}
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit code 1."""
+    try:
+        app()
+    except (OneLoRAError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The command line, as a user types it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import zoo
+from typer.testing import CliRunner
+
+import onelora_compile as onelora
+from onelora_compile.cli import app
+from onelora_compile.testing import fill_vectors
+
+
+def onelora_command(*args, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "onelora_compile.cli", *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A module with a model, an adapter of it."""
+    (tmp_path / "mymodels.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)), (torch.randn(2, 4),)\n"
+        "def wrong():\n"
+        "    return 3\n"
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    onelora.save_adapter(fill_vectors(onelora.adapt(model)), tmp_path / "a.safetensors")
+    return tmp_path
+
+
+def test_help_names_every_command():
+    text = run("--help").output
+    for command in ("demo", "inspect", "export", "doctor"):
+        assert command in text
+    assert run().exit_code in (0, 2)
+    assert run("--version").output.strip() == onelora.__version__
+
+
+def test_doctor():
+    result = run("doctor")
+    assert result.exit_code == 0
+    for part in ("torch", torch.__version__, "registered", "onnxruntime", "C++ compiler"):
+        assert part in result.output
+
+
+def test_inspect_an_adapter(project):
+    result = run("inspect", project / "a.safetensors")
+    assert result.exit_code == 0
+    for part in ("1LoRA adapter", "[3, 4]", "float32", "2 vectors, 5 numbers", "all-linear"):
+        assert part in result.output
+
+
+def test_export_and_inspect_the_model(project):
+    done = onelora_command("export", "mymodels:make", "-o", "m.onnx", "--adapter", "a.safetensors", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "passed" in done.stdout
+    result = run("inspect", project / "m.onnx")
+    for part in ("ONNX model", "mode 'fold', 2 vectors", "opset", "input: FLOAT [2,4]"):
+        assert part in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("inspect", "nothing.safetensors"), "there is no file nothing.safetensors"),
+        (("inspect", "mymodels.py"), "not a safetensors file"),
+        (("export", "mymodels", "-o", "m.onnx"), "not of the form module:function"),
+        (("export", "nomodule:make", "-o", "m.onnx"), "No module named 'nomodule'"),
+        (("export", "mymodels:made", "-o", "m.onnx"), "has no 'made'"),
+        (("export", "mymodels:wrong", "-o", "m.onnx"), "must return (model, args)"),
+        (("export", "mymodels:make", "-o", "no/m.onnx"), "does not exist"),
+        (("export", "mymodels:make", "-o", "m.onnx", "--adapter", "b"), "there is no adapter file b"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_one(project, args, message):
+    done = onelora_command(*args, cwd=project)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (project / "m.onnx").exists()
+
+
+def test_damaged_onnx(project):
+    (project / "bad.onnx").write_bytes(b"\x08\x07nonsense")
+    done = onelora_command("inspect", "bad.onnx", cwd=project)
+    assert done.returncode == 1
+    assert "not an ONNX model" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_usage_is_exit_code_two():
+    assert onelora_command("frobnicate").returncode == 2
+    assert onelora_command("export").returncode == 2
+
+
+def test_a_loaded_model_of_another_base_is_refused(project):
+    torch.manual_seed(1)
+    onelora.save_adapter(onelora.adapt(zoo.MLP()), project / "other.safetensors")
+    done = onelora_command("export", "mymodels:make", "-o", "m.onnx", "--adapter", "other.safetensors", cwd=project)
+    assert done.returncode == 1
+    assert "does not have: a, b, c" in done.stderr

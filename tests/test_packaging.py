@@ -1,0 +1,79 @@
+"""The package as a user gets it: names, wheel, optional dependencies, no second copy."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import onelora_compile as onelora
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = {
+    "OneLoRAConfig", "adapt", "detach", "disabled", "explain", "load_adapter", "merge", "save_adapter", "summary",
+    "trainable_parameters", "vectors",
+}  # fmt: skip
+
+
+def test_the_contract_is_public_and_all_is_true():
+    assert set(onelora.__all__) >= PUBLIC
+    assert all(hasattr(onelora, name) for name in onelora.__all__)
+    exported = {name for name, value in vars(onelora).items() if getattr(value, "__module__", "").startswith("onelora")}
+    assert exported <= set(onelora.__all__)
+
+
+def test_every_public_function_has_a_docstring():
+    for name in onelora.__all__:
+        assert name == "__version__" or getattr(onelora, name).__doc__, name
+
+
+def test_passes_and_exporters_have_one_name():
+    import onelora_compile.exporters
+    import onelora_compile.passes
+
+    assert Path(onelora_compile.passes.__file__).parent == ROOT / "passes"
+    assert Path(onelora_compile.exporters.__file__).parent == ROOT / "exporters"
+
+
+def test_the_wheel_holds_the_mapped_folders(tmp_path):
+    source = tmp_path / "source"  # a copy: building leaves a build folder behind, whose files the next wheel would hold
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "onelora-demo")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        entry_points = next(file.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    for folder, package in (("passes", "onelora_compile/passes"), ("exporters", "onelora_compile/exporters")):
+        assert {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")} <= set(names)
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "onelora_compile").rglob("*.py")}
+    assert sources <= set(names)
+    assert "onelora_compile/py.typed" in names
+    assert not any(name.startswith(("passes/", "exporters/", "tests/", "benchmarks/")) for name in names)
+    assert "[torch_dynamo_backends]\nonelora = onelora_compile.backend:onelora_backend" in entry_points
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "transformers", "peft", "sklearn", "matplotlib"])
+def test_importing_needs_none_of_the_extras(package):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "import onelora_compile, onelora_compile.exporters, onelora_compile.passes, onelora_compile.backend\n"
+        "import onelora_compile.cli, onelora_compile.examples.digits.run\n"
+        "import torch; onelora_compile.adapt(torch.nn.Linear(2, 2))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_one_file_touches_private_dynamo_or_inductor_api():
+    private = ("torch._dynamo.", "torch._inductor.", "from torch._dynamo", "from torch._inductor")
+    allowed = {"onelora_compile/inductor.py", "onelora_compile/options.py"}  # options names a key in its docstring
+    for folder in ("onelora_compile", "passes", "exporters"):
+        for path in (ROOT / folder).rglob("*.py"):
+            name = path.relative_to(ROOT).as_posix()
+            if name not in allowed and "examples" not in name:
+                assert not any(word in path.read_text() for word in private), name
