@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from onelora_compile.config import OneLoRAConfig
 from onelora_compile.errors import OneLoRAWarning, StateError
+from onelora_compile.fastpath import close_fast_paths
 from onelora_compile.layer import attach, is_adapted, out_features, remove, vector_of
 from onelora_compile.targets import READ_DIRECTLY, Selection, clean_name, named_modules, select
 
@@ -29,12 +30,14 @@ class AdapterState:
         requires_grad: of every base parameter, as it was before, by name.
         originals: values before training of what is trained besides the vectors, by name: parameters of
             modules_to_save and norms, and the running statistics of batch norms, which move without a gradient.
+        fast_paths: attributes that were switched off, with their values; see `fastpath`.
         disabled: how many `disabled` blocks are open.
     """
 
     config: OneLoRAConfig
     requires_grad: dict[str, bool]
     originals: dict[str, Tensor]
+    fast_paths: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
     disabled: int = 0
 
 
@@ -77,7 +80,8 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
     # inference_mode(False): tensors made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         originals = {name: tensors[name].detach().clone() for name in travelling}
-        setattr(root, _STATE, AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals))
+        state = AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals)
+        setattr(root, _STATE, state)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         for name in selection.saved:
@@ -88,6 +92,7 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
             default = torch.float64 if weight.dtype == torch.float64 else torch.float32
             dtype = config.vector_dtype or default
             attach(module, torch.zeros(out_features(module), dtype=dtype, device=weight.device))
+    state.fast_paths = close_fast_paths(root)
 
 
 def detach(model: Model) -> Model:
@@ -116,6 +121,8 @@ def release(root: nn.Module, state: AdapterState) -> None:
     """Take the vectors off and give the base its requires_grad flags back; values stay as they are."""
     for module in adapted_modules(root).values():
         remove(module)
+    for module, attribute, value in state.fast_paths:
+        setattr(module, attribute, value)
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if (flag := state.requires_grad.get(clean_name(name))) is not None:
             parameter.requires_grad_(flag)

@@ -126,6 +126,11 @@ def fold_weight(weight: Tensor, vector: Tensor) -> tuple[Tensor, FoldLoss]:
 
 def _folded(name: str, module: nn.Module) -> tuple[Tensor, FoldLoss]:
     vector = vector_of(module)
+    if "weight" not in module._parameters:
+        raise MergeError(
+            f"{name!r}: its weight is not a parameter but computed from others (a parametrization, weight_norm): "
+            "remove that first, for example with torch.nn.utils.parametrize.remove_parametrizations"
+        )
     try:
         return fold_weight(weight_view(module), vector)
     except MergeError as error:

@@ -325,6 +325,29 @@ def test_multihead_attention_is_not_adapted_by_half():
     assert list(onelora.vectors(model)) == ["1"]
 
 
+@pytest.mark.filterwarnings("ignore:not adapted:onelora_compile.OneLoRAWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fused_path_of_transformer_layers_does_not_drop_the_vectors(padded, compiled):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    base = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(3, 5, 16)
+    mask = {"src_key_padding_mask": torch.arange(5)[None] >= torch.tensor([5, 3, 4])[:, None]} if padded else {}
+    model = fill_vectors(onelora.adapt(copy.deepcopy(base)), 0.5)
+    reference = merged_copy(model)
+    run = torch.compile(model, backend="onelora", options={"inner": "eager"}) if compiled else model
+    keep = ~mask["src_key_padding_mask"] if padded else torch.ones(3, 5, dtype=torch.bool)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(run(x, **mask)[keep], reference(x, **mask)[keep], rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(model(x, **mask)[keep], base(x, **mask)[keep], atol=1e-2)
+    twin = copy.deepcopy(model)
+    for detached in (onelora.detach(twin), onelora.detach(model)):
+        assert [layer.activation_relu_or_gelu for layer in detached.layers] == [1, 1]
+        assert detached.use_nested_tensor == base.use_nested_tensor
+
+
 def test_summary_counts():
     model, _ = zoo.bert()
     base = sum(p.numel() for p in model.parameters())

@@ -291,3 +291,34 @@ def test_a_pass_that_fails_is_named(monkeypatch):
 
     with pytest.raises(onelora.PassError, match=r"pass broken failed after \['share_feature_sum'\]: boom"):
         run.run_passes(torch.fx.symbolic_trace(nn.Linear(2, 2)), [run.share_feature_sum, broken])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_an_adapted_model_works_with_any_other_backend(backend):
+    model = fill_vectors(onelora.adapt(zoo.MLP()), 0.5)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(compiled(x), merged_copy(model)(x))
+    compiled(x).sum().backward()
+    assert all(v.grad.any() for v in onelora.vectors(model).values())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_adapted_model_can_be_exported_by_hand(strict):
+    model = fill_vectors(onelora.adapt(zoo.MLP()), 0.5)
+    x = torch.randn(5, 8)
+    program = torch.export.export(model, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), model(x))
+    torch.testing.assert_close(program.run_decompositions().module()(x), model(x))
+
+
+def test_a_copy_of_the_compiled_model():
+    model = fill_vectors(onelora.adapt(zoo.MLP()), 0.5)
+    compiled = torch.compile(model, backend="onelora", options={"inner": "eager"})
+    x = torch.randn(5, 8)
+    expected = compiled(x)
+    twin = copy.deepcopy(compiled)
+    fill_vectors(twin, 0.5, seed=7)
+    torch.testing.assert_close(twin(x), merged_copy(twin)(x))
+    torch.testing.assert_close(compiled(x), expected)
+    assert not torch.allclose(twin(x), expected)

@@ -111,6 +111,13 @@ def test_overflow_and_quantised_weights_are_refused_and_nothing_is_written():
         fold_weight(torch.zeros(2, 3, dtype=torch.int8), torch.ones(2))
 
 
+def test_a_parametrized_weight_is_refused():
+    model = onelora.adapt(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))))
+    with pytest.raises(onelora.MergeError, match=r"'0': its weight is not a parameter"):
+        onelora.merge(model)
+    assert list(onelora.vectors(model)) == ["0"]
+
+
 def test_merged_compiled_model_is_captured_again():
     model = fill_vectors(onelora.adapt(zoo.MLP()), 0.5)
     compiled = torch.compile(model, backend="onelora", options={"inner": "eager"})
