@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _WIDTH = 4  # columns of L and of R
-_CHUNK = 1 << 22  # entries of W that are float64 at a time
+_CHUNK = 1 << 22  # entries of W that are converted at a time
 
 # Relative Frobenius distance that storing a weight in a dtype can cause, with a margin of about 5: measured
 # 2e-4 for float16 and 1.7e-3 for bfloat16 on transformers' weights; float64 and float32 differ by rounding alone.
@@ -82,21 +82,26 @@ class Fingerprint:
 
 
 def fingerprint(weight: Tensor) -> Fingerprint:
-    """Take the fingerprint of a weight [out_features, in_features], on its device, in float64 by chunks."""
+    """Take the fingerprint of a weight [out_features, in_features], on its device, by chunks of rows.
+
+    Dtype: float32 products on a CPU (or where there is no float64), float64 on a CUDA GPU, whose float32 products
+    may be TF32, and for float64 weights; sums over chunks are float64.
+    """
     rows, columns = weight.shape
-    left = torch.from_numpy(_signs(rows, 0)).to(weight.device)
-    right = torch.from_numpy(_signs(columns, 1)).to(weight.device)
-    sketch = torch.zeros(_WIDTH, _WIDTH, dtype=torch.float64, device=weight.device)
-    square = torch.zeros((), dtype=torch.float64, device=weight.device)
+    wide = weight.dtype == torch.float64 or weight.is_cuda
+    dtype = torch.float64 if wide else torch.float32
+    left = torch.from_numpy(_signs(rows, 0))
+    right = torch.from_numpy(_signs(columns, 1)).to(weight.device, dtype)
+    sketch = torch.zeros(_WIDTH, _WIDTH, dtype=torch.float64)
+    square = 0.0
     step = max(1, _CHUNK // max(1, columns))
     with torch.no_grad():
         for start in range(0, rows, step):
-            chunk = weight[start : start + step].to(torch.float64)
-            sketch += left[start : start + step].T @ (chunk @ right)
-            square += chunk.square().sum()
-    dtype = str(weight.dtype).removeprefix("torch.")
-    values = sketch.flatten().cpu().numpy().astype(np.float32)
-    return Fingerprint((rows, columns), dtype, float(square.sqrt().item()), values)
+            chunk = weight[start : start + step].to(dtype)
+            sketch += left[start : start + step].T @ (chunk @ right).cpu().double()
+            square += torch.linalg.vector_norm(chunk).item() ** 2
+    values = sketch.flatten().numpy().astype(np.float32)
+    return Fingerprint((rows, columns), str(weight.dtype).removeprefix("torch."), square**0.5, values)
 
 
 @functools.lru_cache(maxsize=64)

@@ -34,6 +34,7 @@ def insert_rank1(
         The result, and the names of the vectors in the order in which they were appended to the graph's inputs.
 
     Example:
+        >>> import torch
         >>> gm = fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(4, 3)))
         >>> result, inputs = insert_rank1(gm, {"0": torch.ones(3)})
         >>> gm.recompile() and None

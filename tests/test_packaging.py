@@ -1,5 +1,8 @@
 """The package as a user gets it: names, wheel, optional dependencies, no second copy."""
 
+import doctest
+import importlib
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -9,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import onelora_compile as onelora
+import onelora_compile.exporters
+import onelora_compile.passes
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {
@@ -29,10 +34,15 @@ def test_every_public_function_has_a_docstring():
         assert name == "__version__" or getattr(onelora, name).__doc__, name
 
 
-def test_passes_and_exporters_have_one_name():
-    import onelora_compile.exporters
-    import onelora_compile.passes
+def test_examples_in_docstrings():
+    for package in (onelora, onelora.passes, onelora.exporters):
+        for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            if not info.ispkg and not info.name.endswith((".cli", "__main__")):
+                results = doctest.testmod(importlib.import_module(info.name))
+                assert results.failed == 0, info.name
 
+
+def test_passes_and_exporters_have_one_name():
     assert Path(onelora_compile.passes.__file__).parent == ROOT / "passes"
     assert Path(onelora_compile.exporters.__file__).parent == ROOT / "exporters"
 

@@ -76,6 +76,21 @@ def load_domains(seed: int, shifts: tuple[Shift, ...] = (SHIFT_A, SHIFT_B)) -> l
     ]
 
 
+def augmented(images: Tensor, copies: int, seed: int) -> Tensor:
+    """The images and `copies` changed versions of them, [*, 8, 8]: small rotations, less contrast.
+
+    A model pretrained on a little variety has features that a few trained numbers can re-use.
+    """
+    ndimage = require("scipy.ndimage", "demo", "rotate images")
+    rng = np.random.default_rng(seed)
+    parts = [images.numpy()]
+    for _ in range(copies):
+        turned = np.stack([ndimage.rotate(i, rng.uniform(-20, 20), reshape=False, order=1) for i in images.numpy()])
+        contrast = rng.uniform(0.5, 1.0, (len(turned), 1, 1))
+        parts.append(turned.clip(0.0, 1.0) * contrast + (1.0 - contrast) * rng.uniform(0.0, 1.0, contrast.shape))
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32))
+
+
 def shifted(images: np.ndarray, shift: Shift, rng: np.random.Generator) -> np.ndarray:
     """Images [*, 8, 8] of the shifted domain."""
     ndimage = require("scipy.ndimage", "demo", "rotate images")

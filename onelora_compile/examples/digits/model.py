@@ -41,7 +41,7 @@ class DigitViT(nn.Module):
     The patch embedding is a linear over the 4 pixels of a patch, so that it can be adapted like any other linear.
     """
 
-    def __init__(self, width: int = 64, depth: int = 4, heads: int = 4) -> None:
+    def __init__(self, width: int = 64, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
         self.embed = nn.Linear(PATCH * PATCH, width)
         self.position = nn.Parameter(torch.randn(TOKENS, width) * 0.02)

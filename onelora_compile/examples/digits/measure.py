@@ -1,0 +1,80 @@
+"""What a training step keeps in memory, and how long it takes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onelora_compile.testing import saved_bytes
+from onelora_compile.version import __version__
+
+Step = Callable[[], None]
+
+
+def backward_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Bytes that one training step of this batch keeps for backward, parameters apart."""
+    return saved_bytes(lambda: F.cross_entropy(model(images), labels))
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
+    """Forward, backward and AdamW update of one batch; without an update where nothing is trained.
+
+    The learning rate is zero: timing leaves the trained values as they are.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0) if parameters else None
+
+    def step() -> None:
+        F.cross_entropy(model(images), labels).backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def step_times(steps: Mapping[str, Step], rounds: int, repeats: int = 5) -> dict[str, float]:
+    """Median milliseconds of each step.
+
+    A round runs each step `repeats` times, in turns: what slows the machine down for a while slows all of them.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            samples[name].append((time.perf_counter() - start) / repeats * 1e3)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def machine() -> dict[str, str]:
+    """Where the numbers were measured."""
+    return {
+        "device": "CPU",
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onelora-compile": __version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or "unknown"

@@ -1,0 +1,34 @@
+"""The README's program runs as it is printed, and its commands exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_program(tmp_path):
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "vectors folded" in done.stdout
+    assert (tmp_path / "a.safetensors").stat().st_size < 2000
+    assert (tmp_path / "model.onnx").exists()
+
+
+def test_make_targets_and_links():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", README + (ROOT / "CONTRIBUTING.md").read_text()):
+        assert f"\n{target}:" in makefile, target
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_names_of_the_table_are_real():
+    import onelora_compile as onelora
+
+    for name in re.findall(r"onelora\.([a-zA-Z_]+)\(", README):
+        assert hasattr(onelora, name), name
