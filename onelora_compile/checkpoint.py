@@ -35,6 +35,7 @@ from onelora_compile.errors import AdapterFileError, BaseMismatchError, ConfigEr
 from onelora_compile.files import replacing
 from onelora_compile.fingerprint import Fingerprint, fingerprint
 from onelora_compile.layer import is_linear, weight_view
+from onelora_compile.progress import over_weights
 from onelora_compile.targets import Selection, named_modules, select
 from onelora_compile.version import __version__
 
@@ -76,7 +77,8 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     tensors = {name: vector.detach().to("cpu", torch.float32) for name, vector in vectors(root).items()}
     extra = {name: tensor.detach().to("cpu", copy=True) for name, tensor in saved_tensors(root, state).items()}
     _check_finite(tensors | extra, "nothing was written: the training has diverged")
-    prints = {name: fingerprint(weight_view(module)).to_json() for name, module in adapted_modules(root).items()}
+    modules = over_weights("fingerprint of the base", adapted_modules(root))
+    prints = {name: fingerprint(weight_view(module)).to_json() for name, module in modules}
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -204,7 +206,7 @@ def _check_fits(root: nn.Module, state: AdapterState, file: AdapterFile, path: P
 
 def _check_base(modules: dict[str, nn.Module], file: AdapterFile, path: PathLike) -> None:
     wrong = []
-    for name, module in modules.items():
+    for name, module in over_weights("check of the base", modules):
         weight, expected = weight_view(module), file.fingerprints[name]
         if tuple(weight.shape) != expected.shape:
             raise AdapterFileError(

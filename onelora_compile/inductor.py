@@ -51,10 +51,16 @@ def mark_new_inputs(gm: fx.GraphModule) -> None:
 
 
 def frame_roots(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[nn.Module, Any]:
-    """The outermost modules that the frame being compiled reaches the graph's parameters through, with sources."""
+    """The outermost modules that the frame being compiled reaches the graph's parameters through, with sources.
+
+    Empty for a graph that does not come from Dynamo.
+    """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    frame = InstructionTranslator.current_tx().output.root_tx
+    try:
+        frame = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:  # no frame is being compiled
+        return {}
     scope = {"L": frame.f_locals, "G": frame.f_globals}
     roots: dict[nn.Module, Any] = {}
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):

@@ -15,6 +15,7 @@ from onelora_compile.adapter import adapted_modules, release, state_of, unwrap
 from onelora_compile.errors import MergeError
 from onelora_compile.layer import is_conv1d, vector_of, weight_view
 from onelora_compile.ops import accumulation_dtype
+from onelora_compile.progress import over_weights
 from onelora_compile.text import Printable
 
 # The loss is measured in float64, many times as slow as the addition: on all rows of a weight up to this many
@@ -80,7 +81,7 @@ def merge(model: nn.Module) -> MergeReport:
     root = unwrap(model)
     state = state_of(root, "merge")
     modules = adapted_modules(root)
-    folded = {name: _folded(name, module) for name, module in modules.items()}
+    folded = {name: _folded(name, module) for name, module in over_weights("merge", modules)}
     readers = _readers(root)
     with torch.inference_mode(False), torch.no_grad():
         for name, module in modules.items():

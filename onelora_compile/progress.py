@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+_LONG = 500_000_000  # weights; fewer take less than a few seconds
 
 
 @contextlib.contextmanager
@@ -29,3 +32,12 @@ def steps(title: str, total: int, show: bool = True) -> Iterator[Callable[[str],
             started += 1
 
         yield announce
+
+
+def over_weights(title: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """The items of `modules`, with a progress bar if going over their weights takes long."""
+    entries = sum(parameter.numel() for module in modules.values() for parameter in module.parameters(recurse=False))
+    with steps(title, len(modules), show=entries > _LONG) as announce:
+        for name, module in modules.items():
+            announce(name)
+            yield name, module

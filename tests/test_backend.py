@@ -293,6 +293,15 @@ def test_a_pass_that_fails_is_named(monkeypatch):
         run.run_passes(torch.fx.symbolic_trace(nn.Linear(2, 2)), [run.share_feature_sum, broken])
 
 
+def test_the_backend_takes_a_graph_that_is_not_dynamos():
+    from onelora_compile.backend import onelora_backend
+
+    model = zoo.MLP()
+    x = torch.randn(5, 8)
+    compiled = onelora_backend(torch.fx.symbolic_trace(model), [x], options={"inner": "eager"})
+    assert torch.equal(compiled(x), model(x))
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_an_adapted_model_works_with_any_other_backend(backend):
     model = fill_vectors(onelora.adapt(zoo.MLP()), 0.5)

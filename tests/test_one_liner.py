@@ -246,6 +246,18 @@ def test_a_transformers_model(counter):
     assert len(counter.graphs) == 1
 
 
+def test_dynamic_shapes_under_inductor():
+    model = zoo.MLP()
+    compiled = torch.compile(model, backend="onelora", dynamic=True, fullgraph=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    first_call(compiled, torch.randn(5, 8))
+    fill_vectors(model, 0.5)
+    for batch in (5, 7, 3):
+        x = torch.randn(batch, 8)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
 def test_nothing_to_adapt_is_an_error():
     with pytest.raises(Exception, match="no linear module"):
         torch.compile(nn.Sequential(nn.Conv1d(1, 1, 1)), backend="onelora")(torch.randn(1, 1, 3))
