@@ -28,14 +28,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = path.resolve()  # a link stays a link: what it points to is replaced
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        mode = target.stat().st_mode & 0o7777 if target.exists() else _default_mode(beside)
         yield beside
         flush(beside)
-        if target.exists():
-            os.chmod(beside, target.stat().st_mode & 0o7777)
+        # Whatever wrote the file chose its mode (safetensors: 0600); the user's choice counts.
+        os.chmod(beside, mode)
         os.replace(beside, target)
     finally:
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()
+
+
+def _default_mode(path: Path) -> int:
+    """The mode that a new file gets here, by the process's umask."""
+    path.touch()
+    mode = path.stat().st_mode & 0o7777
+    path.unlink()
+    return mode
 
 
 def flush(path: Path) -> None:

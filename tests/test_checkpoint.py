@@ -303,6 +303,13 @@ def test_saving_replaces_in_one_step_and_keeps_permissions_and_links(saved, monk
     assert path.stat().st_mode & 0o777 == 0o640
 
 
+def test_a_new_file_can_be_read_by_whom_the_umask_allows(saved):
+    _, model, path, _ = saved
+    plain = path.with_name("plain")
+    plain.write_text("")
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_killed_while_saving_leaves_the_old_file(saved, tmp_path):
     import subprocess
     import sys
