@@ -304,7 +304,7 @@ def test_saving_replaces_in_one_step_and_keeps_permissions_and_links(saved, monk
 
 
 def test_a_new_file_can_be_read_by_whom_the_umask_allows(saved):
-    _, model, path, _ = saved
+    _, _, path, _ = saved
     plain = path.with_name("plain")
     plain.write_text("")
     assert path.stat().st_mode == plain.stat().st_mode

@@ -73,7 +73,7 @@ def _losses(result: DemoResult) -> str:
 def _bars(result: DemoResult) -> str:
     figure = _figure(10, 6.4)
     rows = result.rows[::-1]
-    panels = [
+    panels: list[tuple[str, list[float], bool, str]] = [
         ("held-out accuracy, domain A (%)", [100 * row.accuracy for row in rows], False, "{:.1f}"),
         ("trained numbers (log scale)", [row.parameters for row in rows], True, "{:,.0f}"),
         ("adapter file, bytes (log scale)", [row.file_bytes or 0 for row in rows], True, "{:,.0f}"),

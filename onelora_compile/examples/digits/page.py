@@ -20,7 +20,8 @@ h1 { font-size: 30px; line-height: 1.25; margin: 0 0 8px; letter-spacing: -0.01e
 h2 { font-size: 19px; margin: 0 0 12px; }
 p { margin: 0 0 12px; max-width: 78ch; } p:last-child { margin-bottom: 0; }
 .lead { color: var(--soft); font-size: 17px; margin-bottom: 28px; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 24px 28px; margin: 0 0 20px; }
+section { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 24px 28px; 
+  margin: 0 0 20px; }
 svg { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
@@ -29,7 +30,8 @@ th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: 
 th:first-child, td:first-child { text-align: left; }
 tr.own td { color: var(--accent); font-weight: 650; background: #f0faf8; }
 tbody tr:last-child td { border-bottom: 0; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 20px; margin: 0 0 20px; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); 
+  gap: 20px; margin: 0 0 20px; }
 .numbers div { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 18px 22px; }
 .numbers b { display: block; font-size: 27px; line-height: 1.2; color: var(--accent); }
 .numbers span { color: var(--soft); font-size: 14px; }
@@ -62,7 +64,8 @@ def _page(body: str) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>1LoRA on shifted digits</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+        f"<title>1LoRA on shifted digits</title><style>{STYLE}</style></head>\n"
+        f"<body><main>\n{body}\n</main></body></html>\n"
     )
 
 
@@ -80,8 +83,8 @@ def _list(sentences: list[str]) -> str:
 
 def _lead(result: DemoResult) -> str:
     return (
-        f"A vision transformer with {result.base_parameters:,} parameters, pretrained on handwritten digits, is adapted "
-        "to shifted ones. 1LoRA trains one vector b per frozen linear: y = Wx + c + b·sum(x)."
+        f"A vision transformer with {result.base_parameters:,} parameters, pretrained on handwritten digits, is "
+        "adapted to shifted ones. 1LoRA trains one vector b per frozen linear: y = Wx + c + b·sum(x)."
     )
 
 
@@ -107,9 +110,9 @@ def _table(result: DemoResult) -> str:
 
 def _conditions(result: DemoResult) -> str:
     return (
-        f"Held-out accuracy; a step is forward, backward and AdamW on {result.settings['batch']} images. 'No adaptation' "
-        "is the frozen base with a gradient to its input, the floor of what backward through the model keeps and takes. "
-        "The original domain is shown with the adapter on; an adapter can be switched off, trained weights can't."
+        f"Held-out accuracy; a step is forward, backward and AdamW on {result.settings['batch']} images. 'No "
+        "adaptation' is the frozen base with a gradient to its input, the floor of what backward through the model "
+        "keeps and takes. The original domain is shown adapted; it can be switched off, other training can't."
     )
 
 
@@ -119,10 +122,10 @@ def _method(result: DemoResult) -> list[str]:
     return [
         f"{settings['pretrain_steps']} steps of pretraining, {settings['steps']} of adaptation, batches of "
         f"{settings['batch']}, seed {settings['seed']}. Every method sees the same images in the same order.",
-        f"Learning rates, chosen per method on a part of the training images of other seeds: {rates}.",
+        f"Learning rates, chosen per method on a fifth of the training images, left out of training then: {rates}.",
         "Held-out images were used for the accuracies in this report only.",
-        "Bytes saved for backward: every storage that autograd holds after a forward in eager, once, without parameters.",
-        "Step times: medians over rounds in which all methods take turns; compile time is not in them.",
+        "Bytes saved for backward: storages that autograd holds after an eager forward, each once, without parameters.",
+        "Step times: medians over rounds in which all methods take turns; compile time is not among them.",
         f"One seed: differences of a few points between methods are not significant with {HELD_OUT} images.",
     ]
 

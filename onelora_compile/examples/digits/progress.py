@@ -16,6 +16,7 @@ class Announce:
         self._bar, self._task = bar, task
 
     def __call__(self, stage: str) -> None:
+        """Name the stage that begins."""
         self._bar.update(self._task, description=stage, refresh=True)
         if not self._bar.console.is_terminal:
             self._bar.console.print(f"{stage} …")

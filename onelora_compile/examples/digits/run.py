@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -122,9 +123,9 @@ def run_demo(folder: Path, *, seed: int = 0, quick: bool = False) -> DemoResult:
 
 def _adapt(base: nn.Module, method: Method, domain: Domain, steps: int, seed: int, announce: Announce) -> Adapted:
     torch.manual_seed(seed)
-    model = method.prepare(copy.deepcopy(base))
-    if method.compiled:
-        model = torch.compile(model, backend="onelora")
+    plain = method.prepare(copy.deepcopy(base))
+    compiled: Any = torch.compile(plain, backend="onelora") if method.compiled else plain
+    model: nn.Module = compiled
     rate = method.learning_rate
     losses = train(model, domain.train_images, domain.train_labels, rate, steps, seed, announce.tick)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,24 @@
+"""The demo runs, in its quick form, and writes what it says."""
+
+import json
+import subprocess
+import sys
+
+import onelora_compile as onelora
+
+
+def test_quick_demo(tmp_path):
+    folder = tmp_path / "out"
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "onelora_compile.cli", "demo", "--quick", "-o", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1LoRA" in done.stdout
+    for name in ("digits-A.safetensors", "digits-B.safetensors", "digits.onnx", "report.html", "results.json"):
+        assert (folder / name).stat().st_size > 1000, name
+        assert name in done.stdout.replace("\n", "")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    page = (folder / "report.html").read_text()
+    assert 'src="http' not in page
+    assert 'href="http' not in page.replace('href="https://arxiv.org', "")
+    json.loads((folder / "results.json").read_text())
+    assert "blocks.0.qkv" in " ".join(onelora.read_adapter(folder / "digits-A.safetensors").vectors)
