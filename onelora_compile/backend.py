@@ -15,11 +15,11 @@ from torch import fx, nn
 
 from onelora_compile import inductor
 from onelora_compile.adapter import adapt, vectors, was_adapted
-from onelora_compile.errors import OneLoRAWarning
+from onelora_compile.errors import OneLoRAWarning, StateError
 from onelora_compile.layer import is_adapted, vector_of
 from onelora_compile.options import BackendOptions
 from onelora_compile.passes.insert_rank1 import insert_rank1
-from onelora_compile.passes.match_linear import LinearSite, rank1_updates
+from onelora_compile.passes.match_linear import LinearSite, match_linear, rank1_updates
 from onelora_compile.passes.run import run_passes
 
 Compiled = Callable[..., Any]
@@ -63,10 +63,15 @@ def _adapt_on_first_call(
     sources = inductor.frame_roots(gm, example_inputs)
     fresh = {root: inductor.compiled_module(root) for root in sources}
     fresh = {root: model for root, model in fresh.items() if not was_adapted(model)}
+    if fresh:
+        _refuse_subgraphs(gm)
     for model in dict.fromkeys(fresh.values()):
         adapt(model, options.config)
         _announce(model)
-    return [vector for root in fresh for vector in _insert(gm, root, sources[root])]
+    inserted = [vector for root in fresh for vector in _insert(gm, root, sources[root])]
+    if fresh:
+        _warn_about_direct_reads(gm, example_inputs, list(fresh))
+    return inserted
 
 
 def _insert(gm: fx.GraphModule, root: nn.Module, source: Any) -> list[nn.Parameter]:
@@ -86,6 +91,35 @@ def _insert(gm: fx.GraphModule, root: nn.Module, source: Any) -> list[nn.Paramet
     for name in inputs:
         inductor.guard_vector(source, name)
     return [values[name] for name in inputs]
+
+
+def _refuse_subgraphs(gm: fx.GraphModule) -> None:
+    """The insert pass adds graph inputs, which a subgraph of a higher-order op can't simply get."""
+    for name, inner in gm.named_modules():
+        if inner is not gm and isinstance(inner, fx.GraphModule) and match_linear(inner):
+            raise StateError(
+                f"the first graph has linears inside a higher-order op ({name}; activation checkpointing, torch.cond), "
+                "where backend 'onelora' can't adapt a model at its first call: call onelora.adapt(model) before"
+            )
+
+
+def _warn_about_direct_reads(gm: fx.GraphModule, example_inputs: Sequence[Any], roots: Sequence[nn.Module]) -> None:
+    """Linear ops that use an adapted module's weight without calling the module stay the base, as in eager."""
+    adapted = (module for root in roots for module in root.modules() if is_adapted(module))
+    weights = {id(module.weight) for module in adapted}
+    held = {
+        node
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
+        if id(value) in weights
+    }
+    direct = [site for site in match_linear(gm) if site.update is None and site.weight in held]
+    if direct:
+        places = ", ".join(site.source or site.node.name for site in direct)
+        warnings.warn(
+            f"not adapted: linear ops that read the weight of an adapted module without calling it: {places}",
+            OneLoRAWarning,
+            stacklevel=2,
+        )
 
 
 def _announce(root: nn.Module) -> None:

@@ -258,6 +258,38 @@ def test_dynamic_shapes_under_inductor():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
 
 
+def test_checkpointed_linears_are_refused_and_adapting_first_works(counter):
+    class Checkpointed(zoo.MLP):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    model = Checkpointed()
+    x = torch.randn(5, 8, requires_grad=True)
+    with pytest.raises(Exception, match=r"higher-order op.*call onelora\.adapt\(model\) before"):
+        build(counter, model)(x)
+    assert onelora.vectors(model) == {}
+    assert model.a.weight.requires_grad
+    torch.compiler.reset()
+    fill_vectors(onelora.adapt(model), 0.5)
+    torch.testing.assert_close(build(counter, model)(x), merged_copy(model)(x))
+
+
+def test_a_weight_that_is_read_directly_is_named_and_stays_the_base_as_in_eager(counter):
+    class Direct(zoo.MLP):
+        def forward(self, x):
+            return super().forward(x) + nn.functional.linear(torch.relu(self.a(x)), self.b.weight)
+
+    model = Direct()
+    compiled = build(counter, model)
+    x = torch.randn(5, 8)
+    _, messages = first_call(compiled, x)
+    assert len(messages) == 2
+    assert "without calling it" in messages[1]
+    assert "self.b.weight" in messages[1]
+    fill_vectors(model, 0.5)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_nothing_to_adapt_is_an_error():
     with pytest.raises(Exception, match="no linear module"):
         torch.compile(nn.Sequential(nn.Conv1d(1, 1, 1)), backend="onelora")(torch.randn(1, 1, 3))

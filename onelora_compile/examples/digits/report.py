@@ -66,7 +66,7 @@ def cells(row: Row) -> list[str]:
 def table(result: DemoResult) -> Table:
     """The comparison for the terminal."""
     title = "digits: a small vision transformer, adapted to shifted domain A"
-    shown = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False, pad_edge=False)
     for column in NARROW:
         shown.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for row in result.rows:
