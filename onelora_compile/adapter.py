@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.config import OneLoRAConfig
-from onelora_compile.errors import OneLoRAWarning, StateError
+from onelora_compile.errors import StateError
 from onelora_compile.fastpath import close_fast_paths
-from onelora_compile.layer import attach, is_adapted, out_features, remove, vector_of
-from onelora_compile.targets import READ_DIRECTLY, Selection, clean_name, named_modules, select
+from onelora_compile.layer import is_adapted, remove
+from onelora_compile.target import Target, attach, targets_of
+from onelora_compile.targets import Selection, clean_name, named_modules, select
 
 _STATE = "_onelora_state"
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,11 +32,13 @@ class AdapterState:
             modules_to_save and norms, and the running statistics of batch norms, which move without a gradient.
         fast_paths: attributes that were switched off, with their values; see `fastpath`.
         disabled: how many `disabled` blocks are open.
+        left_out: names of linear ops, convolutions and embeddings without a vector, known to the user.
     """
 
     config: OneLoRAConfig
     requires_grad: dict[str, bool]
     originals: dict[str, Tensor]
+    left_out: set[str] = dataclasses.field(default_factory=set)
     fast_paths: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
     disabled: int = 0
 
@@ -59,16 +61,14 @@ def adapt(model: Model, config: OneLoRAConfig | None = None) -> Model:
         TargetError: the selection is empty or can't be adapted; the message lists what the model offers.
     """
     root = unwrap(model)
-    if adapted := adapted_modules(root):
+    if adapted := adapted_weights(root):
         raise StateError(
             f"the model is adapted already ({len(adapted)} vectors, the first on {next(iter(adapted))!r}). "
             "To start over call onelora.detach(model) first; to keep the vectors call onelora.merge(model); "
             "to load other values use onelora.load_adapter(model, path)"
         )
     config = config or OneLoRAConfig()
-    selection = select(root, config)
-    _warn_about_dead(selection)
-    attach_vectors(root, selection, config)
+    attach_vectors(root, select(root, config), config)
     return model
 
 
@@ -81,17 +81,13 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
     with torch.inference_mode(False), torch.no_grad():
         originals = {name: tensors[name].detach().clone() for name in travelling}
         state = AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals)
+        state.left_out = {*selection.skipped, *selection.not_linear}
         setattr(root, _STATE, state)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         for name in selection.saved:
             parameters[name].requires_grad_(True)
-        for module in selection.targets.values():
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            default = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            dtype = config.vector_dtype or default
-            attach(module, torch.zeros(out_features(module), dtype=dtype, device=weight.device))
+        attach(list(selection.targets.values()), config.vector_dtype)
     state.fast_paths = close_fast_paths(root)
 
 
@@ -119,7 +115,7 @@ def detach(model: Model) -> Model:
 
 def release(root: nn.Module, state: AdapterState) -> None:
     """Take the vectors off and give the base its requires_grad flags back; values stay as they are."""
-    for module in adapted_modules(root).values():
+    for module in [module for module in root.modules() if is_adapted(module)]:
         remove(module)
     for module, attribute, value in state.fast_paths:
         setattr(module, attribute, value)
@@ -130,12 +126,18 @@ def release(root: nn.Module, state: AdapterState) -> None:
     setattr(root, _STATE, None)
 
 
-def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The vectors, by the qualified name of the module that each adapts; float [out_features] each.
+def undo_adapt(root: nn.Module) -> None:
+    """As if `adapt` had not been called; for vectors that are still zeros."""
+    release(root, state_of(root, "undo"))
+    delattr(root, _STATE)
 
-    They are the parameters themselves, not copies. Empty for a model that is not adapted.
+
+def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The vectors, float [out_features] each ([experts, out_features] for the 3-D weights of experts).
+
+    The name is that of the module whose `weight` is adapted, or of the parameter if it has another name. They are the parameters themselves, not copies. Empty for a model that is not adapted.
     """
-    return {name: vector_of(module) for name, module in adapted_modules(unwrap(model)).items()}
+    return {name: target.vector for name, target in adapted_weights(unwrap(model)).items()}
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -145,7 +147,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
         StateError: the model is not adapted, so that its whole base would be trained.
     """
     root = unwrap(model)
-    if not adapted_modules(root):
+    if not adapted_weights(root):
         raise StateError(
             "the model is not adapted yet: call onelora.adapt(model) before you build the optimizer, or run a model "
             "compiled with backend='onelora' once"
@@ -190,9 +192,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     return unwrap(inner) if inner is not None else model
 
 
-def adapted_modules(root: nn.Module) -> dict[str, nn.Module]:
-    """The modules that carry a vector, by qualified name."""
-    return {name: module for name, module in named_modules(root) if is_adapted(module)}
+def adapted_weights(root: nn.Module) -> dict[str, Target]:
+    """The weights that have a vector, by its name."""
+    return {target.key(name): target for name, module in named_modules(root) for target in targets_of(module)}
 
 
 def was_adapted(root: nn.Module) -> bool:
@@ -206,14 +208,20 @@ def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> Ada
     Raises:
         StateError: not adapted, adapted at another module of the tree, or disabled.
     """
-    state = vars(root).get(_STATE)
+    state = state_or_none(root)
     if state is None:
         inside = next((name for name, module in named_modules(root) if vars(module).get(_STATE)), None)
         hint = f"its submodule {inside!r} is: pass that one" if inside else "call onelora.adapt(model) first"
         raise StateError(f"can't {purpose}: this {type(root).__name__} was not given to adapt; {hint}")
-    assert isinstance(state, AdapterState)
     if state.disabled and not allow_disabled:
         raise StateError(f"can't {purpose} inside a onelora.disabled block: the values there are the base's")
+    return state
+
+
+def state_or_none(root: nn.Module) -> AdapterState | None:
+    """The state of a model that was given to `adapt`; None for any other."""
+    state = vars(root).get(_STATE)
+    assert state is None or isinstance(state, AdapterState)
     return state
 
 
@@ -238,9 +246,3 @@ def _running_statistics(root: nn.Module, selection: Selection) -> list[str]:
             persistent = [name for name in own if name not in module._non_persistent_buffers_set]
             names += [f"{owner}.{name}" if owner else name for name in persistent]
     return names
-
-
-def _warn_about_dead(selection: Selection) -> None:
-    dead = [name for name, reason in selection.skipped.items() if reason == READ_DIRECTLY]
-    if dead:
-        warnings.warn(f"not adapted: {', '.join(dead)}: {READ_DIRECTLY}", OneLoRAWarning, stacklevel=3)

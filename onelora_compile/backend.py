@@ -14,13 +14,15 @@ from typing import Any
 from torch import fx, nn
 
 from onelora_compile import inductor
-from onelora_compile.adapter import adapt, vectors, was_adapted
+from onelora_compile.adapter import adapt, state_or_none, undo_adapt, vectors, was_adapted
 from onelora_compile.errors import OneLoRAWarning, StateError
-from onelora_compile.layer import is_adapted, vector_of
+from onelora_compile.layer import VECTOR, OneLoRALayer, vector_name
 from onelora_compile.options import BackendOptions
-from onelora_compile.passes.insert_rank1 import insert_rank1
-from onelora_compile.passes.match_linear import LinearSite, match_linear, rank1_updates
+from onelora_compile.passes.insert_rank1 import insert_rank1, insert_weight
+from onelora_compile.passes.match_linear import LinearSite, is_update, match_linear
 from onelora_compile.passes.run import run_passes
+from onelora_compile.target import Target, targets_of, vector_key
+from onelora_compile.targets import ALL_LINEAR, named_modules
 
 Compiled = Callable[..., Any]
 
@@ -58,24 +60,30 @@ def _adapt_on_first_call(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions
 ) -> list[nn.Parameter]:
     """Adapt the models that the graph reads and that nobody adapted; return the vectors it needs as new inputs."""
-    if next(rank1_updates(gm.graph), None) is not None:
-        return []
     sources = inductor.frame_roots(gm, example_inputs)
-    fresh = {root: inductor.compiled_module(root) for root in sources}
-    fresh = {root: model for root, model in fresh.items() if not was_adapted(model)}
+    models = {root: inductor.compiled_module(root) for root in sources}
+    fresh = {root: model for root, model in models.items() if not was_adapted(model)}
+    if any(is_update(node) for graph in gm.modules() if isinstance(graph, fx.GraphModule) for node in graph.graph.nodes):
+        fresh = {}  # the frame reaches an adapted model through another one
     if fresh:
         _refuse_subgraphs(gm)
     for model in dict.fromkeys(fresh.values()):
         adapt(model, options.config)
+    try:
+        inserted = [vector for root in fresh for vector in _insert(gm, example_inputs, root, sources[root])]
+    except StateError:
+        for model in dict.fromkeys(fresh.values()):
+            undo_adapt(model)
+        raise
+    for model in dict.fromkeys(fresh.values()):
         _announce(model)
-    inserted = [vector for root in fresh for vector in _insert(gm, root, sources[root])]
-    if fresh:
-        _warn_about_direct_reads(gm, example_inputs, list(fresh))
+    for model in dict.fromkeys(models.values()):
+        _warn_about_the_rest(gm, example_inputs, model)
     return inserted
 
 
-def _insert(gm: fx.GraphModule, root: nn.Module, source: Any) -> list[nn.Parameter]:
-    """Insert the updates of the linears that the graph calls under `root`; return their vectors in order."""
+def _insert(gm: fx.GraphModule, example_inputs: Sequence[Any], root: nn.Module, source: Any) -> list[nn.Parameter]:
+    """Insert the updates of the weights that the graph uses under `root`; return their vectors in order."""
     names = {module: name for name, module in root.named_modules()}
     modules = {id(module): module for module in names}
 
@@ -83,14 +91,28 @@ def _insert(gm: fx.GraphModule, root: nn.Module, source: Any) -> list[nn.Paramet
         # By the module that makes the call, not by the weight: weights can be shared, and a weight that another
         # module reads directly is not adapted there in eager either.
         module = inductor.calling_module(site.node, modules)
-        return names[module] if module is not None and is_adapted(module) else ""
+        return names[module] if isinstance(module, OneLoRALayer) else ""
 
-    values = {name: vector_of(module) for module, name in names.items() if is_adapted(module)}
+    values = {name: module.onelora_vector for module, name in names.items() if isinstance(module, OneLoRALayer)}
     _, inputs = insert_rank1(gm, values, name_of)
+    found = [(name, VECTOR, values[name]) for name in inputs]
+    held = _parameter_inputs(gm, example_inputs)
+    for module, name in names.items():
+        for target in targets_of(module) if not isinstance(module, OneLoRALayer) else ():
+            if (node := held.get(id(target.weight))) is not None and node.users:
+                _refuse_shared(root, target)
+                insert_weight(gm, node, target.vector, target.dims)
+                found.append((name, vector_name(target.parameter), target.vector))
     inductor.mark_new_inputs(gm)
-    for name in inputs:
-        inductor.guard_vector(source, name)
-    return [values[name] for name in inputs]
+    for name, own, _ in found:
+        inductor.guard_vector(source, name, own)
+    return [vector for _, _, vector in found]
+
+
+def _parameter_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, fx.Node]:
+    """The graph inputs that are parameters, by the identity of the parameter."""
+    pairs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
+    return {id(value): node for node, value in pairs if isinstance(value, nn.Parameter)}
 
 
 def _refuse_subgraphs(gm: fx.GraphModule) -> None:
@@ -103,20 +125,42 @@ def _refuse_subgraphs(gm: fx.GraphModule) -> None:
             )
 
 
-def _warn_about_direct_reads(gm: fx.GraphModule, example_inputs: Sequence[Any], roots: Sequence[nn.Module]) -> None:
-    """Linear ops that use an adapted module's weight without calling the module stay the base, as in eager."""
-    adapted = (module for root in roots for module in root.modules() if is_adapted(module))
-    weights = {id(module.weight) for module in adapted}
-    held = {
-        node
-        for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
-        if id(value) in weights
-    }
-    direct = [site for site in match_linear(gm) if site.update is None and site.weight in held]
-    if direct:
-        places = ", ".join(site.source or site.node.name for site in direct)
+def _refuse_shared(root: nn.Module, target: Target) -> None:
+    """In the graph a shared weight is one input: which of its uses go through the adapted module can't be told."""
+    holders = [name for name, module in root.named_modules() if any(p is target.weight for p in _own(module))]
+    if len(holders) > 1:
+        raise StateError(
+            f"{target.parameter!r} is shared by {holders} and read directly: backend 'onelora' can't adapt it at the "
+            "first call: call onelora.adapt(model) before"
+        )
+
+
+def _own(module: nn.Module) -> list[Any]:
+    return list(module._parameters.values())
+
+
+def _warn_about_the_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module) -> None:
+    """A linear op on a parameter that has no vector, and that no choice left out, is named, once."""
+    state = state_or_none(model)
+    if state is None or state.config.target_modules != ALL_LINEAR:
+        return
+    names: dict[int, str] = {}
+    for name, module in named_modules(model):
+        for parameter, value in module._parameters.items():
+            names.setdefault(id(value), vector_key(name, parameter))
+    held = {node: id_ for id_, node in _parameter_inputs(gm, example_inputs).items()}
+    left_out = state.left_out | set(state.originals)
+    rest: dict[str, str] = {}
+    for site in match_linear(gm):
+        name = names.get(held[site.chain.root], "") if site.chain is not None and site.chain.root in held else ""
+        if name and site.vector is None and name not in left_out and f"{name}.weight" not in left_out:
+            rest[name] = site.source or site.node.name
+    if rest:
+        state.left_out |= set(rest)
+        places = "; ".join(f"{name!r} at {place}" for name, place in rest.items())
         warnings.warn(
-            f"not adapted: linear ops that read the weight of an adapted module without calling it: {places}",
+            f"not adapted: linear ops that use a parameter without calling a module for it, in code that adapt could "
+            f"not read: {places}. Name them, with their input axis, in OneLoRAConfig(target_parameters=…)",
             OneLoRAWarning,
             stacklevel=2,
         )

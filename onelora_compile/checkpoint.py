@@ -1,7 +1,8 @@
 """Adapter files: vectors, configuration and fingerprints of the base weights in one safetensors file.
 
 Layout, format version 1
-    tensors     `<module name>`               float32 [out_features], one per adapted module
+    tensors     `<module name>`               float32 [out_features], one per adapted weight; a parameter that is
+                                              not called `weight` has its own name, one of experts [experts, out]
                 `<parameter or buffer name>`  as trained: modules_to_save, norms, batch-norm statistics
     metadata    format = "onelora", format_version = "1", config, fingerprints (JSON), producer
 A name is a vector's if and only if `fingerprints` holds it.
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from onelora_compile.adapter import (
     AdapterState,
-    adapted_modules,
+    adapted_weights,
     attach_vectors,
     release,
     saved_tensors,
@@ -33,10 +34,10 @@ from onelora_compile.adapter import (
 from onelora_compile.config import OneLoRAConfig
 from onelora_compile.errors import AdapterFileError, BaseMismatchError, ConfigError
 from onelora_compile.files import replacing
-from onelora_compile.fingerprint import Fingerprint, fingerprint
-from onelora_compile.layer import is_linear, weight_view
+from onelora_compile.fingerprint import Fingerprint, fingerprint_of
 from onelora_compile.progress import over_weights
-from onelora_compile.targets import Selection, named_modules, select
+from onelora_compile.target import Target
+from onelora_compile.targets import Selection, available_targets, select
 from onelora_compile.version import __version__
 
 FORMAT = "onelora"
@@ -51,9 +52,9 @@ class AdapterFile:
 
     Attributes:
         config: with which the model was adapted.
-        vectors: float32 [out_features], by module name.
+        vectors: float32 [out_features] or [experts, out_features], by name.
         saved: what else was trained, by parameter or buffer name.
-        fingerprints: of the base weight of each vector, by module name.
+        fingerprints: of the base weight of each vector, by the same name.
         producer: the package and version that wrote it.
     """
 
@@ -77,8 +78,8 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     tensors = {name: vector.detach().to("cpu", torch.float32) for name, vector in vectors(root).items()}
     extra = {name: tensor.detach().to("cpu", copy=True) for name, tensor in saved_tensors(root, state).items()}
     _check_finite(tensors | extra, "nothing was written: the training has diverged")
-    modules = over_weights("fingerprint of the base", adapted_modules(root))
-    prints = {name: fingerprint(weight_view(module)).to_json() for name, module in modules}
+    targets = over_weights("fingerprint of the base", adapted_weights(root))
+    prints = {name: fingerprint_of(target).to_json() for name, target in targets}
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -106,7 +107,7 @@ def load_adapter(model: Model, path: PathLike) -> Model:
     """
     root = unwrap(model)
     file = read_adapter(path)
-    fresh = not adapted_modules(root)
+    fresh = not adapted_weights(root)
     state = attach_like(root, file, path) if fresh else state_of(root, "load")
     try:
         _check_fits(root, state, file, path)
@@ -148,7 +149,7 @@ def read_adapter(path: PathLike) -> AdapterFile:
         raise AdapterFileError(f"{path}: the file names vectors that it does not hold: {_some(missing)}")
     found = {name: tensors[name] for name in tensors if name in prints}
     for name, vector in found.items():
-        if vector.shape != prints[name].shape[:1] or vector.dtype != torch.float32:
+        if vector.ndim < 1 or vector.numel() != prints[name].shape[0] or vector.dtype != torch.float32:
             raise AdapterFileError(
                 f"{path}: the vector of {name!r} is {vector.dtype} {list(vector.shape)}; its base weight of "
                 f"{list(prints[name].shape)} needs torch.float32 [{prints[name].shape[0]}]"
@@ -166,26 +167,26 @@ def attach_like(root: nn.Module, file: AdapterFile, path: PathLike) -> AdapterSt
     Raises:
         AdapterFileError: the model has no linear of that name, or is laid out otherwise.
     """
-    linears = {name: module for name, module in named_modules(root) if is_linear(module)}
-    if missing := [name for name in file.vectors if name not in linears]:
+    offered = available_targets(root)
+    if missing := [name for name in file.vectors if name not in offered]:
         raise AdapterFileError(
             f"{path} has vectors for linears that {type(root).__name__} does not have: {_some(missing)}. "
-            f"It has: {_some(list(linears))}"
+            f"It has: {_some(offered)}"
         )
     exact = dataclasses.replace(file.config, target_modules=list(file.vectors), exclude_modules=None)
     try:
         chosen = select(root, exact)
     except ValueError as error:
         raise AdapterFileError(f"{path} does not fit {type(root).__name__}: {error}") from error
-    targets = {name: linears[name] for name in file.vectors}
-    attach_vectors(root, Selection(targets, chosen.saved, {}), file.config)
+    targets = {name: chosen.targets[name] for name in file.vectors}
+    attach_vectors(root, Selection(targets, chosen.saved, chosen.skipped, chosen.not_linear), file.config)
     return state_of(root, "load")
 
 
 def _check_fits(root: nn.Module, state: AdapterState, file: AdapterFile, path: PathLike) -> None:
-    modules = adapted_modules(root)
+    targets = adapted_weights(root)
     for what, here, there in (
-        ("vectors", set(modules), set(file.vectors)),
+        ("vectors", set(targets), set(file.vectors)),
         ("trained parameters", set(saved_tensors(root, state)), set(file.saved)),
     ):
         if here != there:
@@ -201,23 +202,23 @@ def _check_fits(root: nn.Module, state: AdapterState, file: AdapterFile, path: P
             raise AdapterFileError(
                 f"{path}: {name!r} is {list(value.shape)} in the file and {list(current[name].shape)} in the model"
             )
-    _check_base(modules, file, path)
+    _check_base(targets, file, path)
 
 
-def _check_base(modules: dict[str, nn.Module], file: AdapterFile, path: PathLike) -> None:
+def _check_base(targets: dict[str, Target], file: AdapterFile, path: PathLike) -> None:
     wrong = []
-    for name, module in over_weights("check of the base", modules):
-        weight, expected = weight_view(module), file.fingerprints[name]
-        if tuple(weight.shape) != expected.shape:
+    for name, target in over_weights("check of the base", targets):
+        expected, found = file.fingerprints[name], (target.out_features, target.in_features)
+        if found != expected.shape or file.vectors[name].shape != target.shape:
             raise AdapterFileError(
-                f"{path}: the vector of {name!r} is for a weight of {list(expected.shape)}; the model's is "
-                f"{list(weight.shape)}"
+                f"{path}: the vector {list(file.vectors[name].shape)} of {name!r} is for a weight of "
+                f"{list(expected.shape)}; the model's is {list(found)} and takes {list(target.shape)}"
             )
-        if not (found := fingerprint(weight)).agrees(expected):
-            wrong.append(f"{name} (differs by {found.distance(expected):.1%})")
+        if not (here := fingerprint_of(target)).agrees(expected):
+            wrong.append(f"{name} (differs by {here.distance(expected):.1%})")
     if wrong:
         raise BaseMismatchError(
-            f"{path} was trained on another base: {len(wrong)} of {len(modules)} weights are not those it was trained "
+            f"{path} was trained on another base: {len(wrong)} of {len(targets)} weights are not those it was trained "
             f"with: {_some(wrong, 5)}. Load the base model that it was trained on (a merged or further trained "
             "model is another base)"
         )

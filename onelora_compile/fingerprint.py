@@ -4,7 +4,7 @@
 
 The 16 numbers are a random projection of W: the expected square of a difference of two sketches is 16 times the
 squared Frobenius distance of the weights (Johnson-Lindenstrauss).  So they agree to the rounding of the storage
-dtype, and a hash, which would not, is no substitute.  Only numpy is needed to make one.
+dtype, and a hash, which would not, is no substitute.  Only numpy is needed to make one of an array.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from onelora_compile.probe import base_effect
+from onelora_compile.target import Target
 
 _WIDTH = 4  # columns of L and of R
 _CHUNK = 1 << 22  # entries of W that are converted at a time
@@ -24,7 +28,8 @@ _CHUNK = 1 << 22  # entries of W that are converted at a time
 # Relative Frobenius distance that storing a weight in a dtype can cause, with a margin of about 5: measured
 # 2e-4 for float16 and 1.7e-3 for bfloat16 on transformers' weights; float64 and float32 differ by rounding alone.
 _TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
-_TOLERANCE_OTHER = 5e-2  # quantised storage
+# Quantised storage: int4 in groups of 32 is 0.1 away from its original; an unrelated weight is 1.4 away.
+_TOLERANCE_OTHER = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,21 +92,44 @@ def fingerprint(weight: Tensor) -> Fingerprint:
     Dtype: float32 products on a CPU (or where there is no float64), float64 on a CUDA GPU, whose float32 products
     may be TF32, and for float64 weights; sums over chunks are float64.
     """
-    rows, columns = weight.shape
-    wide = weight.dtype == torch.float64 or weight.is_cuda
-    dtype = torch.float64 if wide else torch.float32
+    return _of_blocks([weight], weight.shape[0], weight)
+
+
+def fingerprint_of(target: Target) -> Fingerprint:
+    """The fingerprint of the base weight of a target; its experts, if any, count as rows after each other.
+
+    A weight that can't be read (quantised) is judged by what its module does to the columns of R; its norm is an
+    estimate then.
+    """
+    weight = target.weight
+    return _of_effect(target) if weight is None else _of_blocks(target.blocks(), target.out_features, weight)
+
+
+def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerprint:
+    dtype = torch.float64 if stored.dtype == torch.float64 or stored.is_cuda else torch.float32
     left = torch.from_numpy(_signs(rows, 0))
-    right = torch.from_numpy(_signs(columns, 1)).to(weight.device, dtype)
     sketch = torch.zeros(_WIDTH, _WIDTH, dtype=torch.float64)
-    square = 0.0
-    step = max(1, _CHUNK // max(1, columns))
+    square, done, columns = 0.0, 0, 0
     with torch.no_grad():
-        for start in range(0, rows, step):
-            chunk = weight[start : start + step].to(dtype)
-            sketch += left[start : start + step].T @ (chunk @ right).cpu().double()
-            square += torch.linalg.vector_norm(chunk).item() ** 2
-    values = sketch.flatten().numpy().astype(np.float32)
-    return Fingerprint((rows, columns), str(weight.dtype).removeprefix("torch."), square**0.5, values)
+        for block in blocks:
+            columns = block.shape[1]
+            right = torch.from_numpy(_signs(columns, 1)).to(block.device, dtype)
+            step = max(1, _CHUNK // max(1, columns))
+            for start in range(0, block.shape[0], step):
+                chunk = block[start : start + step].to(dtype)
+                sketch += left[done : done + len(chunk)].T @ (chunk @ right).cpu().double()
+                square += torch.linalg.vector_norm(chunk).item() ** 2
+                done += len(chunk)
+    name = str(stored.dtype).removeprefix("torch.")
+    return Fingerprint((rows, columns), name, square**0.5, sketch.flatten().numpy().astype(np.float32))
+
+
+def _of_effect(target: Target) -> Fingerprint:
+    rows, columns = target.out_features, target.in_features
+    seen = base_effect(target.module, torch.from_numpy(_signs(columns, 1)).T.float())  # (W R)ᵀ, float64 [4, rows]
+    sketch = (torch.from_numpy(_signs(rows, 0)).T @ seen.T).flatten().numpy().astype(np.float32)
+    # The expected square of |W r| over random signs r is the square of the Frobenius norm of W.
+    return Fingerprint((rows, columns), "quantized", seen.norm().item() / _WIDTH**0.5, sketch)
 
 
 @functools.lru_cache(maxsize=64)

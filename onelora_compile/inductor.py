@@ -20,7 +20,6 @@ import torch
 from torch import fx, nn
 
 from onelora_compile.errors import ConfigError
-from onelora_compile.layer import VECTOR
 
 Compiler = Callable[..., Any]  # (graph, example inputs) -> compiled function
 
@@ -103,8 +102,8 @@ def calling_module(node: fx.Node, modules: Mapping[int, nn.Module]) -> nn.Module
     return modules.get(int(number)) if number.isdecimal() else None
 
 
-def guard_vector(root_source: Any, name: str) -> None:
-    """Make the graph that is being compiled valid only for this very vector of the module `name` under the root.
+def guard_vector(root_source: Any, name: str, vector: str) -> None:
+    """Make the graph that is being compiled valid only for this very parameter of the module `name` under the root.
 
     A graph that got its vectors by insertion holds them itself; a copy of the model, or another one of the same
     class, must not run it.  The graph keeps the vector alive, so its identity can't be taken over by another.
@@ -115,7 +114,7 @@ def guard_vector(root_source: Any, name: str) -> None:
     source = root_source
     for part in name.split(".") if name else []:
         source = DictGetItemSource(AttrSource(source, "_modules"), part)
-    source = DictGetItemSource(AttrSource(source, "_parameters"), VECTOR)
+    source = DictGetItemSource(AttrSource(source, "_parameters"), vector)
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from onelora_compile.adapter import adapted_modules, release, state_of, unwrap
+from onelora_compile.adapter import adapted_weights, release, state_of, unwrap
 from onelora_compile.errors import MergeError
-from onelora_compile.layer import is_conv1d, vector_of, weight_view
 from onelora_compile.ops import accumulation_dtype
 from onelora_compile.progress import over_weights
+from onelora_compile.target import Target, is_plain
 from onelora_compile.text import Printable
 
 # The loss is measured in float64, many times as slow as the addition: on all rows of a weight up to this many
@@ -80,37 +81,41 @@ def merge(model: nn.Module) -> MergeReport:
     """
     root = unwrap(model)
     state = state_of(root, "merge")
-    modules = adapted_modules(root)
-    folded = {name: _folded(name, module) for name, module in over_weights("merge", modules)}
+    targets = adapted_weights(root)
+    folded = {name: _folded(name, target) for name, target in over_weights("merge", targets)}
     readers = _readers(root)
     with torch.inference_mode(False), torch.no_grad():
-        for name, module in modules.items():
-            weight = module.weight
-            assert isinstance(weight, nn.Parameter)
-            value = folded[name][0].T if is_conv1d(module) else folded[name][0]
+        for name, target in targets.items():
+            weight = target.weight
+            assert weight is not None
             if readers[id(weight)] > 1:
-                module.weight = nn.Parameter(value.contiguous(), requires_grad=weight.requires_grad)
+                own = nn.Parameter(folded[name][0], requires_grad=weight.requires_grad)
+                target.module._parameters[target.parameter] = own
             else:
-                weight.copy_(value)
+                weight.copy_(folded[name][0])
     release(root, state)
     return MergeReport({name: loss for name, (_, loss) in folded.items()})
 
 
-def fold_weight(weight: Tensor, vector: Tensor) -> tuple[Tensor, FoldLoss]:
+def fold_weight(weight: Tensor, vector: Tensor, dims: Sequence[int] = (1,)) -> tuple[Tensor, FoldLoss]:
     """W + b 1ᵀ with one rounding, and what it lost.
 
-    Shapes: weight [out_features, in_features], vector [out_features]; the result is a new tensor like weight.
+    Shapes: weight of any layout with input axes `dims`, vector of its other axes: [out_features, in_features] and
+    [out_features] by default; the result is a new tensor like weight.
     Dtype: float32 arithmetic (float64 for a float64 weight or vector), stored in the weight's dtype.
     Raises: MergeError where the weight is not floating point, or the result overflows its dtype.
     Source: arXiv 2503.08333, section 3.2, merging.
     """
-    if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
+    if not is_plain(weight):
         raise MergeError(
             f"a weight of {type(weight).__name__} in {weight.dtype} can't take the vector without quantising again; "
             "dequantise the base first, or keep the vectors beside it"
         )
     dtype = torch.promote_types(accumulation_dtype(weight.dtype), accumulation_dtype(vector.dtype))
-    update = vector.detach().to(weight.device, dtype)[:, None]  # [out_features, 1]
+    update = vector.detach().to(weight.device, dtype)
+    for dim in sorted(dims):
+        update = update.unsqueeze(dim)
+    update = update.expand(weight.shape)
     stored = (weight.to(dtype) + update).to(weight.dtype)
     if not torch.isfinite(stored).all() and torch.isfinite(weight).all():
         raise MergeError(f"W + b 1ᵀ does not fit {weight.dtype}: convert the model to bfloat16 or float32 first")
@@ -120,22 +125,27 @@ def fold_weight(weight: Tensor, vector: Tensor) -> tuple[Tensor, FoldLoss]:
 
 def _loss(weight: Tensor, stored: Tensor, update: Tensor) -> FoldLoss:
     exact = weight.double() + update.double()
-    asked = (update != 0).expand_as(exact)
+    asked = update != 0
     moved, still = asked.sum().item(), (asked & (stored == weight)).sum().item()
-    size = (weight.shape[1] * update.double().square().sum().item()) ** 0.5  # Frobenius norm of b 1ᵀ
+    size = update.double().norm().item()  # Frobenius norm of b 1ᵀ
     lost = (stored.double() - exact).norm().item()
     return FoldLoss(weight.dtype, lost / size if size else 0.0, still / moved if moved else 0.0)
 
 
-def _folded(name: str, module: nn.Module) -> tuple[Tensor, FoldLoss]:
-    vector = vector_of(module)
-    if "weight" not in module._parameters:
+def _folded(name: str, target: Target) -> tuple[Tensor, FoldLoss]:
+    if target.parameter not in target.module._parameters:
         raise MergeError(
             f"{name!r}: its weight is not a parameter but computed from others (a parametrization, weight_norm): "
             "remove that first, for example with torch.nn.utils.parametrize.remove_parametrizations"
         )
+    weight = target.weight
+    if weight is None:
+        raise MergeError(
+            f"{name!r}: {type(target.module).__name__} does not keep W as a plain tensor (it is quantised or packed), "
+            "so the vector can't go into it; dequantise the base first, or keep the vectors beside it"
+        )
     try:
-        return fold_weight(weight_view(module), vector)
+        return fold_weight(weight.detach(), target.vector, target.dims)
     except MergeError as error:
         raise MergeError(f"{name!r}: {error}") from None
 

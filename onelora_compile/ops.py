@@ -1,15 +1,19 @@
 """The operators `onelora::…`: the definition of an adapted linear, in one place.
 
     rank1_update(y, x, vector) = add_rank1(y, feature_sum(x), vector) = y + vector * sum(x)
+    adapted_weight(W, vector)  = W + vector 1ᵀ
 
-`rank1_update` is the canonical form that adapted modules call; the passes rewrite it into the other two when
-several sites share one input.  All three are composites: in graphs of Dynamo and `torch.export` each stays one
-node, and any backend, autograd, vmap and fake tensors see plain PyTorch operators inside.
+`rank1_update` is the canonical form that adapted modules call; the passes rewrite it into `feature_sum` and
+`add_rank1` when several sites share one input.  `adapted_weight` is what reading a weight returns that is used
+without its module; the passes rewrite it into the other forms.  All are composites: in graphs of Dynamo and
+`torch.export` each stays one node, and any backend, autograd, vmap and fake tensors see plain PyTorch operators inside.
 
-Autograd saves the feature sum and the vector; the input x is never kept for them.
+Of the first three autograd saves the feature sum and the vector; the input x is never kept for them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +22,7 @@ _library = torch.library.Library("onelora", "DEF")
 _library.define("feature_sum(Tensor x) -> Tensor")
 _library.define("add_rank1(Tensor y, Tensor s, Tensor vector) -> Tensor")
 _library.define("rank1_update(Tensor y, Tensor x, Tensor vector) -> Tensor")
+_library.define("adapted_weight(Tensor weight, Tensor vector, int[] dims) -> Tensor")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,14 +43,16 @@ def feature_sum(x: Tensor) -> Tensor:
 def add_rank1(y: Tensor, s: Tensor, vector: Tensor) -> Tensor:
     """The decompression: y + s * vector, computed in the widest of the dtypes and rounded once to y's.
 
-    Shapes: y [*, out_features], s [*, 1], vector [out_features] -> [*, out_features].
-    Raises: RuntimeError where the vector does not have out_features entries (it would broadcast).
+    Shapes: y [*, out_features], s [*, 1], vector [out_features] -> [*, out_features].  A vector with more axes (of
+    experts, or with out_features elsewhere) broadcasts against y as it is.
+    Raises: RuntimeError where a vector [n] has another length than out_features (it would broadcast).
     Source: arXiv 2503.08333, section 3.2.
     """
-    torch._check(
-        vector.shape[-1] == y.shape[-1],
-        lambda: f"the vector has {vector.shape[-1]} entries; the linear has out_features={y.shape[-1]}",
-    )
+    if vector.ndim < 2:
+        torch._check(
+            vector.shape[-1] == y.shape[-1],
+            lambda: f"the vector has {vector.shape[-1]} entries; the linear has out_features={y.shape[-1]}",
+        )
     # addcmul is one pass over y in every dtype, and promotes by itself.
     return torch.addcmul(y, s, vector).to(y.dtype)
 
@@ -60,11 +67,27 @@ def rank1_update(y: Tensor, x: Tensor, vector: Tensor) -> Tensor:
     return add_rank1(y, feature_sum(x), vector)
 
 
+def adapted_weight(weight: Tensor, vector: Tensor, dims: Sequence[int]) -> Tensor:
+    """The weight of an adapted linear: W + vector 1ᵀ, computed in the widest of the dtypes and rounded once to W's.
+
+    Shapes: weight of any layout, `dims` its input axes, from 0; vector of the other axes in their order:
+    [out_features] for weights [out_features, in_features] (dims 1) and [in_features, out_features] (dims 0),
+    [experts, out_features] for weights of experts.
+    Dtype: that of the weight.
+    Source: arXiv 2503.08333, section 3.2.
+    """
+    for dim in sorted(dims):
+        vector = vector.unsqueeze(dim)
+    return (weight + vector).to(weight.dtype)
+
+
 _library.impl("feature_sum", feature_sum, "CompositeImplicitAutograd")
 _library.impl("add_rank1", add_rank1, "CompositeImplicitAutograd")
 _library.impl("rank1_update", rank1_update, "CompositeImplicitAutograd")
+_library.impl("adapted_weight", adapted_weight, "CompositeImplicitAutograd")
 
 # What graphs hold and passes match.
 FEATURE_SUM = torch.ops.onelora.feature_sum.default
 ADD_RANK1 = torch.ops.onelora.add_rank1.default
 RANK1_UPDATE = torch.ops.onelora.rank1_update.default
+ADAPTED_WEIGHT = torch.ops.onelora.adapted_weight.default

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
+from onelora_compile.target import Target
 
 _LONG = 500_000_000  # weights; fewer take less than a few seconds
 
@@ -34,10 +34,10 @@ def steps(title: str, total: int, show: bool = True) -> Iterator[Callable[[str],
         yield announce
 
 
-def over_weights(title: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """The items of `modules`, with a progress bar if going over their weights takes long."""
-    entries = sum(parameter.numel() for module in modules.values() for parameter in module.parameters(recurse=False))
-    with steps(title, len(modules), show=entries > _LONG) as announce:
-        for name, module in modules.items():
+def over_weights(title: str, targets: Mapping[str, Target]) -> Iterator[tuple[str, Target]]:
+    """The items of `targets`, with a progress bar if going over their weights takes long."""
+    entries = sum(p.numel() for t in targets.values() for p in t.module.parameters(recurse=False))
+    with steps(title, len(targets), show=entries > _LONG) as announce:
+        for name, target in targets.items():
             announce(name)
-            yield name, module
+            yield name, target

@@ -13,9 +13,8 @@ from rich.table import Table
 from torch import fx, nn
 
 from onelora_compile import inductor
-from onelora_compile.adapter import adapted_modules, state_of, unwrap
+from onelora_compile.adapter import adapted_weights, state_of, unwrap
 from onelora_compile.config import OneLoRAConfig
-from onelora_compile.layer import in_features, out_features, vector_of
 from onelora_compile.passes.fuse_rank1 import LOWERING
 from onelora_compile.passes.match_linear import LinearSite, match_linear
 from onelora_compile.passes.run import run_passes
@@ -30,6 +29,7 @@ class Summary(Printable):
     Attributes:
         sites: module name, in_features and out_features of every adapted linear.
         skipped: every linear without a vector, with the reason.
+        not_linear: convolutions and embeddings, which the method does not adapt, with what they are.
         vector_parameters: numbers in all vectors.
         other_parameters: trained besides, by modules_to_save and train_norms.
         base_parameters: numbers in the frozen base.
@@ -38,6 +38,7 @@ class Summary(Printable):
 
     sites: list[tuple[str, int, int]]
     skipped: dict[str, str]
+    not_linear: dict[str, str]
     vector_parameters: int
     other_parameters: int
     base_parameters: int
@@ -58,7 +59,11 @@ class Summary(Printable):
         lines[0] += f"{self.share:.3%} of {self.base_parameters:,} base parameters"
         if self.other_parameters:
             lines.append(f"trained besides: {self.other_parameters:,} numbers (modules_to_save, train_norms)")
-        lines += [f"no vector on {name}: {reason}" for name, reason in self.skipped.items()]
+        for reasons in (self.skipped, self.not_linear):
+            for reason in dict.fromkeys(reasons.values()):
+                names = [name or "the model itself" for name, why in reasons.items() if why == reason]
+                more = f", … ({len(names) - 6} more)" if len(names) > 6 else ""
+                lines.append(f"no vector on {', '.join(names[:6])}{more}: {reason}")
         return Group(table, "\n".join(lines))
 
 
@@ -70,16 +75,18 @@ def summary(model: nn.Module) -> Summary:
     """
     root = unwrap(model)
     state = state_of(root, "summarise", allow_disabled=True)
-    modules = adapted_modules(root)
-    entries = sum(vector_of(module).numel() for module in modules.values())
+    targets = adapted_weights(root)
+    entries = sum(target.vector.numel() for target in targets.values())
     everything = sum(parameter.numel() for parameter in root.parameters())
     trained = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
-    skipped = {name: why for name, why in select(root, state.config).skipped.items() if name not in modules}
+    chosen = select(root, state.config)
+    skipped = {name: why for name, why in chosen.skipped.items() if name not in targets}
     return Summary(
-        sites=[(name, in_features(module), out_features(module)) for name, module in modules.items()],
+        sites=[(name, target.in_features, target.out_features) for name, target in targets.items()],
         skipped=skipped,
+        not_linear={name: what for name, what in chosen.not_linear.items() if name not in targets},
         vector_parameters=entries,
-        other_parameters=trained - sum(v.numel() for v in map(vector_of, modules.values()) if v.requires_grad),
+        other_parameters=trained - sum(t.vector.numel() for t in targets.values() if t.vector.requires_grad),
         base_parameters=everything - entries,
         vector_bytes=4 * entries,
     )
@@ -183,7 +190,7 @@ def _lowered_from(node: fx.Node, site: LinearSite) -> bool:
 
 def _reasons(root: nn.Module) -> dict[str, str]:
     """Why each linear of the model has no vector, by module name."""
-    if adapted_modules(root):
+    if adapted_weights(root):
         return select(root, state_of(root, "explain", allow_disabled=True).config).skipped
     try:
         chosen = select(root, OneLoRAConfig())

@@ -11,7 +11,11 @@ from torch import nn
 
 from onelora_compile.config import OneLoRAConfig
 from onelora_compile.errors import TargetError
-from onelora_compile.layer import is_linear
+from onelora_compile.layer import Adapted
+from onelora_compile.passes.match_linear import conv_patches
+from onelora_compile.probe import linear_like, may_be_linear
+from onelora_compile.reads import direct_reads
+from onelora_compile.target import Target, calling, is_linear, reading, targets_of, vector_key
 
 ALL_LINEAR = "all-linear"
 
@@ -30,7 +34,16 @@ OUTPUT_HEAD = "output head"
 EXCLUDED = "excluded by exclude_modules"
 SAVED = "trained as a whole by modules_to_save"
 NOT_SELECTED = "not selected by target_modules"
-READ_DIRECTLY = "nn.MultiheadAttention reads its weight without calling it: a vector on it would be dead"
+TIED_EMBEDDING = "an embedding's weight, which a linear op reads too: the embedding would change with it"
+BOTH_WAYS = "its weight is used as W and as its transpose: one vector can't be both"
+RECURRENT = "its weights go to one kernel of a recurrent layer, which nothing can be added to"
+EMBEDDING = "an embedding, not a linear op"
+CONVOLUTION = "a convolution, not a linear op of the method"
+PATCHES = "a convolution, not a linear op of the method; it is a linear map of patches: name it in target_modules"
+# What is not an op that was left out by choice.
+NOT_LINEAR = (EMBEDDING, CONVOLUTION, PATCHES)
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +51,16 @@ class Selection:
     """What a configuration means for one model.
 
     Attributes:
-        targets: modules to adapt, by qualified name.
+        targets: weights to adapt, by the name of their vector.
         saved: qualified names of the parameters that are trained as they are.
-        skipped: every linear module that gets no vector, with the reason.
+        skipped: every other weight of a linear op, with the reason.
+        not_linear: convolutions and embeddings, which the method does not adapt, with what they are.
     """
 
-    targets: dict[str, nn.Module]
+    targets: dict[str, Target]
     saved: list[str]
     skipped: dict[str, str]
+    not_linear: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -60,7 +75,7 @@ def clean_name(name: str) -> str:
 
 
 def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
-    """Apply the rules of `config` to the linears of `model`.
+    """Apply the rules of `config` to the linear ops of `model`.
 
     Raises:
         TargetError: nothing is selected, a name in a list matches nothing, or a selected module can't be adapted.
@@ -69,38 +84,114 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(clean_name(name))
-    linears = {module: aliases for module, aliases in names.items() if is_linear(module)}
+    candidates = _candidates(names, model)
 
     saved_roots = _matching_roots(names, config.modules_to_save)
     saved_modules = {inner for root in saved_roots for inner in root.modules()}
     heads = output_heads(model) if config.target_modules == ALL_LINEAR else set()
-    dead = _read_directly(model)
 
-    targets: dict[str, nn.Module] = {}
+    targets: dict[str, Target] = {}
     skipped: dict[str, str] = {}
-    for module, aliases in linears.items():
-        chosen = config.target_modules == ALL_LINEAR or _any_match(config.target_modules, aliases)
+    not_linear: dict[str, str] = {}
+    for key, candidate in candidates.items():
+        module = candidate.module
+        named = config.target_modules != ALL_LINEAR and _any_match(config.target_modules, candidate.names)
         if module in saved_modules:
             reason = SAVED
         elif module in heads:
             reason = OUTPUT_HEAD
-        elif not chosen:
-            reason = NOT_SELECTED
-        elif config.exclude_modules is not None and _any_match(config.exclude_modules, aliases):
-            reason = EXCLUDED
-        elif module in dead:
-            reason = READ_DIRECTLY
-        else:
-            targets[aliases[0]] = module
+        elif candidate.reason in NOT_LINEAR and not (named and candidate.target):
+            not_linear[key] = candidate.reason
             continue
-        skipped[aliases[0]] = reason
+        elif config.target_modules != ALL_LINEAR and not named:
+            reason = NOT_SELECTED
+        elif config.exclude_modules is not None and _any_match(config.exclude_modules, candidate.names):
+            reason = EXCLUDED
+        elif candidate.target is None or (candidate.reason and not named):
+            reason = candidate.reason
+        else:
+            targets[key] = candidate.target
+            continue
+        skipped[key] = reason
 
-    _check_names_match(config, names, linears)
+    _check_names_match(config, names, candidates)
     if not targets:
-        raise TargetError(_nothing_selected(model, config, skipped))
-    for name, module in targets.items():
-        _check_adaptable(name, module)
-    return Selection(targets, _saved_parameters(model, config, saved_modules), skipped)
+        raise TargetError(_nothing_selected(model, config, skipped, not_linear))
+    for key, target in targets.items():
+        _check_adaptable(key, target)
+    return Selection(targets, _saved_parameters(model, config, saved_modules), skipped, not_linear)
+
+
+def available_targets(model: nn.Module) -> list[str]:
+    """The names of all vectors that the model could get."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in named_modules(model):
+        names.setdefault(module, []).append(name)
+    return [key for key, candidate in _candidates(names, model).items() if candidate.target is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A weight that could be meant: its target, or why it has none; all names that a pattern may match."""
+
+    module: nn.Module
+    names: list[str]
+    target: Target | None
+    reason: str = ""
+
+
+def _candidates(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str, _Candidate]:
+    """Everything that is or resembles a linear op, in the order of the modules, by the name of its vector."""
+    called = {module: _called(module) for module in names}
+    read: dict[nn.Module, list[Target | tuple[str, str]]] = {}
+    for found in direct_reads(model, {module for module, (target, _) in called.items() if target is not None}):
+        if found.convolution:
+            continue
+        reason = _why_not_read(found.module, found.dims)
+        entry = (found.parameter, reason) if found.dims is None or reason else None
+        read.setdefault(found.module, []).append(entry or reading(found.module, found.parameter, found.dims or ()))
+    result: dict[str, _Candidate] = {}
+    for module, aliases in names.items():
+        for entry in read.get(module, ()) if not isinstance(module, Adapted) else targets_of(module):
+            parameter, reason = (entry.parameter, "") if isinstance(entry, Target) else entry
+            target = entry if isinstance(entry, Target) else None
+            keys = [vector_key(alias, parameter) for alias in aliases]
+            own = [f"{alias}.{parameter}".removeprefix(".") for alias in aliases]
+            result[keys[0]] = _Candidate(module, [*keys, *own, *aliases], target, reason)
+        if module not in read and not isinstance(module, Adapted):
+            target, reason = called[module]
+            if target is not None or reason:
+                result[aliases[0]] = _Candidate(module, aliases, target, reason)
+    return result
+
+
+def _called(module: nn.Module) -> tuple[Target | None, str]:
+    """The target of a module that is called, or why it has none; neither for a module that is no op of weights."""
+    if is_linear(module):
+        return calling(module), ""
+    if isinstance(module, _CONVOLUTIONS):
+        patches = conv_patches(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+        if not patches:
+            return None, CONVOLUTION
+        return reading(module, "weight", range(1, module.weight.ndim)), PATCHES
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return None, EMBEDDING
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return None, CONVOLUTION
+    if isinstance(module, nn.RNNBase):
+        return None, RECURRENT
+    if may_be_linear(module):
+        dims, reason = linear_like(module)
+        return (None, reason) if dims is None else (calling(module, dims), "")
+    return None, ""
+
+
+def _why_not_read(module: nn.Module, dims: tuple[int, ...] | None) -> str:
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return TIED_EMBEDDING
+    if isinstance(module, _CONVOLUTIONS):
+        return CONVOLUTION
+    return BOTH_WAYS if dims is None else ""
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
@@ -131,12 +222,6 @@ def is_norm(module: nn.Module) -> bool:
     return any("Norm" in c.__name__ for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
 
 
-def _read_directly(model: nn.Module) -> set[nn.Module]:
-    """Linears whose weight is read by the module around them, which never calls them."""
-    attentions = (module for module in model.modules() if isinstance(module, nn.MultiheadAttention))
-    return {attention.out_proj for attention in attentions}
-
-
 def _any_match(patterns: str | Sequence[str], names: Sequence[str]) -> bool:
     return any(matches(patterns, name) for name in names)
 
@@ -158,32 +243,44 @@ def _matching_roots(names: dict[nn.Module, list[str]], patterns: Sequence[str]) 
 
 
 def _check_names_match(
-    config: OneLoRAConfig, names: dict[nn.Module, list[str]], linears: dict[nn.Module, list[str]]
+    config: OneLoRAConfig, names: dict[nn.Module, list[str]], candidates: dict[str, _Candidate]
 ) -> None:
     """Every name in a list must match: a typing error would leave a layer unadapted without a word."""
+    linears = [key for key, candidate in candidates.items() if candidate.target and not candidate.reason]
     for field in ("target_modules", "exclude_modules"):
         patterns = getattr(config, field)
         if patterns is None or isinstance(patterns, str):
             continue
         for pattern in patterns:
-            if any(_any_match([pattern], aliases) for aliases in linears.values()):
+            hits = {key: c for key, c in candidates.items() if _any_match([pattern], c.names)}
+            if any(candidate.target for candidate in hits.values()):
                 continue
-            hits = [
-                f"{aliases[0]!r} ({type(m).__name__})" for m, aliases in names.items() if _any_match([pattern], aliases)
-            ]
-            found = f"only {_short(hits)}, not a linear" if hits else "no module"
-            raise TargetError(
-                f"{field}: {pattern!r} matches {found}. The linears of this model: {_offer(linears.values())}"
-            )
+            modules = (aliases[0] for aliases in names.values() if _any_match([pattern], aliases))
+            other = [f"{name!r} ({type(m).__name__})" for name, m in _by_name(names, modules)]
+            why = [f"{key!r}: {candidate.reason}" for key, candidate in hits.items()]
+            found = f"only {_short(why)}" if why else f"only {_short(other)}, not a linear" if other else "no module"
+            raise TargetError(f"{field}: {pattern!r} matches {found}. The linears of this model: {_offer(linears)}")
 
 
-def _nothing_selected(model: nn.Module, config: OneLoRAConfig, skipped: dict[str, str]) -> str:
+def _by_name(names: dict[nn.Module, list[str]], wanted: Iterable[str]) -> list[tuple[str, nn.Module]]:
+    first = {aliases[0]: module for module, aliases in names.items()}
+    return [(name, first[name]) for name in wanted]
+
+
+def _nothing_selected(
+    model: nn.Module, config: OneLoRAConfig, skipped: dict[str, str], not_linear: dict[str, str]
+) -> str:
     if not skipped:
-        return f"{type(model).__name__} holds no linear module (nn.Linear, a subclass of it, or Conv1D)"
+        other = _short([f"{name!r} is {what}" for name, what in not_linear.items()], 5)
+        return (
+            f"{type(model).__name__} holds no linear module (nn.Linear, a subclass of it, Conv1D, or what behaves like "
+            "one), and no module in it was seen to use a parameter as the weight of a linear op"
+            + (f"; {other}" if other else "")
+        )
     reasons: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         reasons.setdefault(reason, []).append(name)
-    listed = "; ".join(f"{reason}: {_offer([[name] for name in names])}" for reason, names in reasons.items())
+    listed = "; ".join(f"{reason}: {_offer(names)}" for reason, names in reasons.items())
     return (
         f"target_modules={config.target_modules!r}, exclude_modules={config.exclude_modules!r}, "
         f"modules_to_save={config.modules_to_save!r} select no linear of {type(model).__name__}. "
@@ -191,13 +288,14 @@ def _nothing_selected(model: nn.Module, config: OneLoRAConfig, skipped: dict[str
     )
 
 
-def _check_adaptable(name: str, module: nn.Module) -> None:
+def _check_adaptable(key: str, target: Target) -> None:
+    module = target.module
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        raise TargetError(f"{name!r} is a {type(module).__name__} without a shape yet: run the model once, then adapt")
-    if "forward" in vars(module):
+        raise TargetError(f"{key!r} is a {type(module).__name__} without a shape yet: run the model once, then adapt")
+    if target.called and "forward" in vars(module):
         # An instance's own forward hides the class's, where the update is: the vector would be dead.
         raise TargetError(
-            f"{name!r} has a forward of its own on the instance (accelerate's device_map hooks do that): adapt the "
+            f"{key!r} has a forward of its own on the instance (accelerate's device_map hooks do that): adapt the "
             "model first and dispatch it afterwards, or leave the module out with exclude_modules"
         )
 
@@ -214,13 +312,13 @@ def _saved_parameters(model: nn.Module, config: OneLoRAConfig, saved_modules: se
     return saved
 
 
-def _offer(aliases: Iterable[list[str]]) -> str:
+def _offer(names: Iterable[str]) -> str:
     """The linears as the endings that select them, with how many each selects."""
     counts: dict[str, int] = {}
-    for names in aliases:
-        last = names[0].rpartition(".")[2]
+    for name in names:
+        last = name.rpartition(".")[2]
         # 'blocks.0.mlp.2' is better offered by its parent than as '2'.
-        ending = ".".join(names[0].split(".")[-2:]) if last.isdigit() else last
+        ending = ".".join(name.split(".")[-2:]) if last.isdigit() else last
         counts[ending] = counts.get(ending, 0) + 1
     return _short([f"{name} (x{count})" if count > 1 else name for name, count in sorted(counts.items())]) or "none"
 

@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapter import adapted_modules, unwrap
-from onelora_compile.layer import is_conv1d, remove, vector_of
+from onelora_compile.adapter import adapted_weights, unwrap
+from onelora_compile.layer import is_adapted, remove
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,14 +32,19 @@ def merged_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     twin = copy.deepcopy(unwrap(model))
     if dtype is not None:
         twin = twin.to(dtype)
-    for module in adapted_modules(twin).values():
-        weight, vector = module.weight, vector_of(module)
-        assert isinstance(weight, Tensor)
-        update = vector.detach().double()
-        update = update[None, :] if is_conv1d(module) else update[:, None]
-        merged = (weight.detach().double() + update).to(weight.dtype)
+    merged: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for target in adapted_weights(twin).values():
+        weight = target.weight
+        assert weight is not None
+        update = target.vector.detach().double()
+        for dim in target.dims:  # ascending: each unsqueeze puts back one input axis
+            update = update.unsqueeze(dim)
+        value = (weight.detach().double() + update).to(weight.dtype)
+        merged.append((target.module, target.parameter, nn.Parameter(value, requires_grad=weight.requires_grad)))
+    for module in [module for module in twin.modules() if is_adapted(module)]:
         remove(module)
-        module.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+    for module, name, weight in merged:
+        setattr(module, name, weight)
     return twin
 
 
@@ -47,8 +52,8 @@ def fill_vectors(model: Model, scale: float = 0.02, seed: int = 0) -> Model:
     """Give every vector random values, as training would; returns the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for module in adapted_modules(unwrap(model)).values():
-            vector = vector_of(module)
+        for target in adapted_weights(unwrap(model)).values():
+            vector = target.vector
             vector.copy_(torch.randn(vector.shape, generator=generator).to(vector) * scale)
     return model
 

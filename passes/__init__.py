@@ -4,6 +4,7 @@ Each pass is one file and one function on an `fx.GraphModule` (fold_vectors: on 
 alone; `run_passes` is what the backend runs.
 """
 
+from onelora_compile.passes.expand_attention import expand_attention
 from onelora_compile.passes.fuse_rank1 import LOWERINGS, fuse_rank1
 from onelora_compile.passes.insert_rank1 import insert_rank1
 from onelora_compile.passes.match_linear import LinearSite, match_linear
@@ -11,16 +12,19 @@ from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.run import PIPELINE, run_passes
 from onelora_compile.passes.share_feature_sum import share_feature_sum
 from onelora_compile.passes.verify import verify
+from onelora_compile.passes.weight_to_activation import weight_to_activation
 
 __all__ = [
     "LOWERINGS",
     "PIPELINE",
     "LinearSite",
     "PassResult",
+    "expand_attention",
     "fuse_rank1",
     "insert_rank1",
     "match_linear",
     "run_passes",
     "share_feature_sum",
     "verify",
+    "weight_to_activation",
 ]

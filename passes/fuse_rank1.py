@@ -30,6 +30,8 @@ LOWERING = "onelora_lowering"  # key in node.meta
 def fuse_rank1(gm: fx.GraphModule) -> PassResult:
     """Rewrite every update of the graph, in place."""
     result = PassResult("fuse_rank1")
+    for node in gm.graph.find_nodes(op="call_function", target=FEATURE_SUM):
+        _plain_sum(gm.graph, node)
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target is not ADD_RANK1:
             continue
@@ -50,8 +52,6 @@ def _choose(node: fx.Node) -> str:
 
 
 def _producer_consumer(graph: fx.Graph, update: fx.Node) -> None:
-    if operands(update)[1].target is FEATURE_SUM:
-        _plain_sum(graph, operands(update)[1])
     y, s, vector = operands(update)
     value = example(update)
     dtypes = {tensor.dtype for tensor in map(example, (y, s, vector)) if tensor is not None}
@@ -70,8 +70,8 @@ def _producer_consumer(graph: fx.Graph, update: fx.Node) -> None:
 def _plain_sum(graph: fx.Graph, s: fx.Node) -> None:
     x = s.args[0]
     assert isinstance(x, fx.Node)
-    value = example(x)
-    assert value is not None
+    if (value := example(x)) is None:
+        return
     keywords: dict[str, Any] = {"dim": -1, "keepdim": True, "dtype": accumulation_dtype(value.dtype)}
     with graph.inserting_before(s):
         plain = graph.call_function(torch.sum, (x,), keywords)

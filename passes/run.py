@@ -9,16 +9,20 @@ from collections.abc import Callable, Sequence
 from torch import fx
 
 from onelora_compile.errors import PassError
+from onelora_compile.passes.expand_attention import expand_attention
 from onelora_compile.passes.fuse_rank1 import fuse_rank1
 from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.share_feature_sum import share_feature_sum
 from onelora_compile.passes.verify import vectors_of, verify
+from onelora_compile.passes.weight_to_activation import weight_to_activation
 
 log = logging.getLogger("onelora_compile.passes")
 
 Pass = Callable[[fx.GraphModule], PassResult]
 
 PIPELINE: tuple[Pass, ...] = (
+    expand_attention,  # before whatever looks for linears
+    weight_to_activation,  # before share: it makes updates, whose sums can be shared
     share_feature_sum,  # before fuse: a lowering must know whether the sum is its own or a sibling's too
     fuse_rank1,
 )

@@ -25,6 +25,13 @@ def share_feature_sum(gm: fx.GraphModule) -> PassResult:
     for node in list(gm.graph.nodes):
         if mutates(gm, node):
             sums.clear()
+        elif node.op == "call_function" and node.target is FEATURE_SUM:
+            (x,) = node.all_input_nodes
+            if x in sums:
+                node.replace_all_uses_with(sums[x])
+                gm.graph.erase_node(node)
+            else:
+                sums[x] = node
         elif node.op == "call_function" and node.target is RANK1_UPDATE:
             x = operands(node)[1]
             if x not in sums:

@@ -318,14 +318,6 @@ def test_a_compiled_submodule_leaves_no_trace_in_names():
     assert all(p.requires_grad for p in detached.parameters())
 
 
-def test_multihead_attention_is_not_adapted_by_half():
-    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
-    with pytest.warns(onelora.OneLoRAWarning, match=r"0\.out_proj.*MultiheadAttention"):
-        onelora.adapt(model)
-    assert list(onelora.vectors(model)) == ["1"]
-
-
-@pytest.mark.filterwarnings("ignore:not adapted:onelora_compile.OneLoRAWarning")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("padded", [False, True])

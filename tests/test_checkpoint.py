@@ -231,9 +231,10 @@ def test_a_vector_of_the_wrong_shape_or_dtype(saved):
     base, _, path, _ = saved
     original = path.read_bytes()
     for change in (lambda v: v[:-1].clone(), lambda v: v.half(), lambda v: v[None].clone()):
+        shape = r"\[1, 48\] of 'embed'.*takes \[48\]"
         path.write_bytes(original)
         rewrite(path, lambda tensors, change=change: tensors | {"embed": change(tensors["embed"])})
-        with pytest.raises(onelora.AdapterFileError, match=r"vector of 'embed'.*needs torch\.float32 \[48\]"):
+        with pytest.raises(onelora.AdapterFileError, match=rf"vector of 'embed'.*needs torch\.float32 \[48\]|{shape}"):
             onelora.load_adapter(base, path)
 
 

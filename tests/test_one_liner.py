@@ -274,7 +274,7 @@ def test_checkpointed_linears_are_refused_and_adapting_first_works(counter):
     torch.testing.assert_close(build(counter, model)(x), merged_copy(model)(x))
 
 
-def test_a_weight_that_is_read_directly_is_named_and_stays_the_base_as_in_eager(counter):
+def test_a_weight_that_is_called_and_read_is_adapted_in_both_uses(counter):
     class Direct(zoo.MLP):
         def forward(self, x):
             return super().forward(x) + nn.functional.linear(torch.relu(self.a(x)), self.b.weight)
@@ -282,12 +282,52 @@ def test_a_weight_that_is_read_directly_is_named_and_stays_the_base_as_in_eager(
     model = Direct()
     compiled = build(counter, model)
     x = torch.randn(5, 8)
-    _, messages = first_call(compiled, x)
-    assert len(messages) == 2
-    assert "without calling it" in messages[1]
-    assert "self.b.weight" in messages[1]
+    base = model(x)
+    out, messages = first_call(compiled, x)
+    assert torch.equal(out, base)
+    assert len(messages) == 1
     fill_vectors(model, 0.5)
-    torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(compiled(x), merged_copy(model)(x))
+    torch.testing.assert_close(model(x), merged_copy(model)(x))
+    assert len(counter.graphs) == 1
+
+
+def test_weights_that_are_read_are_adapted_at_the_first_call_and_guarded(counter):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.qkv = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8, 9))
+
+        def forward(self, x):
+            q, k, v = (x @ self.qkv).chunk(3, -1)
+            return torch.nn.functional.linear(x, self.w), q * k + v
+
+    model = Reads()
+    compiled = build(counter, model)
+    x = torch.randn(5, 8)
+    first_call(compiled, x)
+    assert {name: len(v) for name, v in onelora.vectors(model).items()} == {"w": 6, "qkv": 9}
+    fill_vectors(model, 0.5)
+    twin = fill_vectors(copy.deepcopy(model), 0.5, seed=3)
+    for module, run in ((model, compiled), (twin, build(counter, twin))):
+        for actual, expected in zip(run(x), merged_copy(module)(x), strict=True):
+            torch.testing.assert_close(actual, expected)
+    sum(out.sum() for out in compiled(x)).backward()
+    assert all(vector.grad.any() for vector in onelora.vectors(model).values())
+
+
+def test_a_shared_weight_that_is_read_must_be_adapted_before():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.a(x) + torch.nn.functional.linear(x, self.b.weight)
+
+    with pytest.raises(Exception, match=r"shared by .*call onelora.adapt\(model\) before"):
+        torch.compile(Shared(), backend="onelora", options={"inner": "eager"})(torch.randn(2, 8))
 
 
 def test_nothing_to_adapt_is_an_error():

@@ -6,7 +6,7 @@ from torch import fx, nn
 
 import onelora_compile as onelora
 from onelora_compile.ops import ADD_RANK1, FEATURE_SUM, RANK1_UPDATE
-from onelora_compile.passes import fuse_rank1, insert_rank1, match_linear, run_passes, share_feature_sum, verify
+from onelora_compile.passes import PIPELINE, fuse_rank1, insert_rank1, match_linear, run_passes, share_feature_sum, verify
 from onelora_compile.passes.mutation import mutates
 from onelora_compile.passes.verify import vectors_of
 
@@ -63,6 +63,7 @@ def adapted_reference(model, x):
 
 def test_match_calls_of_modules():
     sites = match_linear(traced())
+    assert [site.kind for site in sites] == ["module"] * 3
     assert [site.module for site in sites] == ["q", "k", "o"]
     assert [(site.in_features, site.out_features) for site in sites] == [(4, 3), (4, 3), (3, 2)]
     assert all(site.update is None and site.weight is None for site in sites)
@@ -88,7 +89,7 @@ def test_match_functional_forms_and_not_products_of_activations(how):
     else:
         gm = torch.export.export(model, (x,)).graph_module
     sites = match_linear(gm)
-    assert [site.transposed for site in sites] == [False, True]
+    assert [(site.kind, site.axes) for site in sites] == [("linear", (-1,)), ("matmul", (-2,))]
     if how != "symbolic_trace":
         assert [(site.in_features, site.out_features) for site in sites] == [(4, 3), (3, 2)]
         assert "linear(x, self.w)" in sites[0].source
@@ -102,7 +103,7 @@ def test_match_finds_the_update_through_the_views_of_conv1d(how):
     x = torch.randn(2, 3, 4)
     gm = captured(model, x) if how == "dynamo" else torch.export.export(model, (x,)).graph_module
     (site,) = match_linear(gm)
-    assert site.transposed
+    assert site.axes == (-2,)
     assert site.update is not None
     assert site.vector is not None
     assert (site.module, site.in_features, site.out_features) == ("0", 4, 6)
@@ -250,7 +251,7 @@ def test_run_passes_alone_on_a_traced_graph():
     model = Siblings()
     gm, _, inputs = inserted(model)
     results = run_passes(gm)
-    assert [result.name for result in results] == ["share_feature_sum", "fuse_rank1"]
+    assert [result.name for result in results] == [one.__name__ for one in PIPELINE]
     assert all(result.seconds >= 0 for result in results)
     x = torch.randn(5, 4)
     torch.testing.assert_close(gm(x, *(VECTORS[name] for name in inputs)), adapted_reference(model, x))

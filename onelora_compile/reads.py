@@ -1,0 +1,172 @@
+"""Which weights a module uses itself, without calling the module that holds them: `F.linear(x, self.w)`, `x @ self.w`.
+
+Nobody can tell from a parameter whether it is the weight of a linear op, nor which of its axes are inputs; the code
+can.  So the forward of a module that holds such parameters, or that reads a weight of a child, is traced symbolically
+(`torch.fx`), on its own and without inputs, and the same matcher as for captured graphs finds the linear ops.  Where
+the code depends on values, the trace follows one answer and then the other, and keeps what it saw before it failed:
+what it misses is found, and named in a warning, when a graph of the model is captured.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Container, Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from onelora_compile.passes.match_linear import match_linear
+from onelora_compile.passes.weight_chain import input_axes, run_of_shapes
+from onelora_compile.target import is_plain
+
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+_MOST_ANSWERS = 1000  # then a loop on values is taken for endless
+_PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A weight that is read where it is used.
+
+    Attributes:
+        module: the module that holds it.
+        parameter: its name there.
+        dims: its input axes; None where its uses disagree (as W and as its transpose).
+        convolution: whether it is used by a convolution.
+    """
+
+    module: nn.Module
+    parameter: str
+    dims: tuple[int, ...] | None
+    convolution: bool = False
+
+
+def direct_reads(model: nn.Module, called: Container[nn.Module] = ()) -> list[Read]:
+    """The weights that the modules of a model read themselves, each once.
+
+    Args:
+        model: the model.
+        called: modules that are linears as they are called, so that what they do inside is known.
+    """
+    found: dict[tuple[nn.Module, str], Read] = {}
+    for module in model.modules():
+        for read in _reads_of(module) if module not in called else ():
+            key = (read.module, read.parameter)
+            known = found.get(key, read)
+            found[key] = known if known.dims == read.dims else dataclasses.replace(known, dims=None)
+    return list(found.values())
+
+
+def _reads_of(module: nn.Module) -> Iterator[Read]:
+    if isinstance(module, nn.MultiheadAttention):
+        # Known: torch/nn/modules/activation.py hands them to one function.
+        packed = (name for name in _PACKED if module._parameters.get(name) is not None)
+        yield from (Read(module, name, (1,)) for name in packed)
+        yield Read(module.out_proj, "weight", (1,))
+    elif _holds_weights(module) or _mentions_weights(type(module)):
+        yield from _traced(module)
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    """Whether the module has parameters of its own that could be weights, or a child that is a list of them."""
+    if type(module).__module__.startswith("torch.nn."):
+        return False
+    lists = [child for child in module.children() if isinstance(child, _CONTAINERS)]
+    own = [parameter for holder in (module, *lists) for parameter in holder._parameters.values()]
+    return any(parameter is not None and parameter.ndim >= 2 and is_plain(parameter) for parameter in own)
+
+
+def _mentions_weights(kind: type[nn.Module]) -> bool:
+    """Whether code of the class, other than PyTorch's, has an attribute `weight` in it."""
+    classes = [c for c in kind.__mro__ if issubclass(c, nn.Module) and not c.__module__.startswith("torch.")]
+    functions = (value for c in classes for name, value in vars(c).items() if not name.startswith("_init"))
+    return any("weight" in _names(code) for f in functions if (code := _code(f)) is not None)
+
+
+def _code(function: Any) -> CodeType | None:
+    code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _traced(module: nn.Module) -> Iterator[Read]:
+    for answer in (False, True):
+        gm = _trace(module, answer)
+        for site in match_linear(gm):
+            if site.chain is None:
+                continue
+            path = str(site.chain.root.target)
+            holder = module.get_submodule(path.rpartition(".")[0])
+            name = path.rpartition(".")[2]
+            weight = holder._parameters.get(name)
+            if weight is None or not is_plain(weight):
+                continue
+            if (dims := input_axes(site.chain, weight.shape, site.axes)) is not None:
+                yield Read(holder, name, dims, site.kind == "conv")
+
+
+def _trace(module: nn.Module, answer: bool) -> fx.GraphModule:
+    """The graph of one forward, as far as it can be followed."""
+    # A copy, with dictionaries of its own: what the forward assigns to self must not stay.
+    shadow = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        setattr(shadow, name, dict(getattr(module, name)))
+    tracer = _Tracer(answer)
+    try:
+        graph = tracer.trace(shadow)
+    except Exception:  # the user's code on values that it does not expect may raise anything
+        graph = tracer.graph
+        graph.output(None)
+    for node in graph.nodes:
+        tracer.note(node)
+    return fx.GraphModule(shadow, graph)
+
+
+class _Tracer(fx.Tracer):
+    """Follows one forward; submodules are not entered."""
+
+    def __init__(self, answer: bool) -> None:
+        super().__init__()
+        self.answer = answer
+        self.asked = 0
+        self.proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every submodule: each is traced on its own."""
+        del m, module_qualified_name
+        return True
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """What an `if` on a value goes by."""
+        self.asked += 1
+        if self.asked > _MOST_ANSWERS:
+            raise fx.proxy.TraceError("a loop that depends on values")
+        return self.answer
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        """The parts of a weight, or one stand-in for the parts of anything else."""
+        self.note(obj.node)
+        value = obj.node.meta.get("val")
+        return iter([obj[i] for i in range(len(value) if isinstance(value, (tuple, Tensor)) else 1)])
+
+    def note(self, node: fx.Node) -> None:
+        """Leave on a node that is a parameter, or a view of one, what it would be, without memory."""
+        if "val" in node.meta:
+            return
+        node.meta["val"] = None
+        if node.op == "get_attr":
+            value = self.root
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            if isinstance(value, Tensor):
+                node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        elif node.args and isinstance(node.args[0], fx.Node):
+            self.note(node.args[0])
+            run_of_shapes(node)
