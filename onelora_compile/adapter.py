@@ -32,13 +32,15 @@ class AdapterState:
             modules_to_save and norms, and the running statistics of batch norms, which move without a gradient.
         fast_paths: attributes that were switched off, with their values; see `fastpath`.
         disabled: how many `disabled` blocks are open.
-        left_out: names of linear ops, convolutions and embeddings without a vector, known to the user.
+        skipped: linear ops without a vector, by name, with the reason.
+        not_linear: convolutions and embeddings, with what they are.
     """
 
     config: OneLoRAConfig
     requires_grad: dict[str, bool]
     originals: dict[str, Tensor]
-    left_out: set[str] = dataclasses.field(default_factory=set)
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    not_linear: dict[str, str] = dataclasses.field(default_factory=dict)
     fast_paths: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
     disabled: int = 0
 
@@ -81,7 +83,7 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
     with torch.inference_mode(False), torch.no_grad():
         originals = {name: tensors[name].detach().clone() for name in travelling}
         state = AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals)
-        state.left_out = {*selection.skipped, *selection.not_linear}
+        state.skipped, state.not_linear = dict(selection.skipped), dict(selection.not_linear)
         setattr(root, _STATE, state)
         for parameter in parameters.values():
             parameter.requires_grad_(False)

@@ -26,6 +26,8 @@ from onelora_compile.targets import ALL_LINEAR, named_modules
 
 Compiled = Callable[..., Any]
 
+UNREADABLE = "linear ops that use a parameter without calling a module for it, in code that adapt could not follow"
+
 
 def onelora_backend(
     gm: fx.GraphModule,
@@ -63,7 +65,9 @@ def _adapt_on_first_call(
     sources = inductor.frame_roots(gm, example_inputs)
     models = {root: inductor.compiled_module(root) for root in sources}
     fresh = {root: model for root, model in models.items() if not was_adapted(model)}
-    if any(is_update(node) for graph in gm.modules() if isinstance(graph, fx.GraphModule) for node in graph.graph.nodes):
+    if any(
+        is_update(node) for graph in gm.modules() if isinstance(graph, fx.GraphModule) for node in graph.graph.nodes
+    ):
         fresh = {}  # the frame reaches an adapted model through another one
     if fresh:
         _refuse_subgraphs(gm)
@@ -149,18 +153,18 @@ def _warn_about_the_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], mode
         for parameter, value in module._parameters.items():
             names.setdefault(id(value), vector_key(name, parameter))
     held = {node: id_ for id_, node in _parameter_inputs(gm, example_inputs).items()}
-    left_out = state.left_out | set(state.originals)
+    left_out = {*state.skipped, *state.not_linear, *state.originals}
     rest: dict[str, str] = {}
     for site in match_linear(gm):
         name = names.get(held[site.chain.root], "") if site.chain is not None and site.chain.root in held else ""
         if name and site.vector is None and name not in left_out and f"{name}.weight" not in left_out:
             rest[name] = site.source or site.node.name
     if rest:
-        state.left_out |= set(rest)
+        state.skipped |= dict.fromkeys(rest, UNREADABLE)
         places = "; ".join(f"{name!r} at {place}" for name, place in rest.items())
         warnings.warn(
-            f"not adapted: linear ops that use a parameter without calling a module for it, in code that adapt could "
-            f"not read: {places}. Name them, with their input axis, in OneLoRAConfig(target_parameters=…)",
+            f"not adapted: {UNREADABLE}: {places}. Name them, with their input axis, in "
+            "OneLoRAConfig(target_parameters={name: axis})",
             OneLoRAWarning,
             stacklevel=2,
         )

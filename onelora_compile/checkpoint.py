@@ -167,7 +167,10 @@ def attach_like(root: nn.Module, file: AdapterFile, path: PathLike) -> AdapterSt
     Raises:
         AdapterFileError: the model has no linear of that name, or is laid out otherwise.
     """
-    offered = available_targets(root)
+    try:
+        offered = available_targets(root, file.config)
+    except ValueError as error:
+        raise AdapterFileError(f"{path} does not fit {type(root).__name__}: {error}") from error
     if missing := [name for name in file.vectors if name not in offered]:
         raise AdapterFileError(
             f"{path} has vectors for linears that {type(root).__name__} does not have: {_some(missing)}. "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ class OneLoRAConfig:
             the adapter file (a new classification head, for example). They get no vector.
         train_norms: train the parameters of every normalisation layer too ("1LoRA(norms)" in the paper).
         vector_dtype: dtype of the vectors. None means float32, or float64 for a float64 weight.
+        target_parameters: weights that a module uses itself, by qualified name or ending, with their input axis:
+            `{"text_projection": 0}` for `x @ self.text_projection`. Only for code that `adapt` can't follow by
+            itself; what it finds is selected by target_modules.
 
     Raises:
         ConfigError: a value of the wrong type, or a regular expression that does not compile.
@@ -38,6 +41,7 @@ class OneLoRAConfig:
     modules_to_save: Sequence[str] = ()
     train_norms: bool = False
     vector_dtype: torch.dtype | None = None
+    target_parameters: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the dataclass is frozen; this is where its fields get their one form
@@ -51,6 +55,10 @@ class OneLoRAConfig:
         put(self, "modules_to_save", _patterns("modules_to_save", self.modules_to_save))
         if not isinstance(self.train_norms, bool):
             raise ConfigError(f"train_norms must be True or False, got {self.train_norms!r}")
+        axes = self.target_parameters
+        if not isinstance(axes, Mapping) or not all(isinstance(n, str) and type(a) is int for n, a in axes.items()):
+            raise ConfigError(f"target_parameters must be a dict of names and input axes, got {axes!r}")
+        put(self, "target_parameters", dict(axes))
         dtype = self.vector_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigError(f"vector_dtype must be a floating-point torch.dtype or None, got {dtype!r}")

@@ -11,13 +11,15 @@ Read in torch 2.11 to 2.13:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 
 from onelora_compile.errors import ConfigError
 
@@ -116,6 +118,17 @@ def guard_vector(root_source: Any, name: str, vector: str) -> None:
         source = DictGetItemSource(AttrSource(source, "_modules"), part)
     source = DictGetItemSource(AttrSource(source, "_parameters"), vector)
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+@contextlib.contextmanager
+def on_examples(values: Iterable[Any]) -> Iterator[None]:
+    """Run operators on the example values of a graph: in their own fake mode, and with symbolic sizes.
+
+    Source: `torch/_functorch/aot_autograd.py`, which traces under both.
+    """
+    mode = next((mode for value in values if (mode := getattr(value, "fake_mode", None))), None)
+    with mode or contextlib.nullcontext(), enable_python_dispatcher():
+        yield
 
 
 def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any]) -> Compiler:

@@ -98,7 +98,9 @@ def _adapted_class(base: Any, called: bool, weights: tuple[tuple[str, tuple[int,
     attributes = {"__module__": __name__, "__doc__": base.__doc__, "_onelora_base": base}
     attributes["_onelora_weights"] = dict(weights)
     if called:
-        attributes["_onelora_input"] = next(name for name in inspect.signature(base.forward).parameters if name != "self")
+        attributes["_onelora_input"] = next(
+            name for name in inspect.signature(base.forward).parameters if name != "self"
+        )
     else:
         attributes |= {parameter: property(_reader(parameter, dims)) for parameter, dims in weights}
     return type(f"OneLoRA{base.__name__}", (OneLoRALayer if called else OneLoRAWeights, base), attributes)

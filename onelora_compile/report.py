@@ -79,12 +79,10 @@ def summary(model: nn.Module) -> Summary:
     entries = sum(target.vector.numel() for target in targets.values())
     everything = sum(parameter.numel() for parameter in root.parameters())
     trained = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
-    chosen = select(root, state.config)
-    skipped = {name: why for name, why in chosen.skipped.items() if name not in targets}
     return Summary(
         sites=[(name, target.in_features, target.out_features) for name, target in targets.items()],
-        skipped=skipped,
-        not_linear={name: what for name, what in chosen.not_linear.items() if name not in targets},
+        skipped=dict(state.skipped),
+        not_linear=dict(state.not_linear),
         vector_parameters=entries,
         other_parameters=trained - sum(t.vector.numel() for t in targets.values() if t.vector.requires_grad),
         base_parameters=everything - entries,
@@ -191,7 +189,7 @@ def _lowered_from(node: fx.Node, site: LinearSite) -> bool:
 def _reasons(root: nn.Module) -> dict[str, str]:
     """Why each linear of the model has no vector, by module name."""
     if adapted_weights(root):
-        return select(root, state_of(root, "explain", allow_disabled=True).config).skipped
+        return state_of(root, "explain", allow_disabled=True).skipped
     try:
         chosen = select(root, OneLoRAConfig())
     except ValueError as error:

@@ -15,7 +15,7 @@ from onelora_compile.layer import Adapted
 from onelora_compile.passes.match_linear import conv_patches
 from onelora_compile.probe import linear_like, may_be_linear
 from onelora_compile.reads import direct_reads
-from onelora_compile.target import Target, calling, is_linear, reading, targets_of, vector_key
+from onelora_compile.target import Target, calling, is_linear, is_plain, reading, targets_of, vector_key
 
 ALL_LINEAR = "all-linear"
 
@@ -85,6 +85,8 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(clean_name(name))
     candidates = _candidates(names, model)
+    asked = _asked_for(config, names)
+    candidates |= asked
 
     saved_roots = _matching_roots(names, config.modules_to_save)
     saved_modules = {inner for root in saved_roots for inner in root.modules()}
@@ -95,7 +97,9 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     not_linear: dict[str, str] = {}
     for key, candidate in candidates.items():
         module = candidate.module
-        named = config.target_modules != ALL_LINEAR and _any_match(config.target_modules, candidate.names)
+        named = (
+            key in asked or config.target_modules != ALL_LINEAR and _any_match(config.target_modules, candidate.names)
+        )
         if module in saved_modules:
             reason = SAVED
         elif module in heads:
@@ -122,12 +126,13 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     return Selection(targets, _saved_parameters(model, config, saved_modules), skipped, not_linear)
 
 
-def available_targets(model: nn.Module) -> list[str]:
-    """The names of all vectors that the model could get."""
+def available_targets(model: nn.Module, config: OneLoRAConfig) -> list[str]:
+    """The names of all vectors that the model could get, by any choice of target_modules."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in named_modules(model):
         names.setdefault(module, []).append(name)
-    return [key for key, candidate in _candidates(names, model).items() if candidate.target is not None]
+    candidates = _candidates(names, model) | _asked_for(config, names)
+    return [key for key, candidate in candidates.items() if candidate.target is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +167,29 @@ def _candidates(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str
             target, reason = called[module]
             if target is not None or reason:
                 result[aliases[0]] = _Candidate(module, aliases, target, reason)
+    return result
+
+
+def _asked_for(config: OneLoRAConfig, names: dict[nn.Module, list[str]]) -> dict[str, _Candidate]:
+    """The weights of target_parameters; each name must find one."""
+    result: dict[str, _Candidate] = {}
+    for pattern, axis in config.target_parameters.items():
+        found = False
+        for module, aliases in names.items():
+            for parameter, value in module._parameters.items():
+                own = [f"{alias}.{parameter}".removeprefix(".") for alias in aliases]
+                if value is None or not _any_match([pattern], own):
+                    continue
+                if value.ndim < 2 or not -value.ndim <= axis < value.ndim or not is_plain(value):
+                    raise TargetError(
+                        f"target_parameters: {own[0]!r} is {list(value.shape)} in {value.dtype}: it has no input axis "
+                        f"{axis}, or is not the weight of a linear op"
+                    )
+                target = reading(module, parameter, (axis % value.ndim,))
+                result[vector_key(aliases[0], parameter)] = _Candidate(module, own, target)
+                found = True
+        if not found:
+            raise TargetError(f"target_parameters: {pattern!r} matches no parameter of the model")
     return result
 
 

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from onelora_compile.inductor import on_examples
 
 _EXAMPLES = ("example_value", "val")
 
@@ -63,12 +66,8 @@ def _run(node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     except KeyError:
         return None
-    mode = next((mode for arg in _tensors((args, kwargs)) if (mode := getattr(arg, "fake_mode", None))), None)
-    with torch.no_grad(), mode or contextlib.nullcontext():
+    with torch.no_grad(), on_examples(pytree.tree_leaves((args, kwargs))):
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -8,7 +8,6 @@ still act on.  Leaves alone a node without an adapted weight, unless told otherw
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from onelora_compile.inductor import on_examples
 from onelora_compile.ops import ADAPTED_WEIGHT
 from onelora_compile.passes.match_linear import module_path
 from onelora_compile.passes.result import PassResult
@@ -54,8 +54,7 @@ def _inline(graph: fx.Graph, node: fx.Node) -> None:
         return [part for part in ATTENTION(*args, **kwargs) if part is not None]
 
     examples = [example(source) for source in sources]
-    mode = getattr(examples[0], "fake_mode", None) or contextlib.nullcontext()
-    with mode, torch.enable_grad():
+    with torch.enable_grad(), on_examples(examples):
         traced = make_fx(attend, pre_dispatch=True)(*examples)
     key = "val" if "val" in node.meta else "example_value"
     inner: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))

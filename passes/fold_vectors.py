@@ -136,7 +136,9 @@ class _Folder:
             shape = self.program.state_dict[self._target(weight)].shape
             dims = input_axes(site.chain, shape, site.axes)
             if dims is None:
-                raise PassError(f"{self._module(vector)!r}: {site.node.name} uses a view of its weight that has no rows")
+                raise PassError(
+                    f"{self._module(vector)!r}: {site.node.name} uses a view of its weight that has no rows"
+                )
             reader = site.chain.nodes[0] if site.chain.nodes else site.node
             uses.append(((weight, vector), _Use(scope, site.update, reader, root, dims)))
         for node in scope.gm.graph.find_nodes(op="call_function", target=ADAPTED_WEIGHT):

@@ -6,7 +6,15 @@ from torch import fx, nn
 
 import onelora_compile as onelora
 from onelora_compile.ops import ADD_RANK1, FEATURE_SUM, RANK1_UPDATE
-from onelora_compile.passes import PIPELINE, fuse_rank1, insert_rank1, match_linear, run_passes, share_feature_sum, verify
+from onelora_compile.passes import (
+    PIPELINE,
+    fuse_rank1,
+    insert_rank1,
+    match_linear,
+    run_passes,
+    share_feature_sum,
+    verify,
+)
 from onelora_compile.passes.mutation import mutates
 from onelora_compile.passes.verify import vectors_of
 

@@ -1,0 +1,270 @@
+"""Weights that are used without their module being called: eager, compiled, folded, and what backward costs."""
+
+import copy
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from forms import FORMS, build, module, weight
+from torch import nn
+from torch.nn import functional as F
+
+import onelora_compile as onelora
+from onelora_compile.adapter import adapted_weights
+from onelora_compile.exporters import export_onnx
+from onelora_compile.passes import run_passes
+from onelora_compile.testing import assert_parity, fill_vectors, gradients, merged_copy
+
+ADAPTED = [name for name, (_, _, vectors) in FORMS.items() if vectors is not None]
+
+
+def compiled(model, inner="aot_eager"):
+    return torch.compile(model, backend="onelora", options={"inner": inner}, fullgraph=True)
+
+
+def row_sums(model, reference, x):
+    """The oracle of the vectors' gradients: sums of the reference's weight gradients over their input axes."""
+    out = reference(x)
+    target = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    found = {}
+    for name, one in adapted_weights(model).items():
+        path = next(n for n, m in model.named_modules() if m is one.module)
+        held = reference.get_submodule(path)._parameters[one.parameter].requires_grad_(True)
+        found[name] = (held, one.dims)
+    loss = (reference(x) * target).sum()
+    grads = torch.autograd.grad(loss, [held for held, _ in found.values()])
+    return target, {name: g.sum(dims) for (name, (_, dims)), g in zip(found.items(), grads, strict=True)}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_every_form_is_adapted_in_eager_and_compiled(name):
+    model, x, expected = build(name)
+    base = model(x)
+    onelora.adapt(model)
+    assert {key: tuple(v.shape) for key, v in onelora.vectors(model).items()} == expected
+    assert torch.equal(model(x), base)
+    fill_vectors(model, 0.5)
+    reference = merged_copy(model, torch.float64)
+    target, sums = row_sums(model, reference, x.double())
+    plain = merged_copy(model)(x)
+    for run in (model, compiled(model)):
+        out = run(x)
+        assert_parity(out, reference(x.double()), plain, floor=8)
+        assert not torch.allclose(out, base, atol=1e-3)
+        found = gradients((out * target.float()).sum(), onelora.vectors(model))
+        for key, gradient in found.items():
+            torch.testing.assert_close(gradient.double(), sums[key], rtol=1e-4, atol=1e-4)
+    assert torch.equal(onelora.detach(model)(x), base)
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_every_form_folds_into_onnx(name, tmp_path):
+    model, x, _ = build(name)
+    fill_vectors(onelora.adapt(model), 0.5)
+    report = export_onnx(model, (x,), tmp_path / "m.onnx")
+    assert not report.unused
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(out, merged_copy(model)(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTED if name != "one_column"])  # is its own row sums
+def test_no_weight_is_summed_forward_and_none_has_a_gradient(name):
+    """In the joint graph nothing but views has the size of the weight: no W + b, no gradient of W."""
+    model, x, _ = build(name)
+    onelora.adapt(model)
+    sizes = {target.weight.numel() for target in adapted_weights(model).values()}
+    computed = []
+
+    def count(gm, example_inputs):
+        for node in gm.graph.nodes:
+            value = node.meta.get("val")
+            views = (
+                "view",
+                "_unsafe_view",
+                "permute",
+                "expand",
+                "slice",
+                "select",
+                "transpose",
+                "t.",
+                "unsqueeze",
+                "split",
+                "alias",
+            )
+            if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.numel() not in sizes:
+                continue
+            if not any(str(node.target).startswith(f"aten.{view}") for view in views):
+                computed.append(str(node.target))
+        return make_boxed_func(gm.forward)
+
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    # Batches of another size than any weight: 59 rows.
+    x = torch.randn(59, *x.shape[1:]) if x.ndim == 2 else x
+    inner = aot_autograd(fw_compiler=count, bw_compiler=count)
+    fast = torch.compile(model, backend="onelora", options={"inner": inner}, fullgraph=True)
+    fast(x).sum().backward()
+    # Of the base: clone is .contiguous().
+    assert [op for op in computed if op != "aten.clone.default"] == []
+    assert all(vector.grad.any() for vector in onelora.vectors(model).values())
+
+
+def test_a_weight_used_both_ways_is_reported():
+    model, x, _ = build("slices")
+    with pytest.raises(onelora.TargetError, match="as W and as its transpose"):
+        onelora.adapt(model)
+    model = nn.Sequential(model, nn.Linear(1, 3))
+    onelora.adapt(model)
+    assert list(onelora.vectors(model)) == ["1"]
+    assert "as W and as its transpose" in str(onelora.summary(model))
+
+
+def test_an_embedding_that_is_tied_to_the_head_does_not_change():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(11, 8), nn.Linear(8, 8)
+
+        def forward(self, ids):
+            return self.fc(self.embed(ids)) @ self.embed.weight.T
+
+    model = Tied()
+    ids = torch.arange(6)
+    embedded = model.embed(ids)
+    fill_vectors(onelora.adapt(model), 0.5)
+    assert list(onelora.vectors(model)) == ["fc"]
+    assert torch.equal(model.embed(ids), embedded)
+    assert "the embedding would change" in str(onelora.summary(model))
+    torch.testing.assert_close(compiled(model)(ids), merged_copy(model)(ids))
+
+
+def test_a_view_that_mixes_inputs_and_outputs_stays_on_the_weight_side():
+    model = module(lambda s, x: F.linear(x, s.w) + F.linear(x, s.w.reshape(8, 6).T.contiguous()), w=weight(6, 8))
+    x = torch.randn(5, 8)
+    onelora.adapt(model)
+    fill_vectors(model, 0.5)
+    torch.testing.assert_close(compiled(model)(x), merged_copy(model)(x))
+
+
+def test_other_uses_of_an_adapted_weight_see_it_too():
+    # weight standardisation, a norm of the weight: whatever reads the weight reads W + b 1^T
+    model = module(lambda s, x: F.linear(x, s.w) / s.w.norm() + F.linear(x, s.w * 2), w=weight(6, 8))
+    x = torch.randn(5, 8)
+    fill_vectors(onelora.adapt(model), 0.5)
+    for run in (model, compiled(model)):
+        torch.testing.assert_close(run(x), merged_copy(model)(x))
+
+
+def test_twenty_vectors_one_graph_and_disabled():
+    from test_backend import Counter
+
+    model, x, _ = build("chunked")
+    base = model(x)
+    onelora.adapt(model)
+    counter = Counter()
+    fast = torch.compile(model, backend="onelora", options={"inner": counter})
+    for seed in range(20):
+        fill_vectors(model, 0.5, seed)
+        torch.testing.assert_close(fast(x), merged_copy(model)(x))
+    with onelora.disabled(model):
+        assert torch.equal(model(x), base)
+        torch.testing.assert_close(fast(x), base)
+    assert len(counter.graphs) == 1
+
+
+def test_state_dict_and_copies_and_files(tmp_path):
+    model, x, _ = build("chunked")
+    before = copy.deepcopy(model.state_dict())
+    fill_vectors(onelora.adapt(model), 0.5)
+    assert {key: v for key, v in model.state_dict().items() if "onelora" not in key}.keys() == before.keys()
+    assert torch.equal(model.state_dict()["w"], before["w"])
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), model(x))
+    onelora.detach(twin)
+    torch.testing.assert_close(model(x), merged_copy(model)(x))  # the copy's way back is its own
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    other, _, _ = build("chunked")
+    other.load_state_dict(before)
+    onelora.load_adapter(other, tmp_path / "a.safetensors")
+    assert torch.equal(other(x), model(x))
+    expected = merged_copy(model)(x)
+    onelora.merge(model)
+    torch.testing.assert_close(model(x), expected)
+    assert type(model).__name__ == "Form"
+    assert list(model.state_dict()) == list(before)
+
+
+def test_the_files_know_their_base_for_experts_too(tmp_path):
+    model, _, _ = build("bmm")
+    onelora.save_adapter(fill_vectors(onelora.adapt(model)), tmp_path / "a.safetensors")
+    with torch.no_grad():
+        model._parameters["w"] += 0.3
+    with pytest.raises(onelora.BaseMismatchError, match="w"):
+        onelora.load_adapter(onelora.detach(model), tmp_path / "a.safetensors")
+
+
+def test_patterns_name_parameters():
+    model, _, _ = build("parameter_list")
+    onelora.adapt(model, onelora.OneLoRAConfig(target_modules=["ws.1"]))
+    assert list(onelora.vectors(model)) == ["ws.1"]
+    assert onelora.summary(model).skipped == {"ws.0": "not selected by target_modules"}
+    onelora.detach(model)
+    with pytest.raises(onelora.TargetError, match=r"'ws.7' matches no module. The linears of this model: ws.0, ws.1"):
+        onelora.adapt(model, onelora.OneLoRAConfig(target_modules=["ws.7"]))
+
+
+class Opaque(nn.Module):
+    """A forward that no symbolic trace follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.w = nn.Linear(8, 8), weight(8, 6)
+
+    def forward(self, x):
+        x = self.fc(x)
+        scale = float(torch.zeros(len(x.shape)).numel())
+        return (x @ self.w) * scale
+
+
+def test_what_adapt_could_not_find_is_named_and_can_be_asked_for(tmp_path):
+    model, x = Opaque(), torch.randn(5, 8)
+    onelora.adapt(model)
+    assert list(onelora.vectors(model)) == ["fc"]
+    fast = compiled(model)
+    with pytest.warns(onelora.OneLoRAWarning, match=r"not adapted: .*'w' at .*x @ self\.w.*target_parameters"):
+        fast(x)
+    assert "w" in onelora.summary(model).skipped
+    onelora.detach(model)
+    onelora.adapt(model, onelora.OneLoRAConfig(target_parameters={"w": 0}))
+    assert {name: len(v) for name, v in onelora.vectors(model).items()} == {"fc": 8, "w": 6}
+    fill_vectors(model, 0.5)
+    torch.testing.assert_close(fast(x), merged_copy(model)(x))
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    twin = copy.deepcopy(onelora.detach(copy.deepcopy(model)))
+    assert torch.equal(onelora.load_adapter(twin, tmp_path / "a.safetensors")(x), model(x))
+    for bad, message in (
+        ({"v": 0}, "matches no parameter"),
+        ({"w": 2}, "no input axis 2"),
+        ({"fc.bias": 0}, "weight of"),
+    ):
+        with pytest.raises(onelora.TargetError, match=message):
+            onelora.adapt(Opaque(), onelora.OneLoRAConfig(target_parameters=bad))
+    with pytest.raises(onelora.ConfigError, match="dict of names and input axes"):
+        onelora.OneLoRAConfig(target_parameters=["w"])
+
+
+def test_the_passes_alone_on_a_traced_graph():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model, x, _ = build("einsum_heads")
+    fill_vectors(onelora.adapt(model), 0.5)
+    gm = make_fx(
+        lambda w, b, x: torch.einsum("ibh,hnd->ibnd", x, torch.ops.onelora.adapted_weight(w, b, [0])), pre_dispatch=True
+    )(model._parameters["w"].detach(), onelora.vectors(model)["w"].detach(), x)
+    results = {result.name: result for result in run_passes(gm)}
+    # Nothing tells that an input of this graph is a parameter.
+    assert not results["weight_to_activation"].rewrites
+    torch.testing.assert_close(gm(model._parameters["w"], onelora.vectors(model)["w"], x), model(x))
