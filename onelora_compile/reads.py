@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import itertools
 from collections.abc import Container, Iterator
 from types import CodeType
 from typing import Any
@@ -97,8 +99,8 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _traced(module: nn.Module) -> Iterator[Read]:
-    for answer in (False, True):
-        gm = _trace(module, answer)
+    for answer, defaults in itertools.product((False, True), (True, False)):
+        gm = _trace(module, answer, defaults)
         for site in match_linear(gm):
             if site.chain is None:
                 continue
@@ -112,12 +114,19 @@ def _traced(module: nn.Module) -> Iterator[Read]:
                 yield Read(holder, name, dims, site.kind == "conv")
 
 
-def _trace(module: nn.Module, answer: bool) -> fx.GraphModule:
-    """The graph of one forward, as far as it can be followed."""
+def _trace(module: nn.Module, answer: bool, defaults: bool) -> fx.GraphModule:
+    """The graph of one forward, as far as it can be followed.
+
+    Args:
+        module: whose forward.
+        answer: what an `if` on a value goes by.
+        defaults: whether arguments with a default keep it, or are values as the others.
+    """
     # A copy, with dictionaries of its own: what the forward assigns to self must not stay.
     shadow = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
         setattr(shadow, name, dict(getattr(module, name)))
+    shadow.__class__ = _with_plain_forward(type(module), defaults)
     tracer = _Tracer(answer)
     try:
         graph = tracer.trace(shadow)
@@ -129,6 +138,41 @@ def _trace(module: nn.Module, answer: bool) -> fx.GraphModule:
     return fx.GraphModule(shadow, graph)
 
 
+def _with_plain_forward(kind: type[nn.Module], defaults: bool) -> Any:
+    """A subclass whose forward has one plain argument for each value that the real one is given.
+
+    `torch.fx` reads the arguments off the code object, and stumbles over decorators, `*args` and `**kwargs`.
+    """
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    plain = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    given = [one.name for one in plain if one.default is one.empty or not defaults]
+    if any(one.kind is one.VAR_POSITIONAL for one in parameters) and not given:
+        given = ["value"]
+    names = "".join(f", value_{i}" for i in range(len(given)))
+    code = f"lambda self{names}: run(self{names})"
+    return type(kind.__name__, (kind,), {"forward": eval(code, {"run": kind.forward})})
+
+
+def _output_of_a_module(*args: Any, **kwargs: Any) -> None:
+    """Stands in the graph for the call of a submodule."""
+
+
+class _Value(fx.Proxy):
+    """A value of which code may ask more than a graph can hold: its length, or a number. It is 1."""
+
+    def __len__(self) -> int:
+        return self.tracer.length(self)  # type: ignore[attr-defined]
+
+    def __index__(self) -> int:
+        return 1
+
+    def __int__(self) -> int:
+        return 1
+
+    def __float__(self) -> float:
+        return 1.0
+
+
 class _Tracer(fx.Tracer):
     """Follows one forward; submodules are not entered."""
 
@@ -138,10 +182,10 @@ class _Tracer(fx.Tracer):
         self.asked = 0
         self.proxy_buffer_attributes = True
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Every submodule: each is traced on its own."""
-        del m, module_qualified_name
-        return True
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Some value: a submodule is traced on its own, and one that is not registered is no part of the model."""
+        del m, forward
+        return self.create_proxy("call_function", _output_of_a_module, args, kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """What an `if` on a value goes by."""
@@ -152,9 +196,17 @@ class _Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
         """The parts of a weight, or one stand-in for the parts of anything else."""
+        return iter([obj[i] for i in range(self.length(obj))])
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What the code gets to see of a node."""
+        return _Value(node, self)
+
+    def length(self, obj: fx.Proxy) -> int:
+        """How many parts a value has, as far as it is known."""
         self.note(obj.node)
         value = obj.node.meta.get("val")
-        return iter([obj[i] for i in range(len(value) if isinstance(value, (tuple, Tensor)) else 1)])
+        return len(value) if isinstance(value, (tuple, Tensor)) else 1
 
     def note(self, node: fx.Node) -> None:
         """Leave on a node that is a parameter, or a view of one, what it would be, without memory."""

@@ -272,6 +272,7 @@ def conv_window(node: fx.Node, weight: torch.Tensor | None) -> tuple[list[int], 
 
 def conv_patches(window: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
     """Whether a convolution of these settings maps every patch of the input linearly, none of them twice."""
+    padding = (0,) if padding == "valid" else padding
     whole = prod(window) == 1 or list(stride) == list(window)
     return whole and all(p == 0 for p in padding) and all(d == 1 for d in dilation) and groups == 1
 

@@ -1,0 +1,112 @@
+"""Small instances of real architectures: every linear op adapted or left out for a known reason, and the same function
+in eager, compiled and in float64; gradients of the vectors; no compilation for other values.
+
+`architectures/table.json` records, for each, how many weights are adapted, which other linear ops there are and why.
+After a deliberate change: ONELORA_UPDATE_TABLE=1 pytest tests/test_zoo.py -m "slow or not slow" -k counts
+"""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from architectures.outputs import main_output
+
+import onelora_compile as onelora
+from onelora_compile.adapter import adapted_weights
+from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
+
+# What the libraries themselves warn of, which would be errors inside Dynamo.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
+]
+
+TABLE = Path(__file__).parent / "architectures" / "table.json"
+# One of each kind, for the default run; the others are marked slow.
+FIRST = {"albert", "clip", "deberta_v2", "dit", "gpt2", "mamba", "mixtral", "transformer", "whisper", "xlnet"}
+NAMES = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in sorted(ARCHITECTURES)]
+
+
+def doubled(inputs):
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def weighted(out):
+    generator = torch.Generator().manual_seed(1)
+    return (out * torch.randn(out.shape, generator=generator).to(out)).sum()
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_counts(name):
+    model, _ = ARCHITECTURES[name]()
+    onelora.adapt(model)
+    summary = onelora.summary(model)
+    found = {
+        "adapted": len(summary.sites),
+        "numbers": summary.vector_parameters,
+        "skipped": dict(Counter(summary.skipped.values())),
+        "not linear": dict(Counter(summary.not_linear.values())),
+    }
+    table = json.loads(TABLE.read_text())
+    if os.environ.get("ONELORA_UPDATE_TABLE"):
+        table = dict(sorted({**table, name: found}.items()))
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    assert table[name] == found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eager_compiled_and_float64_agree(name):
+    model, inputs = ARCHITECTURES[name]()
+    base = main_output(model(**inputs)).detach()
+    fill_vectors(onelora.adapt(model), 0.02)
+    reference = merged_copy(model, torch.float64)
+    with torch.no_grad():
+        exact, plain = main_output(reference(**doubled(inputs))), main_output(merged_copy(model)(**inputs))
+    graphs = []
+
+    def count(gm, example_inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    compiled = torch.compile(model, backend="onelora", options={"inner": count})
+    out = main_output(model(**inputs))
+    fast = main_output(compiled(**inputs))
+    assert_parity(out, exact, plain, "eager", floor=64)
+    assert_parity(fast, exact, plain, "compiled", floor=64)
+    assert (out - base).abs().max() > 10 * (out - exact).abs().max()
+
+    # Gradients of every vector: the row sums of the gradient of the reference's weight.
+    targets = adapted_weights(model)
+    paths = {id(module): path for path, module in model.named_modules()}
+    held = {}
+    for key, target in targets.items():
+        held[key] = reference.get_submodule(paths[id(target.module)])._parameters[target.parameter].requires_grad_(True)
+    expected = torch.autograd.grad(
+        weighted(main_output(reference(**doubled(inputs)))), list(held.values()), allow_unused=True
+    )
+    for run in (model, compiled):
+        found = torch.autograd.grad(
+            weighted(main_output(run(**inputs))), [t.vector for t in targets.values()], allow_unused=True
+        )
+        for (key, target), gradient, weight in zip(targets.items(), found, expected, strict=True):
+            rows = weight.sum(target.dims) if weight is not None else torch.zeros(target.shape)
+            gradient = torch.zeros(target.shape) if gradient is None else gradient
+            scale = rows.abs().max().item()
+            torch.testing.assert_close(
+                gradient.double(), rows.double(), rtol=2e-3, atol=2e-3 * scale + 1e-5, msg=lambda m, k=key: f"{k}: {m}"
+            )
+
+    before = len(graphs)
+    fill_vectors(model, 0.02, seed=5)
+    assert_parity(
+        main_output(compiled(**inputs)),
+        main_output(merged_copy(model, torch.float64)(**doubled(inputs))),
+        plain,
+        "swapped",
+        floor=256,
+    )
+    assert len(graphs) == before
