@@ -26,8 +26,9 @@ from onelora_compile.errors import (
     StateError,
     TargetError,
 )
+from onelora_compile.explain import explain
 from onelora_compile.merge import merge
-from onelora_compile.report import explain, summary
+from onelora_compile.report import summary
 from onelora_compile.version import __version__
 
 __all__ = [

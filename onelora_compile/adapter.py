@@ -137,7 +137,8 @@ def undo_adapt(root: nn.Module) -> None:
 def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
     """The vectors, float [out_features] each ([experts, out_features] for the 3-D weights of experts).
 
-    The name is that of the module whose `weight` is adapted, or of the parameter if it has another name. They are the parameters themselves, not copies. Empty for a model that is not adapted.
+    The name is that of the module whose `weight` is adapted, or of the parameter if it has another name.
+    They are the parameters themselves, not copies. Empty for a model that is not adapted.
     """
     return {name: target.vector for name, target in adapted_weights(unwrap(model)).items()}
 

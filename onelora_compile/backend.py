@@ -21,6 +21,7 @@ from onelora_compile.options import BackendOptions
 from onelora_compile.passes.insert_rank1 import insert_rank1, insert_weight
 from onelora_compile.passes.match_linear import LinearSite, is_update, match_linear
 from onelora_compile.passes.run import run_passes
+from onelora_compile.passes.subgraphs import scopes
 from onelora_compile.target import Target, targets_of, vector_key
 from onelora_compile.targets import ALL_LINEAR, named_modules
 
@@ -155,8 +156,9 @@ def _warn_about_the_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], mode
     held = {node: id_ for id_, node in _parameter_inputs(gm, example_inputs).items()}
     left_out = {*state.skipped, *state.not_linear, *state.originals}
     rest: dict[str, str] = {}
-    for site in match_linear(gm):
-        name = names.get(held[site.chain.root], "") if site.chain is not None and site.chain.root in held else ""
+    for scope, site in ((one, site) for one in scopes(gm) for site in match_linear(one.gm)):
+        root = scope.outer.get(site.chain.root) if site.chain is not None else None
+        name = names.get(held[root], "") if root in held else ""
         if name and site.vector is None and name not in left_out and f"{name}.weight" not in left_out:
             rest[name] = site.source or site.node.name
     if rest:

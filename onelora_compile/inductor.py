@@ -27,7 +27,7 @@ Compiler = Callable[..., Any]  # (graph, example inputs) -> compiled function
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of Dynamo's graph that passes may change, inputs included; submodules are shared."""
+    """A copy of Dynamo's graph that passes may change, inputs and graphs inside included; other modules are shared."""
     graph = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
     if (output := graph.graph_copy(gm.graph, nodes)) is not None:
@@ -41,6 +41,9 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id", "compile_subgraph_reason"):
         if hasattr(gm, name):
             setattr(copy, name, getattr(gm, name))
+    for node in graph.find_nodes(op="get_attr"):
+        if isinstance(inner := getattr(copy, str(node.target), None), fx.GraphModule):
+            setattr(copy, str(node.target), copy_graph(inner))
     return copy
 
 
@@ -49,6 +52,12 @@ def mark_new_inputs(gm: fx.GraphModule) -> None:
     for node in gm.graph.find_nodes(op="placeholder"):
         if not hasattr(node, "_dynamo_source"):
             node._dynamo_source = None
+
+
+def break_reason(gm: fx.GraphModule) -> str:
+    """Why Dynamo ended this graph where it does, "" for the end of the frame."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return str(getattr(reason, "reason", "") or "")
 
 
 def frame_roots(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[nn.Module, Any]:

@@ -1,7 +1,7 @@
 """The adapted form of a module: the same object, of a subclass of its own class.
 
 Two forms: a module that is called adds the update to its output (`OneLoRALayer`); a module whose weights are read
-hands out W + vector 1ᵀ instead of W (`OneLoRAWeights`), while `_parameters`, and so `state_dict` and optimizers, keep W.
+hands out W + vector 1ᵀ instead of W (`OneLoRAWeights`), while `_parameters`, and so `state_dict`, keep W.
 
 Why a subclass and not a forward hook or `torch.nn.utils.parametrize`: Dynamo does not guard on hooks
 (`skip_nnmodule_hook_guards`), but on types.  With hooks, measured on torch 2.13, a frozen model that was compiled

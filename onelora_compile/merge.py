@@ -133,12 +133,12 @@ def _loss(weight: Tensor, stored: Tensor, update: Tensor) -> FoldLoss:
 
 
 def _folded(name: str, target: Target) -> tuple[Tensor, FoldLoss]:
-    if target.parameter not in target.module._parameters:
+    weight = target.weight
+    if target.dims and target.parameter not in target.module._parameters:
         raise MergeError(
             f"{name!r}: its weight is not a parameter but computed from others (a parametrization, weight_norm): "
             "remove that first, for example with torch.nn.utils.parametrize.remove_parametrizations"
         )
-    weight = target.weight
     if weight is None:
         raise MergeError(
             f"{name!r}: {type(target.module).__name__} does not keep W as a plain tensor (it is quantised or packed), "

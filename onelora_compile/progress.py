@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
 from onelora_compile.target import Target
 
 _LONG = 500_000_000  # weights; fewer take less than a few seconds

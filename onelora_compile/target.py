@@ -81,7 +81,7 @@ def vector_key(module_name: str, parameter: str) -> str:
 
 
 def calling(module: nn.Module, dims: tuple[int, ...] | None = None) -> Target:
-    """The target of a module that is called: `nn.Linear`, a subclass, Conv1D, or (with `dims`) what behaves like one."""
+    """The target of a module that is called: `nn.Linear`, a subclass, Conv1D; with `dims` what behaves like one."""
     if dims is None:
         dims = (0,) if is_conv1d(module) else (1,)
     return Target(module, "weight", True, dims, (_size(module, "out_features", "nf"),))

@@ -97,8 +97,8 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     not_linear: dict[str, str] = {}
     for key, candidate in candidates.items():
         module = candidate.module
-        named = (
-            key in asked or config.target_modules != ALL_LINEAR and _any_match(config.target_modules, candidate.names)
+        named = key in asked or (
+            config.target_modules != ALL_LINEAR and _any_match(config.target_modules, candidate.names)
         )
         if module in saved_modules:
             reason = SAVED

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from onelora_compile.ops import ADD_RANK1, ADAPTED_WEIGHT, FEATURE_SUM, RANK1_UPDATE
+from onelora_compile.ops import ADAPTED_WEIGHT, ADD_RANK1, FEATURE_SUM, RANK1_UPDATE
 from onelora_compile.passes.emit import emitting
 from onelora_compile.passes.match_linear import LinearSite, conv_window, einsum_labels, example, match_linear
 from onelora_compile.passes.result import PassResult

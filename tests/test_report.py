@@ -1,5 +1,6 @@
 """explain: every linear op, adapted or not, with the reason."""
 
+import pytest
 import torch
 import zoo
 from torch import nn
@@ -42,8 +43,53 @@ def test_weights_read_directly_and_graph_breaks_are_reported():
             torch._dynamo.graph_break()
             return nn.functional.linear(x, self.w)
 
-    report = onelora.explain(onelora.adapt(Net()), torch.randn(2, 4))
+    model = onelora.adapt(Net(), onelora.OneLoRAConfig(exclude_modules=["w"]))
+    report = onelora.explain(model, torch.randn(2, 4))
     assert report.graphs == 2
     assert len(report.breaks) == 1
     assert [(site.graph, site.adapted) for site in report.sites] == [(0, True), (1, False)]
-    assert report.sites[1].reason == "not a call of a linear module"
+    assert report.sites[1].reason == "excluded by exclude_modules"
+
+
+def test_how_each_op_is_adapted_and_what_is_no_linear():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch, self.embed = nn.Conv2d(3, 8, 4, stride=4), nn.Embedding(16, 8)
+            self.attention, self.w = nn.MultiheadAttention(8, 2, batch_first=True), nn.Parameter(torch.randn(8, 5))
+            self.fc = nn.Linear(5, 5)
+
+        def forward(self, x):
+            x = self.patch(x).flatten(2).mT + self.embed.weight
+            return self.fc(self.attention(x, x, x)[0] @ self.w) @ torch.eye(5)
+
+    report = onelora.explain(onelora.adapt(Net()), torch.randn(2, 3, 16, 16))
+    found = [(site.name, site.how, site.lowering) for site in report.sites]
+    assert found == [
+        ("attention.in_proj_weight", "weight", "producer_consumer"),
+        ("attention.out_proj", "weight", "producer_consumer"),
+        ("w", "weight", "producer_consumer"),
+        ("fc", "module", "producer_consumer"),
+    ]
+    assert all("test_report.py" in site.source for site in report.sites if site.how == "module" or site.name == "w")
+    text = str(report)
+    assert "4 of 4 linear ops adapted" in text
+    assert "1 x an embedding, not a linear op (embed)" in text
+    assert "1 x a convolution" in text
+
+
+def test_a_picture_of_the_first_block(tmp_path):
+    model, inputs = zoo.tiny_vit()
+    report = onelora.explain(onelora.adapt(model), **inputs)
+    path = report.draw(tmp_path / "graph.svg")
+    text = path.read_text()
+    assert text.startswith("<?xml")
+    for word in ("blocks.0: before", "blocks.0: after", "rank1_update (fc1)", "addcmul (fc1)", "linear (qkv)"):
+        assert word in text, word
+    assert "(head)" not in text
+    assert "(head)" in report.draw(tmp_path / "all.svg", module="").read_text()
+    with pytest.raises(ValueError, match=r"'blocks.7'; its modules are .*blocks.0.fc1"):
+        report.draw(tmp_path / "no.svg", module="blocks.7")
+    with pytest.raises(ValueError, match="no graph 3; the call became 1 graphs"):
+        report.draw(tmp_path / "no.svg", graph=3)
+    assert not (tmp_path / "no.svg").exists()

@@ -113,7 +113,7 @@ def test_no_weight_is_summed_forward_and_none_has_a_gradient(name):
 
 
 def test_a_weight_used_both_ways_is_reported():
-    model, x, _ = build("slices")
+    model, _, _ = build("slices")
     with pytest.raises(onelora.TargetError, match="as W and as its transpose"):
         onelora.adapt(model)
     model = nn.Sequential(model, nn.Linear(1, 3))
