@@ -16,6 +16,7 @@ from onelora_compile.fastpath import close_fast_paths
 from onelora_compile.layer import is_adapted, remove
 from onelora_compile.target import Target, attach, targets_of
 from onelora_compile.targets import Selection, clean_name, named_modules, select
+from onelora_compile.watch import watch
 
 _STATE = "_onelora_state"
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,6 +35,7 @@ class AdapterState:
         disabled: how many `disabled` blocks are open.
         skipped: linear ops without a vector, by name, with the reason.
         not_linear: convolutions and embeddings, with what they are.
+        constant: names of vectors whose input a compiled graph showed to sum to one number; see `watch`.
     """
 
     config: OneLoRAConfig
@@ -41,6 +43,7 @@ class AdapterState:
     originals: dict[str, Tensor]
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     not_linear: dict[str, str] = dataclasses.field(default_factory=dict)
+    constant: set[str] = dataclasses.field(default_factory=set)
     fast_paths: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
     disabled: int = 0
 
@@ -91,6 +94,8 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
             parameters[name].requires_grad_(True)
         attach(list(selection.targets.values()), config.vector_dtype)
     state.fast_paths = close_fast_paths(root)
+    callers = {name: target.module for name, target in selection.targets.items() if target.called}
+    watch(vectors(root), callers, lambda: state.constant, frozen_norms=not config.train_norms)
 
 
 def detach(model: Model) -> Model:

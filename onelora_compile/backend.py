@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from onelora_compile import inductor
-from onelora_compile.adapter import adapt, state_or_none, undo_adapt, vectors, was_adapted
+from onelora_compile.adapter import AdapterState, adapt, state_or_none, undo_adapt, vectors, was_adapted
 from onelora_compile.errors import OneLoRAWarning, StateError
 from onelora_compile.layer import VECTOR, OneLoRALayer, vector_name
 from onelora_compile.options import BackendOptions
@@ -24,6 +24,7 @@ from onelora_compile.passes.run import run_passes
 from onelora_compile.passes.subgraphs import scopes
 from onelora_compile.target import Target, targets_of, vector_key
 from onelora_compile.targets import ALL_LINEAR, named_modules
+from onelora_compile.watch import constant_inputs
 
 Compiled = Callable[..., Any]
 
@@ -83,8 +84,17 @@ def _adapt_on_first_call(
     for model in dict.fromkeys(fresh.values()):
         _announce(model)
     for model in dict.fromkeys(models.values()):
-        _warn_about_the_rest(gm, example_inputs, model)
+        if (state := state_or_none(model)) is not None:
+            _note_constant_inputs(gm, example_inputs, state)
+            _warn_about_the_rest(gm, example_inputs, model, state)
     return inserted
+
+
+def _note_constant_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], state: AdapterState) -> None:
+    """For the check after the first backward, which sees no values inside a compiled graph."""
+    values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False))
+    sites = ((site.module, site) for site in match_linear(gm) if site.update is not None)
+    state.constant |= set(constant_inputs(sites, values.get))
 
 
 def _insert(gm: fx.GraphModule, example_inputs: Sequence[Any], root: nn.Module, source: Any) -> list[nn.Parameter]:
@@ -144,10 +154,11 @@ def _own(module: nn.Module) -> list[Any]:
     return list(module._parameters.values())
 
 
-def _warn_about_the_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module) -> None:
+def _warn_about_the_rest(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module, state: AdapterState
+) -> None:
     """A linear op on a parameter that has no vector, and that no choice left out, is named, once."""
-    state = state_or_none(model)
-    if state is None or state.config.target_modules != ALL_LINEAR:
+    if state.config.target_modules != ALL_LINEAR:
         return
     names: dict[int, str] = {}
     for name, module in named_modules(model):

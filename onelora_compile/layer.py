@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
+from onelora_compile.watch import observe
 
 VECTOR = "onelora_vector"  # the parameter's name on the module, and so the ending of its key in state_dict
 
@@ -82,6 +83,8 @@ class OneLoRALayer(Adapted):
                 "can't be adapted: leave it out with exclude_modules"
             )
         x = args[0] if args else kwargs[self._onelora_input]
+        if not torch.compiler.is_compiling():
+            observe(self, x)
         return RANK1_UPDATE(y, x, self.onelora_vector)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from onelora_compile.adapter import adapted_weights, release, state_of, unwrap
 from onelora_compile.errors import MergeError
+from onelora_compile.kinds import is_plain
 from onelora_compile.ops import accumulation_dtype
 from onelora_compile.progress import over_weights
-from onelora_compile.target import Target, is_plain
+from onelora_compile.target import Target
 from onelora_compile.text import Printable
 
 # The loss is measured in float64, many times as slow as the addition: on all rows of a weight up to this many

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.target import is_linear, is_plain
+from onelora_compile.kinds import is_linear, is_plain
 
 _ROWS = 8
 # int4 kernels that quantise their input too are off by some per cent; a wrong guess is off by its whole size.

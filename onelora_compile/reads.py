@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from onelora_compile.kinds import is_plain
 from onelora_compile.passes.match_linear import match_linear
 from onelora_compile.passes.weight_chain import input_axes, run_of_shapes
-from onelora_compile.target import is_plain
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 _MOST_ANSWERS = 1000  # then a loop on values is taken for endless

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from onelora_compile.kinds import is_conv1d, is_plain
 from onelora_compile.layer import Adapted, OneLoRALayer, vector_name
 from onelora_compile.layer import attach as attach_vectors
 
@@ -112,21 +113,6 @@ def attach(targets: Sequence[Target], dtype: torch.dtype | None) -> None:
     for module, own in by_module.items():
         zeros = {target.parameter: _zeros(target, dtype) for target in own}
         attach_vectors(module, own[0].called, {target.parameter: target.dims for target in own}, zeros)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, a linear that stores its weight as [in_features, out_features]."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module is an ordinary linear: `nn.Linear`, a subclass of it, or Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_plain(weight: Tensor) -> bool:
-    """Whether a weight is an ordinary floating tensor, not a quantised or packed one."""
-    return weight.is_floating_point() and type(weight) in (Tensor, nn.Parameter) and weight.dtype.itemsize >= 2
 
 
 def _zeros(target: Target, dtype: torch.dtype | None) -> Tensor:

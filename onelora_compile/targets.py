@@ -11,11 +11,12 @@ from torch import nn
 
 from onelora_compile.config import OneLoRAConfig
 from onelora_compile.errors import TargetError
+from onelora_compile.kinds import is_linear, is_plain
 from onelora_compile.layer import Adapted
 from onelora_compile.passes.match_linear import conv_patches
 from onelora_compile.probe import linear_like, may_be_linear
 from onelora_compile.reads import direct_reads
-from onelora_compile.target import Target, calling, is_linear, is_plain, reading, targets_of, vector_key
+from onelora_compile.target import Target, calling, reading, targets_of, vector_key
 
 ALL_LINEAR = "all-linear"
 

@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from onelora_compile.layer import Adapted
+from onelora_compile.kinds import is_linear
 from onelora_compile.ops import ADAPTED_WEIGHT, ADD_RANK1, RANK1_UPDATE
 from onelora_compile.passes.weight_chain import Chain, example, weight_chains
-from onelora_compile.target import is_linear
 
 __all__ = ["LinearSite", "example", "match_linear", "module_path", "operands", "rank1_updates", "source_line"]
 
@@ -180,7 +179,7 @@ def _use(gm: fx.GraphModule, node: fx.Node, chains: dict[fx.Node, Chain]) -> Use
     if node.op == "call_module":
         called = gm.get_submodule(str(node.target))
         x = _argument(node, 0, "input", "x")
-        linear = is_linear(called) or isinstance(called, Adapted)
+        linear = is_linear(called) or hasattr(called, "_onelora_base")
         return ("module", x, None, ()) if linear and x is not None else None
     name = op_name(node)
     if name in _LINEAR:

@@ -1,0 +1,20 @@
+"""What kind of module or weight something is."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, a linear that stores its weight as [in_features, out_features]."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is an ordinary linear: `nn.Linear`, a subclass of it, or Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is an ordinary floating tensor, not a quantised or packed one."""
+    return weight.is_floating_point() and type(weight) in (Tensor, nn.Parameter) and weight.dtype.itemsize >= 2

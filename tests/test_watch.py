@@ -1,0 +1,113 @@
+"""Vectors that learn nothing are named after the first backward, once."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.testing import perturb_norms
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b, self.c = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(self.norm(self.a(x)))))
+
+
+def first_backward(run, x):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            run(x).square().sum().backward()
+    return [str(w.message) for w in caught if issubclass(w.category, onelora.OneLoRAWarning)]
+
+
+def eager(model):
+    return model
+
+
+def fast(model):
+    return torch.compile(model, backend="onelora", options={"inner": "aot_eager"})
+
+
+@pytest.mark.parametrize("how", [eager, fast])
+def test_a_fresh_layer_norm_makes_the_next_vector_a_bias(how):
+    model = onelora.adapt(Normed())
+    (message,) = first_backward(how(model), torch.randn(5, 8))
+    assert "constant bias" in message
+    assert "sums to the same number: b (a LayerNorm" in message
+    assert "train_norms=True" in message
+    assert "exact zeros" not in message
+
+
+@pytest.mark.parametrize("how", [eager, fast])
+def test_nothing_is_said_where_all_is_well(how):
+    for model in (perturb_norms(onelora.adapt(Normed())), onelora.adapt(zoo.MLP())):
+        assert first_backward(how(model), torch.randn(5, 8)) == []
+
+
+@pytest.mark.parametrize("how", [eager, fast])
+def test_trained_norms_are_the_remedy(how):
+    model = onelora.adapt(Normed(), onelora.OneLoRAConfig(train_norms=True))
+    assert first_backward(how(model), torch.randn(5, 8)) == []
+
+
+@pytest.mark.parametrize("how", [eager, fast])
+def test_no_gradient_and_zero_gradients_are_told_apart(how):
+    class Dead(zoo.MLP):
+        def forward(self, x):
+            h = torch.relu(self.a(x))
+            with torch.no_grad():
+                self.c(h)
+            return self.b(h) + self.extra(torch.relu(h)) * 0.0
+
+    model = Dead()
+    model.extra = nn.Linear(6, 7)
+    onelora.adapt(model)
+    (message,) = first_backward(how(model), torch.randn(5, 8))
+    assert "no gradient at all: c (" in message
+    assert "exact zeros: extra (" in message
+
+
+def test_copies_and_pickles_are_free_of_it():
+    model = onelora.adapt(Normed())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert first_backward(twin, torch.randn(5, 8)) == []
+    assert len(first_backward(model, torch.randn(5, 8))) == 1
+
+
+def test_a_check_that_is_over_costs_no_compilation_and_keeps_nothing():
+    from test_backend import Counter
+
+    from onelora_compile import watch
+
+    model = onelora.adapt(zoo.MLP())
+    counter = Counter()
+    compiled = torch.compile(model, backend="onelora", options={"inner": counter})
+    x = torch.randn(5, 8)
+    for _ in range(4):
+        compiled(x).sum().backward()
+    model(x).sum().backward()
+    assert len(counter.graphs) == 1
+    assert not any(module in watch._watched for module in model.modules())
+    assert not any(vector._post_accumulate_grad_hooks for vector in onelora.vectors(model).values())
+
+
+def test_one_row_is_not_taken_for_a_constant():
+    assert first_backward(onelora.adapt(zoo.MLP()), torch.randn(1, 8)) == []
+
+
+def test_experts_that_no_token_chose_are_not_dead():
+    from forms import build
+
+    model, x, _ = build("experts_by_index")
+    onelora.adapt(model)
+    assert first_backward(model, x[:1]) == []
