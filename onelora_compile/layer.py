@@ -50,7 +50,7 @@ class Adapted(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """A checkpoint of the base, assigned to a model on the meta device, has no vectors: they are zeros then."""
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, *args)
         for parameter in self._onelora_weights:
             name = vector_name(parameter)
             vector, weight = self._parameters[name], self._parameters.get(parameter)

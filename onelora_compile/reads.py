@@ -196,7 +196,8 @@ class _Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
         """The parts of a weight, or one stand-in for the parts of anything else."""
-        return iter([obj[i] for i in range(self.length(obj))])
+        parts: Any = obj
+        return iter([parts[i] for i in range(self.length(obj))])
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What the code gets to see of a node."""
@@ -214,7 +215,7 @@ class _Tracer(fx.Tracer):
             return
         node.meta["val"] = None
         if node.op == "get_attr":
-            value = self.root
+            value: Any = self.root
             for part in str(node.target).split("."):
                 value = getattr(value, part)
             if isinstance(value, Tensor):

@@ -149,25 +149,27 @@ class _Candidate:
 def _candidates(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str, _Candidate]:
     """Everything that is or resembles a linear op, in the order of the modules, by the name of its vector."""
     called = {module: _called(module) for module in names}
-    read: dict[nn.Module, list[Target | tuple[str, str]]] = {}
+    read: dict[nn.Module, list[tuple[str, Target | None, str]]] = {}
     for found in direct_reads(model, {module for module, (target, _) in called.items() if target is not None}):
         if found.convolution:
             continue
-        reason = _why_not_read(found.module, found.dims)
-        entry = (found.parameter, reason) if found.dims is None or reason else None
-        read.setdefault(found.module, []).append(entry or reading(found.module, found.parameter, found.dims or ()))
+        if reason := _why_not_read(found.module, found.dims):
+            read.setdefault(found.module, []).append((found.parameter, None, reason))
+        else:
+            target = reading(found.module, found.parameter, found.dims or ())
+            read.setdefault(found.module, []).append((found.parameter, target, ""))
     result: dict[str, _Candidate] = {}
     for module, aliases in names.items():
-        for entry in read.get(module, ()) if not isinstance(module, Adapted) else targets_of(module):
-            parameter, reason = (entry.parameter, "") if isinstance(entry, Target) else entry
-            target = entry if isinstance(entry, Target) else None
+        if isinstance(module, Adapted):
+            read[module] = [(target.parameter, target, "") for target in targets_of(module)]
+        for parameter, own, why in read.get(module, ()):
             keys = [vector_key(alias, parameter) for alias in aliases]
-            own = [f"{alias}.{parameter}".removeprefix(".") for alias in aliases]
-            result[keys[0]] = _Candidate(module, [*keys, *own, *aliases], target, reason)
-        if module not in read and not isinstance(module, Adapted):
-            target, reason = called[module]
-            if target is not None or reason:
-                result[aliases[0]] = _Candidate(module, aliases, target, reason)
+            full = [f"{alias}.{parameter}".removeprefix(".") for alias in aliases]
+            result[keys[0]] = _Candidate(module, [*keys, *full, *aliases], own, why)
+        if module not in read:
+            own, why = called[module]
+            if own is not None or why:
+                result[aliases[0]] = _Candidate(module, aliases, own, why)
     return result
 
 

@@ -50,7 +50,8 @@ def _inline(graph: fx.Graph, node: fx.Node) -> None:
 
     def attend(*tensors: Tensor) -> Any:
         values = dict(zip(sources, tensors, strict=True))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        arguments: Any = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = arguments
         return [part for part in ATTENTION(*args, **kwargs) if part is not None]
 
     examples = [example(source) for source in sources]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -142,11 +143,11 @@ class _Folder:
             reader = site.chain.nodes[0] if site.chain.nodes else site.node
             uses.append(((weight, vector), _Use(scope, site.update, reader, root, dims)))
         for node in scope.gm.graph.find_nodes(op="call_function", target=ADAPTED_WEIGHT):
-            own, held, dims = node.args
-            weight, vector = scope.outer.get(own), scope.outer.get(held)
-            if weight is None or vector is None:
+            arguments: Any = node.args
+            own, held, axes = arguments
+            if own not in scope.outer or held not in scope.outer:
                 raise PassError(f"{node.name}: its weight is computed in the graph, so the vector can't be folded")
-            uses.append(((weight, vector), _Use(scope, node, node, own, tuple(dims))))
+            uses.append(((scope.outer[own], scope.outer[held]), _Use(scope, node, node, own, tuple(axes))))
         return uses
 
     def _fold_group(self, weight: fx.Node, vector: fx.Node, uses: list[_Use]) -> None:
@@ -246,7 +247,7 @@ class _Folder:
         return FoldResult(self.losses, self.unused)
 
 
-def _without(tree: object, gone: set[fx.Node]) -> object:
+def _without(tree: Any, gone: set[fx.Node]) -> Any:
     """Arguments less some nodes, in lists and tuples of any depth."""
     if isinstance(tree, (list, tuple)):
         return type(tree)(_without(part, gone) for part in tree if part not in gone)

@@ -152,7 +152,7 @@ def _grouped(site: LinearSite, y: Any, x: Any, vector: Any) -> Any:
     """`vector` [experts, out_features]; the rows of x are sorted by expert and `offs` says where each one's end."""
     offs = site.node.kwargs.get("offs", site.node.args[2] if len(site.node.args) > 2 else None)
     assert isinstance(offs, fx.Node)
-    ends = fx.Proxy(offs, y.tracer)
+    ends: Any = fx.Proxy(offs, y.tracer)
     rows = torch.arange(x.size(0), device=ends.device)
     # Rows after the last expert's end are padding, whatever is added to them.
     expert = torch.searchsorted(ends, rows.to(ends.dtype), right=True).clamp(max=vector.size(0) - 1)
@@ -161,7 +161,9 @@ def _grouped(site: LinearSite, y: Any, x: Any, vector: Any) -> Any:
 
 def _conv(site: LinearSite, y: Any, x: Any, vector: Any) -> Any:
     """`vector` [out_features]; the feature sum is that of the channels, summed over each window."""
-    window, stride = conv_window(site.node, example(site.weight))  # type: ignore[arg-type]
+    windows = conv_window(site.node, example(site.weight)) if site.weight is not None else None
+    assert windows is not None
+    window, stride = windows
     space = len(window)
     s = FEATURE_SUM(x.movedim(-1 - space, -1)).movedim(-1, -1 - space)
     if prod(window) > 1 or prod(stride) > 1:
