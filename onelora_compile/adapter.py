@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.config import OneLoRAConfig
+from onelora_compile.distributed import is_sharded, write_whole
 from onelora_compile.errors import StateError
 from onelora_compile.fastpath import close_fast_paths
 from onelora_compile.layer import is_adapted, remove
@@ -62,7 +63,7 @@ def adapt(model: Model, config: OneLoRAConfig | None = None) -> Model:
         The same object.
 
     Raises:
-        StateError: the model, or a part of it, is adapted already.
+        StateError: the model, or a part of it, is adapted already, or it is sharded over processes.
         TargetError: the selection is empty or can't be adapted; the message lists what the model offers.
     """
     root = unwrap(model)
@@ -72,6 +73,7 @@ def adapt(model: Model, config: OneLoRAConfig | None = None) -> Model:
             "To start over call onelora.detach(model) first; to keep the vectors call onelora.merge(model); "
             "to load other values use onelora.load_adapter(model, path)"
         )
+    refuse_sharded(root, "adapt", "call onelora.adapt before fully_shard")
     config = config or OneLoRAConfig()
     attach_vectors(root, select(root, config), config)
     return model
@@ -112,6 +114,7 @@ def detach(model: Model) -> Model:
     """
     root = unwrap(model)
     state = state_of(root, "detach")
+    refuse_sharded(root, "detach", "save the adapter, and build the model anew")
     tensors = saved_tensors(root, state)
     with torch.inference_mode(False), torch.no_grad():
         for name, original in state.originals.items():
@@ -179,25 +182,45 @@ def disabled(model: nn.Module) -> Iterator[None]:
         swaps: list[tuple[Tensor, Tensor]] = [(v, torch.zeros_like(v)) for v in vectors(root).values()]
         trained = saved_tensors(root, state)
         swaps += [(trained[name], original.to(trained[name], copy=True)) for name, original in state.originals.items()]
-    kept = [tensor.data for tensor, _ in swaps]
+    kept = [tensor.detach().clone() if is_sharded(tensor) else tensor.data for tensor, _ in swaps]
     state.disabled += 1
     try:
-        # Assigning .data leaves autograd's version counters alone, unlike copy_.
         for tensor, base in swaps:
-            tensor.data = base
+            _swap(tensor, base)
         yield
     finally:
         for (tensor, _), value in zip(swaps, kept, strict=True):
-            tensor.data = value
+            _swap(tensor, value)
         state.disabled -= 1
 
 
+def _swap(tensor: Tensor, value: Tensor) -> None:
+    """Assigning .data leaves autograd's version counters alone, unlike copy_; FSDP holds on to its shards' memory."""
+    if is_sharded(tensor):
+        with torch.no_grad():
+            write_whole(tensor, value)
+    else:
+        tensor.data = value
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The plain module inside a compiled one (`torch.compile` returns an `OptimizedModule`)."""
+    """The plain module inside a compiled one (`torch.compile` returns an `OptimizedModule`) or inside DDP."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     inner = model._modules.get("_orig_mod")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = model.module
     return unwrap(inner) if inner is not None else model
+
+
+def refuse_sharded(root: nn.Module, purpose: str, remedy: str) -> None:
+    """fully_shard changes the classes of modules too, and keeps the shards to itself.
+
+    Raises:
+        StateError: a parameter of the model is split over processes.
+    """
+    if (name := next((name for name, p in root.named_parameters() if is_sharded(p)), None)) is not None:
+        raise StateError(f"can't {purpose} a model that is sharded over processes ({name!r} is): {remedy}")
 
 
 def adapted_weights(root: nn.Module) -> dict[str, Target]:

@@ -25,6 +25,7 @@ from onelora_compile.adapter import (
     AdapterState,
     adapted_weights,
     attach_vectors,
+    refuse_sharded,
     release,
     saved_tensors,
     state_of,
@@ -32,6 +33,7 @@ from onelora_compile.adapter import (
     vectors,
 )
 from onelora_compile.config import OneLoRAConfig
+from onelora_compile.distributed import together, whole, write_whole
 from onelora_compile.errors import AdapterFileError, BaseMismatchError, ConfigError
 from onelora_compile.files import replacing
 from onelora_compile.fingerprint import Fingerprint, fingerprint_of
@@ -68,6 +70,8 @@ class AdapterFile:
 def save_adapter(model: nn.Module, path: PathLike) -> None:
     """Write the adapter to one safetensors file; an existing file is replaced in one step.
 
+    Of a model that is sharded over processes (`fully_shard`) every process must call this; one writes the file.
+
     Raises:
         StateError: the model is not adapted, or a `disabled` block is open.
         AdapterFileError: a vector holds NaN or infinity (training diverged).
@@ -75,8 +79,8 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     """
     root = unwrap(model)
     state = state_of(root, "save")
-    tensors = {name: vector.detach().to("cpu", torch.float32) for name, vector in vectors(root).items()}
-    extra = {name: tensor.detach().to("cpu", copy=True) for name, tensor in saved_tensors(root, state).items()}
+    tensors = {name: whole(vector.detach()).to("cpu", torch.float32) for name, vector in vectors(root).items()}
+    extra = {name: whole(tensor.detach()).to("cpu", copy=True) for name, tensor in saved_tensors(root, state).items()}
     _check_finite(tensors | extra, "nothing was written: the training has diverged")
     targets = over_weights("fingerprint of the base", adapted_weights(root))
     prints = {name: fingerprint_of(target).to_json() for name, target in targets}
@@ -87,14 +91,17 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
         "config": state.config.to_json(),
         "fingerprints": json.dumps(prints),
     }
-    with replacing(path) as beside:
-        save_file({name: tensor.contiguous() for name, tensor in (tensors | extra).items()}, beside, metadata)
+    with together(list(root.parameters()), Path(path)) as mine:
+        if mine:
+            with replacing(path) as beside:
+                save_file({name: tensor.contiguous() for name, tensor in (tensors | extra).items()}, beside, metadata)
 
 
 def load_adapter(model: Model, path: PathLike) -> Model:
     """Load an adapter file into a model; a compiled model is not compiled again.
 
-    A model that is not adapted yet is adapted as the file says. Everything is checked before the first value is
+    Of a model that is sharded over processes every process must call this, and can read the file. A model that is
+    not adapted yet is adapted as the file says. Everything is checked before the first value is
     written: after an error the model is as it was.
 
     Returns:
@@ -108,6 +115,8 @@ def load_adapter(model: Model, path: PathLike) -> Model:
     root = unwrap(model)
     file = read_adapter(path)
     fresh = not adapted_weights(root)
+    if fresh:
+        refuse_sharded(root, "adapt", "load the adapter before fully_shard")
     state = attach_like(root, file, path) if fresh else state_of(root, "load")
     try:
         _check_fits(root, state, file, path)
@@ -118,7 +127,7 @@ def load_adapter(model: Model, path: PathLike) -> Model:
     current: dict[str, Tensor] = {**vectors(root), **saved_tensors(root, state)}
     with torch.inference_mode(False), torch.no_grad():
         for name, value in (file.vectors | file.saved).items():
-            current[name].copy_(value)
+            write_whole(current[name], value)
     return model
 
 

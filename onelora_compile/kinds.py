@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from onelora_compile.distributed import is_sharded
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D, a linear that stores its weight as [in_features, out_features]."""
@@ -17,4 +19,5 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_plain(weight: Tensor) -> bool:
     """Whether a weight is an ordinary floating tensor, not a quantised or packed one."""
-    return weight.is_floating_point() and type(weight) in (Tensor, nn.Parameter) and weight.dtype.itemsize >= 2
+    ordinary = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
+    return ordinary and weight.is_floating_point() and weight.dtype.itemsize >= 2

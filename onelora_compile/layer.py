@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onelora_compile.distributed import is_fsdp_shard
 from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
 from onelora_compile.watch import observe
 
@@ -113,7 +114,11 @@ def _reader(parameter: str, dims: tuple[int, ...]) -> Any:
     vector, axes = vector_name(parameter), list(dims)
 
     def read(self: nn.Module) -> Any:
-        return ADAPTED_WEIGHT(self._parameters[parameter], self._parameters[vector], axes)
+        weight = self._parameters[parameter]
+        # FSDP looks its shards up by attribute, and would take W + vector 1ᵀ for W.
+        if type(weight).__name__ == "DTensor" and is_fsdp_shard(self, parameter):
+            return weight
+        return ADAPTED_WEIGHT(weight, self._parameters[vector], axes)
 
     return read
 

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from onelora_compile.adapter import adapted_weights, release, state_of, unwrap
+from onelora_compile.adapter import adapted_weights, refuse_sharded, release, state_of, unwrap
 from onelora_compile.errors import MergeError
 from onelora_compile.kinds import is_plain
 from onelora_compile.ops import accumulation_dtype
@@ -77,11 +77,12 @@ def merge(model: nn.Module) -> MergeReport:
     the first is written, so a failure leaves the model as it was.
 
     Raises:
-        StateError: the model is not adapted, or a `disabled` block is open.
+        StateError: the model is not adapted or sharded over processes, or a `disabled` block is open.
         MergeError: a weight that is not floating point, or a result that its dtype can't hold.
     """
     root = unwrap(model)
     state = state_of(root, "merge")
+    refuse_sharded(root, "merge", "save the adapter, load it into the whole model, and merge there")
     targets = adapted_weights(root)
     folded = {name: _folded(name, target) for name, target in over_weights("merge", targets)}
     readers = _readers(root)

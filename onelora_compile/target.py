@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from onelora_compile.distributed import whole
 from onelora_compile.kinds import is_conv1d, is_plain
 from onelora_compile.layer import Adapted, OneLoRALayer, vector_name
 from onelora_compile.layer import attach as attach_vectors
@@ -68,7 +69,7 @@ class Target:
         weight = self.weight
         assert weight is not None
         rest = [axis for axis in range(weight.ndim) if axis not in self.dims]
-        lined = weight.detach().permute(*rest, *self.dims)  # [*out, *in]
+        lined = whole(weight.detach()).permute(*rest, *self.dims)  # [*out, *in]
         if len(rest) == 1:
             yield lined.reshape(lined.shape[0], -1)
         else:

@@ -1,0 +1,82 @@
+"""Vectors and weights that torch.distributed has split over processes; the file that touches its private API.
+
+Read in torch 2.11 to 2.13: `torch/distributed/_composable_state.py` (which module has which FSDP state) and
+`torch/distributed/fsdp/_fully_shard/_fsdp_param.py` (`reset_sharded_param` reads a parameter by `getattr`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_fsdp_shard(module: nn.Module, parameter: str) -> bool:
+    """Whether FSDP holds this parameter of the module, sharded, so that no forward is using it."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    for reference in list(_module_state_mapping.values()):
+        state: Any = reference()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            for held in getattr(group, "fsdp_params", ()):
+                place = held._module_info
+                if place.module is module and place.param_name == parameter:
+                    return True
+                shared = zip(place.shared_modules, place.shared_param_names, strict=True)
+                if any(other is module and name == parameter for other, name in shared):
+                    return True
+    return False
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether the tensor is split over processes."""
+    return type(tensor).__name__ == "DTensor"  # by name: the import is slow, and needless without torch.distributed
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor; of one that is split over processes a copy, for which every process must call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def write_whole(tensor: Tensor, value: Tensor) -> None:
+    """Copy a value into a tensor; into one that is split over processes each its part of a whole value."""
+    if is_sharded(tensor) and not is_sharded(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = tensor
+        # src_data_rank=None: every process has the value, nothing is sent.
+        value = distribute_tensor(
+            value.to(sharded.device, sharded.dtype), sharded.device_mesh, sharded.placements, src_data_rank=None
+        )
+    tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def together(tensors: list[Tensor], path: Path) -> Iterator[bool]:
+    """One process of those that share the tensors does what is in the block; all leave it when it is done.
+
+    Yields:
+        Whether this process is the one.
+
+    Raises:
+        OSError: in the other processes, where the one failed.
+    """
+    if not any(map(is_sharded, tensors)):
+        yield True
+        return
+    failed: list[str | None] = [None]
+    mine = torch.distributed.get_rank() == 0
+    try:
+        yield mine
+    except Exception as error:
+        failed = [str(error)]
+        raise
+    finally:
+        torch.distributed.broadcast_object_list(failed, src=0)
+        if not mine and failed[0] is not None:
+            raise OSError(f"rank 0 could not write {path}: {failed[0]}")
