@@ -25,10 +25,10 @@ demo: $(READY)  ## Train, compare, export and swap adapters on handwritten digit
 	$(BIN)/onelora demo
 
 test: $(READY)  ## Run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4
 
 test-slow: $(READY)  ## Run the long tail of the tests
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n auto --maxprocesses 4 -m slow
 
 # mypy sees the folders that setuptools maps only in a strict editable install, and only from another folder.
 lint: $(READY)  ## Check style and types

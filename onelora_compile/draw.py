@@ -36,10 +36,12 @@ def draw(before: fx.GraphModule, after: fx.GraphModule, path: Path, module: str 
         for node, (x, y) in panel.items():
             for source in _visible_inputs(node, panel):
                 start, end = panel[source], (x, y)
-                arrow = {"arrowstyle": "-|>", "color": "#888888", "shrinkA": 9, "shrinkB": 9, "lw": 0.8}
-                axis.annotate("", (end[0], -end[1]), (start[0], -start[1]), arrowprops=arrow)
+                arrow = {"arrowstyle": "-|>", "color": "#888888", "shrinkA": 11, "shrinkB": 11, "lw": 0.8}
+                if end[1] - start[1] > 1:  # past other ops: around them
+                    arrow["connectionstyle"] = "arc3,rad=-0.35"
+                axis.annotate("", (end[0], -end[1]), (start[0], -start[1]), arrowprops=arrow, zorder=1)
             box = {"boxstyle": "round", "facecolor": _COLOURS[kinds.get(node, "")], "edgecolor": "#888888"}
-            axis.text(x, -y, _label(node), ha="center", va="center", fontsize=8, bbox=box)
+            axis.text(x, -y, _label(node), ha="center", va="center", fontsize=8, bbox=box, zorder=2)
         axis.set(
             xlim=(-0.6, columns[panels.index(panel)] - 0.4), ylim=(-rows, 1), title=f"{module or 'graph'}: {title}"
         )

@@ -39,7 +39,7 @@ def _adapter_table(path: Path, file: AdapterFile) -> RenderableType:
         base = file.fingerprints[name]
         update = float(vector.double().norm()) * base.shape[1] ** 0.5  # Frobenius norm of b 1ᵀ
         ratio = f"{update / base.norm:.2e}" if base.norm else "-"
-        table.add_row(name, f"[{vector.numel()}]", str(list(base.shape)), base.dtype, ratio)
+        table.add_row(name, str(list(vector.shape)), str(list(base.shape)), base.dtype, ratio)
     entries = sum(vector.numel() for vector in file.vectors.values())
     lines = [f"{len(file.vectors)} vectors, {entries:,} numbers"]
     lines += [f"also trained: {name} {list(tensor.shape)}" for name, tensor in file.saved.items()]

@@ -9,10 +9,13 @@ what it misses is found, and named in a warning, when a graph of the model is ca
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
+import io
 import itertools
+import warnings
 from collections.abc import Container, Iterator
 from types import CodeType
 from typing import Any
@@ -68,7 +71,7 @@ def _reads_of(module: nn.Module) -> Iterator[Read]:
         packed = (name for name in _PACKED if module._parameters.get(name) is not None)
         yield from (Read(module, name, (1,)) for name in packed)
         yield Read(module.out_proj, "weight", (1,))
-    elif _holds_weights(module) or _mentions_weights(type(module)):
+    elif _holds_weights(module) or (next(module.children(), None) is not None and _mentions_weights(type(module))):
         yield from _traced(module)
 
 
@@ -129,7 +132,10 @@ def _trace(module: nn.Module, answer: bool, defaults: bool) -> fx.GraphModule:
     shadow.__class__ = _with_plain_forward(type(module), defaults)
     tracer = _Tracer(answer)
     try:
-        graph = tracer.trace(shadow)
+        # What the code prints or warns of is about values that it does not have.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = tracer.trace(shadow)
     except Exception:  # the user's code on values that it does not expect may raise anything
         graph = tracer.graph
         graph.output(None)

@@ -38,7 +38,7 @@ class _Recording(fx.proxy.GraphAppendingTracer):
         node = super().create_node(*args, **kwargs)
         key = "val" if "val" in self.like.meta else "example_value"
         node.meta = {name: value for name, value in self.like.meta.items() if name not in _EXAMPLES}
-        if (value := _run(node)) is not None:
+        if (value := _run(node, self.like)) is not None:
             node.meta[key] = value
         self.made.append(node)
         return node
@@ -53,8 +53,8 @@ def emitting(graph: fx.Graph, after: fx.Node) -> Iterator[Emitter]:
         yield emitter
 
 
-def _run(node: fx.Node) -> Any:
-    """The node on example values; None where one is missing."""
+def _run(node: fx.Node, like: fx.Node) -> Any:
+    """The node on example values, in the fake mode of `like`'s; None where one is missing."""
 
     def value(argument: fx.Node) -> Any:
         for key in _EXAMPLES:
@@ -66,7 +66,7 @@ def _run(node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     except KeyError:
         return None
-    with torch.no_grad(), on_examples(pytree.tree_leaves((args, kwargs))):
+    with torch.no_grad(), on_examples([*pytree.tree_leaves((args, kwargs)), *map(like.meta.get, _EXAMPLES)]):
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -268,3 +268,25 @@ def test_the_passes_alone_on_a_traced_graph():
     # Nothing tells that an input of this graph is a parameter.
     assert not results["weight_to_activation"].rewrites
     torch.testing.assert_close(gm(model._parameters["w"], onelora.vectors(model)["w"], x), model(x))
+
+
+def test_reading_the_code_leaves_no_trace(capsys):
+    class Chatty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.calls, self.seen = weight(6, 8), 0, []
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x, verbose=True):
+            self.calls += 1
+            self.steps += 1
+            if verbose:
+                print("forward", x.shape)
+            self.last = x
+            return F.linear(x, self.w)
+
+    model = Chatty()
+    onelora.adapt(model)
+    assert list(onelora.vectors(model)) == ["w"]
+    assert capsys.readouterr().out == ""
+    assert (model.calls, model.steps.item(), hasattr(model, "last")) == (0, 0, False)
