@@ -1,5 +1,6 @@
 """The README's program runs as it is printed, and its commands exist."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -10,7 +11,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_program(tmp_path):
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    program, passes = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(passes, "README.md", "exec"), {})
     (tmp_path / "program.py").write_text(program)
     done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -20,6 +22,8 @@ def test_the_program(tmp_path):
 
 
 def test_make_targets_and_links():
+    for example in re.findall(r"-m (onelora_compile\.examples\.\w+)", README):
+        assert importlib.util.find_spec(example), example
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make ([a-z-]+)", README + (ROOT / "CONTRIBUTING.md").read_text()):
         assert f"\n{target}:" in makefile, target

@@ -110,3 +110,17 @@ def test_eager_compiled_and_float64_agree(name):
         floor=256,
     )
     assert len(graphs) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FIRST - {"albert", "gpt2"}))
+def test_inductor_agrees_with_eager(name):
+    model, inputs = ARCHITECTURES[name]()
+    fill_vectors(onelora.adapt(model), 0.02)
+    outputs = [main_output(run(**inputs)) for run in (model, torch.compile(model, backend="onelora"))]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-4)
+    vectors = onelora.vectors(model)
+    eager, fast = (torch.autograd.grad(weighted(out), list(vectors.values()), allow_unused=True) for out in outputs)
+    for key, expected, found in zip(vectors, eager, fast, strict=True):
+        expected, found = (torch.zeros_like(vectors[key]) if g is None else g for g in (expected, found))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
