@@ -81,10 +81,10 @@ def adapted_weight(weight: Tensor, vector: Tensor, dims: Sequence[int]) -> Tenso
     return (weight + vector).to(weight.dtype)
 
 
-_library.impl("feature_sum", feature_sum, "CompositeImplicitAutograd")
-_library.impl("add_rank1", add_rank1, "CompositeImplicitAutograd")
-_library.impl("rank1_update", rank1_update, "CompositeImplicitAutograd")
-_library.impl("adapted_weight", adapted_weight, "CompositeImplicitAutograd")
+for _function in (feature_sum, add_rank1, rank1_update, adapted_weight):
+    # The second key is how torch.func.vmap takes an operator apart instead of looping over the batch.
+    for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+        _library.impl(_function.__name__, _function, _key)
 
 # What graphs hold and passes match.
 FEATURE_SUM = torch.ops.onelora.feature_sum.default

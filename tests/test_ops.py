@@ -104,6 +104,16 @@ def test_vector_of_the_wrong_size_is_refused_and_not_broadcast():
             OPS.rank1_update(y, x, torch.ones(size))
 
 
+def test_vmap_takes_the_operators_apart(capfd):
+    # A composite operator of a library falls back to a loop over the batch, with a warning on stderr, unless told how.
+    x, y, w, vectors = torch.randn(4, 8), torch.randn(4, 6), torch.randn(6, 8), torch.randn(3, 6)
+    update = torch.func.vmap(lambda b: OPS.rank1_update(y, x, b))(vectors)
+    weights = torch.func.vmap(lambda b: OPS.adapted_weight(w, b, [1]))(vectors)
+    torch.testing.assert_close(update[2], y + x.sum(-1, keepdim=True) * vectors[2])
+    torch.testing.assert_close(weights[2], w + vectors[2][:, None])
+    assert "performance drop" not in capfd.readouterr().err
+
+
 def test_works_under_vmap_meta_and_inference_mode():
     x, y, vector = case((4, 3), grad=False)
     mapped = torch.vmap(OPS.rank1_update, (0, 0, None))(y, x, vector)
