@@ -52,13 +52,13 @@ def steps(run, model, data, n=3):
 
 def same(a, b, what):
     whole = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in (a, b)]
-    torch.testing.assert_close(*(t.detach() for t in whole), rtol=1e-3, atol=1e-4, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(*(t.detach() for t in whole), rtol=1e-4, atol=1e-6, msg=lambda m: f"{what}: {m}")
 
 
 single = adapted()
 steps(single, single, x)
 for name, vector in onelora.vectors(single).items():
-    assert (vector - onelora.vectors(adapted())[name]).abs().max() > 1e-4, name
+    assert (vector - onelora.vectors(adapted())[name]).abs().max() > 1e-3, name
 """
 
 DDP = """

@@ -36,9 +36,6 @@ def updated(base, model, x):
     return base.b(h).double() + h.double().sum(-1, keepdim=True) * vectors["b"].double()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")
 @pytest.mark.parametrize("how", ["int8", "int4"])
 @pytest.mark.parametrize("order", ["quantize_then_adapt", "adapt_then_quantize"])
 def test_torchao_weight_only(how, order, tmp_path):

@@ -1,13 +1,16 @@
 """Random modules composed of linear forms, views, shared weights and dtypes: eager = compiled = reference."""
 
+import copy
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import row_sums
 from torch import nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
-from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
+from onelora_compile.testing import assert_parity, fill_vectors, gradients, merged_copy
 
 WIDTHS = st.sampled_from([1, 3, 4, 8])
 
@@ -100,19 +103,27 @@ def test_eager_compiled_and_reference_agree(first, plan, tied, dtype, seed):
                 step.fc.weight = alike.setdefault((step.n, step.m), step.fc.weight)
     net = net.to(dtype)
     x = torch.randn(2, 3, first).to(dtype)
-    base = net(x)
+    base, weights = net(x), copy.deepcopy(net.state_dict())
     onelora.adapt(net)
     assert len(onelora.vectors(net)) == len(net.steps)
-    assert torch.equal(net(x), base)
+    assert_parity(net(x), base.double(), base, "zero vectors", floor=8)  # a matmul's last bit depends on alignment
     fill_vectors(net, 0.5, seed)
     exact, plain = merged_copy(net, torch.float64)(x.double()), merged_copy(net)(x)
     compiled = torch.compile(net, backend="onelora", options={"inner": "eager"}, fullgraph=True)
     for run in (net, compiled):
         assert_parity(run(x), exact, plain, factor=3, floor=16)
-    vectors = list(onelora.vectors(net).values())
-    ours = torch.autograd.grad(compiled(x).double().square().sum(), vectors)
-    eager = torch.autograd.grad(net(x).double().square().sum(), vectors)
-    loose = 0.15 if dtype == torch.bfloat16 else 1e-3
-    for a, b in zip(ours, eager, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=loose, atol=loose * max(1.0, b.abs().max().item()))
-    assert torch.equal(onelora.detach(net)(x), base)
+
+    def loss(run, x):
+        return run(x).double().square().sum()
+
+    expected = row_sums(net, merged_copy(net, torch.float64), lambda one: loss(one, x.double()))
+    baseline = row_sums(net, merged_copy(net), lambda one: loss(one, x))
+    for run in (net, compiled):
+        for name, gradient in gradients(loss(run, x), onelora.vectors(net)).items():
+            if dtype == torch.float64:  # the reference is no better than what it judges: a gradient may cancel in both
+                largest = max(value.abs().max() for value in expected.values())
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12 * float(largest))
+            else:
+                assert_parity(gradient.to(dtype), expected[name], baseline[name], name, factor=3, floor=16)
+    onelora.detach(net)
+    assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())

@@ -14,10 +14,10 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from architectures.outputs import main_output
+from oracle import row_sums
 
 import onelora_compile as onelora
-from onelora_compile.adapter import adapted_weights
-from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
+from onelora_compile.testing import assert_parity, fill_vectors, gradients, merged_copy
 
 # What the libraries themselves warn of, which would be errors inside Dynamo.
 pytestmark = [
@@ -80,25 +80,13 @@ def test_eager_compiled_and_float64_agree(name):
     assert (out - base).abs().max() > 10 * (out - exact).abs().max()
 
     # Gradients of every vector: the row sums of the gradient of the reference's weight.
-    targets = adapted_weights(model)
-    paths = {id(module): path for path, module in model.named_modules()}
-    held = {}
-    for key, target in targets.items():
-        held[key] = reference.get_submodule(paths[id(target.module)])._parameters[target.parameter].requires_grad_(True)
-    expected = torch.autograd.grad(
-        weighted(main_output(reference(**doubled(inputs)))), list(held.values()), allow_unused=True
-    )
+    vectors = onelora.vectors(model)
+    expected = row_sums(model, reference, lambda one: weighted(main_output(one(**doubled(inputs)))))
+    baseline = row_sums(model, merged_copy(model), lambda one: weighted(main_output(one(**inputs))))
     for run in (model, compiled):
-        found = torch.autograd.grad(
-            weighted(main_output(run(**inputs))), [t.vector for t in targets.values()], allow_unused=True
-        )
-        for (key, target), gradient, weight in zip(targets.items(), found, expected, strict=True):
-            rows = weight.sum(target.dims) if weight is not None else torch.zeros(target.shape)
-            gradient = torch.zeros(target.shape) if gradient is None else gradient
-            scale = rows.abs().max().item()
-            torch.testing.assert_close(
-                gradient.double(), rows.double(), rtol=2e-3, atol=2e-3 * scale + 1e-5, msg=lambda m, k=key: f"{k}: {m}"
-            )
+        for key, gradient in gradients(weighted(main_output(run(**inputs))), vectors).items():
+            # factor: detr's decoder has gradients that cancel to 1e-7, where either error is luck
+            assert_parity(gradient, expected[key], baseline[key], key, factor=3, floor=256)
 
     before = len(graphs)
     fill_vectors(model, 0.02, seed=5)
@@ -120,10 +108,9 @@ def test_inductor_agrees_with_eager(name):
     outputs = [main_output(run(**inputs)) for run in (model, torch.compile(model, backend="onelora"))]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-4)
     vectors = onelora.vectors(model)
-    eager, fast = (torch.autograd.grad(weighted(out), list(vectors.values()), allow_unused=True) for out in outputs)
-    for key, expected, found in zip(vectors, eager, fast, strict=True):
-        expected, found = (torch.zeros_like(vectors[key]) if g is None else g for g in (expected, found))
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
+    eager, fast = (gradients(weighted(out), vectors) for out in outputs)
+    for key, expected in eager.items():
+        torch.testing.assert_close(fast[key], expected, rtol=1e-3, atol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
 
 
 # xlnet and packed_slices are not here: torch.onnx 2.13 can't convert them, adapted or not.
