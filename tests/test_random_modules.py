@@ -16,7 +16,7 @@ WIDTHS = st.sampled_from([1, 3, 4, 8])
 
 
 class Step(nn.Module):
-    """One linear map [*, n] -> [*, m] in one of many spellings."""
+    """One linear map [*, n] -> [*, m] in one of many spellings, of norm about 1 so that rounding errors stay small."""
 
     def __init__(self, kind, n, m):
         super().__init__()
@@ -24,13 +24,13 @@ class Step(nn.Module):
         if kind == "module":
             self.fc = nn.Linear(n, m)
         elif kind in ("stored_in_out", "einsum_in_out", "addmm"):
-            self.w = nn.Parameter(torch.randn(n, m))
+            self.w = nn.Parameter(torch.randn(n, m) / n**0.5)
         elif kind in ("packed", "packed_chunks"):
-            self.w = nn.Parameter(torch.randn(3 * m, n))
+            self.w = nn.Parameter(torch.randn(3 * m, n) / n**0.5)
         elif kind == "heads":
-            self.w = nn.Parameter(torch.randn(2, m, n))
+            self.w = nn.Parameter(torch.randn(2, m, n) / n**0.5)
         else:
-            self.w = nn.Parameter(torch.randn(m, n))
+            self.w = nn.Parameter(torch.randn(m, n) / n**0.5)
 
     def forward(self, x):
         kind = self.kind
@@ -80,7 +80,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         for index in self.plan:
-            x = torch.tanh(self.steps[index](x))
+            x = torch.sin(self.steps[index](x))  # tanh saturates: 1 - y² then magnifies a last bit
         return x
 
 
@@ -107,23 +107,22 @@ def test_eager_compiled_and_reference_agree(first, plan, tied, dtype, seed):
     onelora.adapt(net)
     assert len(onelora.vectors(net)) == len(net.steps)
     assert_parity(net(x), base.double(), base, "zero vectors", floor=8)  # a matmul's last bit depends on alignment
-    fill_vectors(net, 0.5, seed)
+    fill_vectors(net, 0.2, seed)
     exact, plain = merged_copy(net, torch.float64)(x.double()), merged_copy(net)(x)
     compiled = torch.compile(net, backend="onelora", options={"inner": "eager"}, fullgraph=True)
     for run in (net, compiled):
-        assert_parity(run(x), exact, plain, factor=3, floor=16)
+        assert_parity(run(x), exact, plain, factor=3, floor=64)
 
     def loss(run, x):
         return run(x).double().square().sum()
 
-    expected = row_sums(net, merged_copy(net, torch.float64), lambda one: loss(one, x.double()))
-    baseline = row_sums(net, merged_copy(net), lambda one: loss(one, x))
+    exact_copy = merged_copy(net, torch.float64)
+    expected = row_sums(net, exact_copy, lambda one: loss(one, x.double()))
+    terms = row_sums(net, exact_copy, lambda one: loss(one, x.double()), absolute=True)
+    size = max(float(value.max()) for value in terms.values())
     for run in (net, compiled):
         for name, gradient in gradients(loss(run, x), onelora.vectors(net)).items():
-            if dtype == torch.float64:  # the reference is no better than what it judges: a gradient may cancel in both
-                largest = max(value.abs().max() for value in expected.values())
-                torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12 * float(largest))
-            else:
-                assert_parity(gradient.to(dtype), expected[name], baseline[name], name, factor=3, floor=16)
+            error = float((gradient - expected[name]).abs().max())
+            assert error <= 64 * torch.finfo(dtype).eps * size, (name, error, size)
     onelora.detach(net)
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
