@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onelora_compile import eager
 from onelora_compile.distributed import is_fsdp_shard
 from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
 from onelora_compile.watch import observe
@@ -77,6 +78,10 @@ class OneLoRALayer(Adapted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward, then the rank-1 update of its output by its input."""
+        if eager.takes(self, args, kwargs, self.onelora_vector):
+            observe(self, args[0])
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            return eager.adapted_linear(args[0], weight, bias, self.onelora_vector)  # type: ignore[arg-type]
         y = super().forward(*args, **kwargs)
         if not isinstance(y, Tensor):
             raise TypeError(

@@ -49,7 +49,7 @@ _empty: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # were given inputs with
 
 def observe(module: nn.Module, x: Tensor) -> None:
     """Called by adapted linears in eager; costs a look into an empty dictionary once the first backward is over."""
-    if not _watched or module not in _watched or not torch.is_grad_enabled():
+    if not _watched or module not in _watched or not torch.is_grad_enabled() or torch.jit.is_tracing():
         return
     if not x.numel():
         _empty.add(module)

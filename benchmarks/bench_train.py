@@ -1,0 +1,65 @@
+"""What does a training step cost, against the frozen base and against PEFT, in eager and compiled?
+
+A step is forward, loss and backward to the inputs; ratios are to the frozen base in the same mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+import torch
+from environment import save
+from models import BASE, MODELS, OWN, build, methods, step
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from timing import interleaved, ratios
+
+COLUMNS = ("model", "mode", "method", "median", "20 %", "80 %", "ms")
+
+
+def measure(name: str, rounds: int) -> list[dict[str, object]]:
+    """Rows of one model: every method in both modes, all in one process."""
+    base, inputs = build(name)
+    models = methods(name, base)
+    rows: list[dict[str, object]] = []
+    for mode in ("eager", "compiled"):
+        if mode == "compiled":
+            torch._dynamo.reset()
+            compiled = {OWN: "onelora"}
+            models = {
+                method: torch.compile(model, backend=compiled.get(method, "inductor"))
+                for method, model in models.items()
+            }
+        steps = {method: step(model, inputs) for method, model in models.items()}
+        times = interleaved(steps, rounds)
+        for method, (median, low, high) in ratios(times, BASE).items():
+            milliseconds = 1e3 * sorted(times[method])[len(times[method]) // 2]
+            numbers = {"ratio": median, "ratio_p20": low, "ratio_p80": high, "ms": milliseconds}
+            row = {"model": name, "mode": mode, "method": method, "rounds": rounds}
+            rows.append(row | {key: round(value, 4) for key, value in numbers.items()})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=21)
+    arguments = parser.parse_args()
+    table = Table(*COLUMNS, title="training step, ratio to the frozen base in the same mode")
+    rows = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in track(arguments.model, "models"):
+            rows += measure(name, arguments.rounds)
+    for row in rows:
+        numbers = [f"{row[key]:.3f}" for key in ("ratio", "ratio_p20", "ratio_p80")]
+        table.add_row(*(str(row[key]) for key in ("model", "mode", "method")), *numbers, f"{row['ms']:.1f}")
+    if arguments.model == list(MODELS):  # a part of the table would replace the whole
+        save("train", rows)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
