@@ -1,16 +1,19 @@
-"""From a model to an exported program without vectors: what every exporter starts from."""
+"""From a model to an exported program with its vectors where they are wanted: what every exporter starts from."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from onelora_compile.passes.carry_vectors import carry_vectors
 from onelora_compile.passes.fold_vectors import FoldResult, fold_vectors
+
+Place = Literal["folded", "weight", "activation"]
 
 
 def freeze(
@@ -18,21 +21,26 @@ def freeze(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    place: Place = "folded",
+    originals: Mapping[str, Tensor] | None = None,
 ) -> tuple[ExportedProgram, FoldResult]:
-    """Export a plain model in evaluation mode and fold its vectors into its weights; the model is not changed.
+    """Export a plain model in evaluation mode and bring its vectors to their place; the model is not changed.
 
     Args:
         model: adapted or not.
         args: example inputs.
         kwargs: example keyword inputs.
         dynamic_shapes: as in `torch.export.export`; a dimension may also be a name, as in `torch.onnx.export`.
+        place: of the vectors: "folded" into the weights, beside each "weight" as `adapted_weight`, or beside each
+            "activation" as `add_rank1` of feature sums, one for each input.
+        originals: as in `fold_vectors`.
     """
     dynamic_shapes = _dims(dynamic_shapes)
     with evaluating(model):
         program = torch.export.export(
             model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
         )
-    return fold_vectors(program)
+    return fold_vectors(program, originals=originals) if place == "folded" else carry_vectors(program, place)
 
 
 def _dims(shapes: Any) -> Any:

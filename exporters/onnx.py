@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-import hashlib
 import io
-import json
 import logging
 import os
 import time
@@ -18,15 +17,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from onelora_compile.adapter import unwrap, vectors
-from onelora_compile.errors import ConfigError, ExportError, OneLoRAError, require
-from onelora_compile.exporters.freeze import freeze
+from onelora_compile.adapter import adapted_weights, unwrap, vectors
+from onelora_compile.checkpoint import AdapterFile, check_base, read_adapter
+from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, OneLoRAError, StateError, require
+from onelora_compile.exporters.freeze import Place, freeze
+from onelora_compile.exporters.metadata import Metadata, digest
+from onelora_compile.exporters.modes import MODES, Mode, Vectors, place_vectors
+from onelora_compile.exporters.operators import float32, translations
 from onelora_compile.exporters.save_onnx import save_model
-from onelora_compile.exporters.verify import Parity, check_onnx
+from onelora_compile.exporters.verify import Parity, check_export
+from onelora_compile.fingerprint import fingerprint_of
 from onelora_compile.merge import FoldLoss
+from onelora_compile.passes.fold_vectors import vector_of
 from onelora_compile.progress import steps
-from onelora_compile.text import Printable, bytes_text
+from onelora_compile.text import Printable, bytes_text, shortened
 from onelora_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
 
     from onelora_compile.passes.fold_vectors import FoldResult
 
-ADAPTERS = ("fold",)
+_PLACES: dict[str, Place] = {"fold": "folded", "load": "weight", "input": "activation", "bank": "activation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,8 @@ class ExportReport(Printable):
         files: the model file, and the file of its weights where it needs one.
         bytes: of all files together.
         opset_version: of the standard ONNX operators.
+        mode: "fold", "load", "input" or "bank"; "base" for a model that is not adapted.
+        vectors: how many the file holds or was folded with.
         losses: what rounding lost in each folded weight, by module name.
         unused: modules whose vector the graph does not use.
         parity: the difference to eager on the example inputs; None without verification.
@@ -55,6 +63,8 @@ class ExportReport(Printable):
     files: list[Path]
     bytes: int
     opset_version: int
+    mode: str
+    vectors: int
     losses: dict[str, FoldLoss]
     unused: list[str]
     parity: Parity | None
@@ -70,8 +80,11 @@ class ExportReport(Printable):
         table.add_row("files", "\n".join(str(file) for file in self.files))
         table.add_row("size", bytes_text(self.bytes))
         table.add_row("opset", str(self.opset_version))
-        worst = max((loss.relative for loss in self.losses.values()), default=0.0)
-        table.add_row("vectors folded", f"{len(self.losses)} (lost to rounding: at most {worst:.1e} of the update)")
+        if self.mode in ("base", "fold"):
+            worst = max((loss.relative for loss in self.losses.values()), default=0.0)
+            table.add_row("vectors folded", f"{len(self.losses)} (lost to rounding: at most {worst:.1e} of the update)")
+        else:
+            table.add_row("vectors", f"{self.vectors}, mode {self.mode!r}")
         if self.unused:
             table.add_row("not in the graph", ", ".join(self.unused))
         if self.parity is None:
@@ -90,6 +103,8 @@ def export_onnx(
     adapters: str = "fold",
     dynamic_shapes: Any = None,
     opset_version: int | None = None,
+    dtype: torch.dtype | None = None,
+    bank: Sequence[str | os.PathLike[str]] = (),
     verify: bool = True,
     external_data: bool | None = None,
     progress: bool = True,
@@ -103,46 +118,79 @@ def export_onnx(
         args: example inputs, in the dtypes and on the device of the model.
         path: the file to write; replaced in one step if it exists.
         kwargs: example keyword inputs.
-        adapters: `"fold"`: the vectors are inside the weights, and the graph is that of the base.
+        adapters: where the vectors are.
+            "fold": inside the weights; the graph is that of the base.
+            "load": external initializers in `<path>.vectors`, added to the weights; ONNX Runtime folds them when it
+            opens the model, with these values or with others (`SessionOptions.add_external_initializers`).
+            "input": graph inputs with the trained values as defaults; ONNX Runtime adapters, another one per call.
+            "bank": tables of several adapters, chosen for each row of the batch by the input `adapter_ids` [batch].
         dynamic_shapes: as in `torch.export.export`; a dimension may be a name: `{"x": {0: "batch"}}`.
         opset_version: None is the exporter's recommended one.
-        verify: run the file on the example inputs, compare with eager, and fail beyond the dtype's tolerance.
+        dtype: convert to float16 or bfloat16 on the way; folded weights are rounded once. Inputs are of that dtype too.
+        bank: adapter files, for "bank"; the id of each is its place.
+        verify: run the file on the example inputs, compare with eager, and fail beyond the dtype's tolerance; vectors
+            that can be swapped are compared with other values too.
         external_data: keep the weights in `<path>.data`; None does so from 1.9 GB on.
         progress: show a progress bar if standard error is a terminal.
 
     Raises:
-        ExportError: the model can't be exported, or the file differs from the model; no file is left then, and an
+        ExportError: the model can't be exported so, or the file differs from the model; no file is left then, and an
             old one is as it was.
-        ConfigError: an unknown value of `adapters`.
+        ConfigError: an unknown value of `adapters`, or a bank without files.
+        StateError: "load" or "input" of a model that is not adapted.
+        AdapterFileError: a file of the bank that is damaged or of another model.
+        BaseMismatchError: a file of the bank that was trained on another base.
         MissingExtraError: an ONNX package is not installed.
         OSError: the file can't be written.
     """
-    if adapters not in ADAPTERS:
-        raise ConfigError(f"adapters={adapters!r} is not one of {', '.join(map(repr, ADAPTERS))}")
+    if adapters not in MODES:
+        raise ConfigError(f"adapters={adapters!r} is not one of {', '.join(map(repr, MODES))}")
+    if bool(bank) != (adapters == "bank"):
+        raise ConfigError("adapters='bank' needs bank=[files], and only that takes it")
+    mode: Mode = adapters  # type: ignore[assignment]
     args = args if isinstance(args, (tuple, list)) else (args,)
     require("onnxscript", "onnx", "export to ONNX")
     if verify:
         require("onnxruntime", "onnx", "verify the export (or pass verify=False)")
     root, path, start = unwrap(model), Path(path), time.perf_counter()
-    with steps(f"export {path.name}", 3, progress) as step:
-        step("capture and fold")
-        program, folded = _captured(root, args, kwargs, dynamic_shapes)
+    if adapters != "fold" and not adapted_weights(root):
+        raise StateError(f"adapters={adapters!r} needs an adapted model: call adapt or load_adapter before")
+    with steps(f"export {path.name}", 4, progress) as step:
+        step("read the base")
+        prints = {name: fingerprint_of(target) for name, target in adapted_weights(root).items()}
+        held = {name: float32(vector) for name, vector in vectors(root).items()}
+        banked = _read_bank(root, bank)
+        step("capture")
+        given, given_kwargs = _cast((tuple(args), dict(kwargs or {})), dtype)
+        program, folded = _captured(root, given, given_kwargs, dynamic_shapes, adapters, dtype)
         step("convert to ONNX")
         ir_model = _converted(program, opset_version, dynamic_shapes)
-        ir_model.metadata_props.update(_provenance(root, adapters))
+        used = place_vectors(ir_model, mode, held, list(banked.values())) if adapters != "fold" else list(folded.losses)
+        metadata = Metadata(
+            mode=adapters if held else "base",
+            vectors={name: held[name].shape for name in used},
+            fingerprints={name: prints[name] for name in used},
+            adapters=tuple(banked),
+            sha256=digest(held) if held else "",
+            producer=f"onelora-compile {__version__}, torch {torch.__version__}",
+        )
+        ir_model.metadata_props.update(metadata.to_props())
         step("write and verify" if verify else "write")
         # Verified before it gets its name: a file that is there is a file that passed.
         parity: list[Parity] = []
-        files = save_model(
-            ir_model,
-            path,
-            external_data,
-            check=lambda written: parity.append(_checked(written, root, args, kwargs)) if verify else None,
-        )
+
+        def check(written: Path) -> None:
+            if verify:
+                inputs = pytree.tree_leaves((given, given_kwargs))
+                parity.append(check_export(written, root, args, kwargs, inputs, list(banked.values())))
+
+        files = save_model(ir_model, path, external_data, check, apart=used if adapters == "load" else ())
     return ExportReport(
         files=files,
         bytes=sum(file.stat().st_size for file in files),
         opset_version=ir_model.opset_imports[""],
+        mode=metadata.mode,
+        vectors=len(used),
         losses=folded.losses,
         unused=folded.unused,
         parity=parity[0] if parity else None,
@@ -150,11 +198,60 @@ def export_onnx(
     )
 
 
+def _read_bank(root: nn.Module, files: Sequence[str | os.PathLike[str]]) -> dict[str, Vectors]:
+    """The vectors of each file, by a name for it."""
+    bank: dict[str, Vectors] = {}
+    for path in files:
+        file = read_adapter(path)
+        _check_bankable(root, file, path)
+        name = Path(path).name.removesuffix(".safetensors")
+        if name in bank:
+            raise ConfigError(f"two files of the bank are called {name!r}: their names tell the adapters apart")
+        bank[name] = {vector: float32(value) for vector, value in file.vectors.items()}
+    return bank
+
+
+def _check_bankable(root: nn.Module, file: AdapterFile, path: str | os.PathLike[str]) -> None:
+    here = adapted_weights(root)
+    if other := sorted(set(file.vectors) - set(here)):
+        raise AdapterFileError(f"{path} has vectors that the model does not have: {shortened(other)}")
+    check_base({name: here[name] for name in file.vectors}, file, path)
+    own = dict(root.state_dict(keep_vars=True))
+    if differ := [name for name, value in file.saved.items() if not torch.equal(own[name].cpu(), value)]:
+        raise AdapterFileError(
+            f"{path} also trained {shortened(differ)}, which a bank holds once for all adapters: train vectors alone"
+        )
+
+
+def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
+    """Floating tensors in a dtype."""
+    if dtype is None:
+        return tree
+    return pytree.tree_map(lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, tree)
+
+
+def _in_dtype(root: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """The model, or a copy of it in another dtype whose vectors are as they were."""
+    if dtype is None:
+        return root
+    converted = copy.deepcopy(root).to(dtype)
+    kept = vectors(root)
+    for name, vector in vectors(converted).items():
+        vector.data = kept[name].detach().clone()
+    return converted
+
+
 def _captured(
-    root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+    root: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+    mode: str,
+    dtype: torch.dtype | None,
 ) -> tuple[ExportedProgram, FoldResult]:
+    originals = {name: value for name, value in root.state_dict().items() if dtype and vector_of(name) is None}
     try:
-        return freeze(root, args, kwargs, dynamic_shapes)
+        return freeze(_in_dtype(root, dtype), args, kwargs, dynamic_shapes, _PLACES[mode], originals)
     except OneLoRAError:
         raise
     except Exception as error:  # torch.export raises what it likes, also the model's own exceptions
@@ -170,35 +267,12 @@ def _converted(program: ExportedProgram, opset_version: int | None, dynamic_shap
                 dynamic_shapes=dynamic_shapes,
                 dynamo=True,
                 verbose=False,
+                custom_translation_table=translations(),
             )
         except Exception as error:
             raise ExportError(f"torch.onnx can't convert the captured program: {error}") from error
     assert converted is not None
     return converted.model
-
-
-def _checked(file: Path, root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Parity:
-    parity = check_onnx(file, root, args, kwargs)
-    if not parity.passed:
-        raise ExportError(
-            f"the exported model differs from {type(root).__name__}: output {parity.output!r} by {parity.relative:.1e} "
-            f"relative ({parity.absolute:.1e} absolute), {parity.tolerance:.0e} is allowed; nothing was written"
-        )
-    return parity
-
-
-def _provenance(root: nn.Module, adapters: str) -> dict[str, str]:
-    """What `onelora inspect` shows of the file."""
-    held = vectors(root)
-    digest = hashlib.sha256()
-    for name, vector in sorted(held.items()):
-        digest.update(name.encode() + vector.detach().float().cpu().contiguous().numpy().tobytes())
-    return {
-        "onelora.mode": adapters if held else "base",
-        "onelora.vectors": json.dumps({name: vector.numel() for name, vector in held.items()}),
-        "onelora.adapter_sha256": digest.hexdigest() if held else "",
-        "onelora.producer": f"onelora-compile {__version__}, torch {torch.__version__}",
-    }
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,8 @@ def save_model(
     path: Path,
     external_data: bool | None = None,
     check: Callable[[Path], None] | None = None,
+    apart: Sequence[str] = (),
+    written: Callable[[], None] = lambda: None,
 ) -> list[Path]:
     """Write `model` to `path`, and its weights beside it where one file can't hold them.
 
@@ -36,6 +38,8 @@ def save_model(
         path: replaced in one step if it exists.
         external_data: True puts the weights into `<path>.data` in any case; None only above 1.9 GB.
         check: called with the complete file before it gets its name; what it raises leaves everything as it was.
+        written: called after each tensor that goes into an external file.
+        apart: initializers that go into a file of their own, `<path>.vectors`, whatever their size.
 
     Returns:
         The files that make up the model.
@@ -51,16 +55,19 @@ def save_model(
     with contextlib.ExitStack() as undo, replacing(path) as beside:
         files = [path]
         if external_data:
-            # A new name, unless it is free: until the model file is replaced, the old one needs the old weights.
-            data = path.with_name(f"{path.name}.data")
-            if data.exists():
-                data = path.with_name(f"{path.name}.{secrets.token_hex(4)}.data")
+            data = _fresh(path, "data")
             undo.callback(data.unlink, missing_ok=True)
-            onnx_ir.save(model, beside, external_data=data.name)
+            onnx_ir.external_data.unload_from_model(
+                model, path.parent, data.name, size_threshold_bytes=256, callback=lambda *_: written()
+            )
             flush(data)
             files.append(data)
-        else:
-            onnx_ir.save(model, beside)
+        if apart:
+            own = _fresh(path, "vectors")
+            undo.callback(own.unlink, missing_ok=True)
+            _write_apart(model, apart, own)
+            files.append(own)
+        onnx_ir.save(model, beside)
         if check is not None:
             check(beside)
         undo.pop_all()
@@ -69,9 +76,35 @@ def save_model(
     return files
 
 
+def _fresh(path: Path, kind: str) -> Path:
+    """A new name, unless the plain one is free: until the model file is replaced, the old one needs its old files."""
+    file = path.with_name(f"{path.name}.{kind}")
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.{kind}") if file.exists() else file
+
+
+def _write_apart(model: onnx_ir.Model, names: Sequence[str], file: Path) -> None:
+    """Write initializers to a file of their own and let the model point there."""
+    import onnx_ir
+
+    offset = 0
+    with open(file, "wb") as stream:
+        for name in names:
+            value = model.graph.initializers[name]
+            assert value.const_value is not None
+            raw = value.const_value.tobytes()
+            shape, dtype = value.const_value.shape, value.const_value.dtype
+            assert isinstance(shape, onnx_ir.Shape)
+            value.const_value = onnx_ir.ExternalTensor(
+                file.name, offset, len(raw), dtype, shape=shape, name=name, base_dir=file.parent
+            )
+            stream.write(raw)
+            offset += len(raw)
+    flush(file)
+
+
 def external_files(path: Path) -> list[Path]:
     """The files of weights that belong to the model at `path`, by the names that `save_model` gives."""
     if not path.is_file():
         return []
-    own = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{8})?\.data")
+    own = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{8})?\.(data|vectors)")
     return [file for file in path.parent.iterdir() if own.fullmatch(file.name)]

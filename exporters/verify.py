@@ -1,19 +1,24 @@
-"""Whether an ONNX file computes what the model computes: ONNX Runtime against eager on given inputs."""
+"""Whether an ONNX file computes what a model, or another file, computes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from onelora_compile.adapter import vectors
 from onelora_compile.errors import ExportError, require
 from onelora_compile.exporters.freeze import evaluating
+from onelora_compile.exporters.runner import OnnxRunner
+from onelora_compile.text import Printable
 
 # Largest difference over the largest magnitude of an output that rounding in this dtype explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -41,58 +46,205 @@ class Parity:
         return self.relative <= self.tolerance
 
 
-def check_onnx(path: Path, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Parity:
-    """Run the file in ONNX Runtime on the CPU and the model in eager on the same inputs, and compare.
+@dataclasses.dataclass(frozen=True)
+class Verification(Printable):
+    """How a file differs from its reference; `print` shows a table.
+
+    Attributes:
+        parities: of each output.
+        inputs: shape of each input that was fed.
+    """
+
+    parities: list[Parity]
+    inputs: dict[str, tuple[int, ...]]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output is within the tolerance of its dtype."""
+        return all(parity.passed for parity in self.parities)
+
+    def __rich__(self) -> Table:
+        table = Table(title="inputs " + ", ".join(f"{name} {list(shape)}" for name, shape in self.inputs.items()))
+        for column in ("output", "max difference", "relative", "allowed", ""):
+            table.add_column(column)
+        for one in self.parities:
+            verdict = "passed" if one.passed else "FAILED"
+            table.add_row(one.output, f"{one.absolute:.1e}", f"{one.relative:.1e}", f"{one.tolerance:.0e}", verdict)
+        return table
+
+
+def verify(
+    artifact: str | os.PathLike[str],
+    reference: str | os.PathLike[str] | nn.Module,
+    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> Verification:
+    """Compare an ONNX model with another one, or with a model in eager, on the same inputs.
+
+    Args:
+        artifact: the file to check.
+        reference: what is right: a file, or a module, which gets the inputs in the artifact's order.
+        inputs: arrays or tensors in the order of the artifact's inputs, or by name; None draws random ones: floats from
+            a normal distribution, integers 0 and 1, so that they do as token ids and as masks.
+        sizes: of dynamic dimensions by name, for random inputs; 4 for those that are not named.
+        seed: of random inputs.
 
     Raises:
-        ExportError: the runtime refuses the file or its inputs, or gives other outputs than the model.
+        ExportError: a file can't be run, or the two have other inputs or outputs.
+    """
+    runner = OnnxRunner(artifact)
+    if inputs is None:
+        inputs = _random(runner, dict(sizes or {}), seed)
+    names = runner.input_names
+    if not isinstance(inputs, Mapping) and len(inputs) != len(names):
+        raise ExportError(f"the ONNX model takes {len(names)} inputs {names}; {len(inputs)} were given")
+    given = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(names, inputs, strict=True))
+    arrays = {name: _array(value) if isinstance(value, Tensor) else np.asarray(value) for name, value in given.items()}
+    if isinstance(reference, nn.Module):
+        with evaluating(reference):
+            expected = _tensors(reference(*(torch.as_tensor(np.array(arrays[name])) for name in names)))
+    else:
+        other = OnnxRunner(reference)
+        expected = [torch.from_numpy(np.asarray(value)) for value in other.run(list(arrays.values()))]
+    actual = [torch.from_numpy(np.asarray(value)) for value in runner.run(arrays)]
+    shapes = {name: tuple(np.shape(value)) for name, value in arrays.items()}
+    return Verification(compare_all(expected, actual, runner.output_names), shapes)
+
+
+def _random(runner: OnnxRunner, sizes: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    own = set(runner.input_names)
+    found = {}
+    for node in runner.session.get_inputs():
+        if node.name not in own:
+            continue
+        shape = [size if isinstance(size, int) else sizes.get(str(size), 4) for size in node.shape]
+        kind = node.type.removeprefix("tensor(").removesuffix(")")
+        if kind in ("float", "double", "float16"):
+            dtype = {"float": np.float32, "double": np.float64, "float16": np.float16}[kind]
+            found[node.name] = generator.normal(size=shape).astype(dtype)
+        elif kind == "bool" or "int" in kind:
+            found[node.name] = generator.integers(0, 2, shape).astype(kind)
+        else:
+            raise ExportError(f"input {node.name!r} is of {node.type}: give inputs, random ones are for numbers")
+    return found
+
+
+def check_export(
+    path: Path,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    inputs: Sequence[Any],
+    bank: Sequence[Mapping[str, np.ndarray]] = (),
+) -> Parity:
+    """Run an exported file in ONNX Runtime on the CPU and the model in eager on the same inputs, and compare.
+
+    Vectors that can be swapped are compared with other values too: trained ones may be zero, and then a file that
+    ignores them would pass.
+
+    Args:
+        path: the file.
+        model: what it was exported from; not changed.
+        args: inputs of the model.
+        kwargs: keyword inputs of the model.
+        inputs: the same for the file, which may be of another dtype.
+        bank: the vectors of each adapter of a bank.
+
+    Returns:
+        The parity of the worst output of the worst comparison.
+
+    Raises:
+        ExportError: the runtime refuses the file or its inputs, or it computes something else than the model.
         MissingExtraError: onnxruntime is not installed.
     """
-    runtime = require("onnxruntime", "onnx", "verify an ONNX file")
-    with evaluating(model):
-        expected = _tensors(model(*args, **dict(kwargs or {})))
-    inputs = [value for value in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(value, Tensor)]
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        names = [node.name for node in session.get_inputs()]
-        if len(names) != len(inputs):
-            raise ExportError(f"the ONNX model takes {len(names)} inputs {names}; {len(inputs)} tensors were given")
-        feed = {name: value.detach().cpu().numpy() for name, value in zip(names, inputs, strict=True)}
-        actual = session.run(None, feed)
-    except ExportError:
-        raise
-    except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
-        raise ExportError(
-            f"ONNX Runtime can't run the model: {error}. Export with verify=False to keep the file for another runtime"
-        ) from error
-    output_names = [node.name for node in session.get_outputs()]
-    return compare(expected, [torch.from_numpy(np.asarray(value)) for value in actual], output_names)
+    runner = OnnxRunner(path)
+    given = [_array(value) for value in inputs if isinstance(value, Tensor)]
+    found = []
+    for what, chosen, swapped in _scenarios(runner, model, bank):
+        with evaluating(model):
+            outputs = torch.func.functional_call(model, swapped, tuple(args), dict(kwargs or {}))
+        actual = [torch.from_numpy(np.asarray(value)) for value in chosen.run(given)]
+        parity = compare(_tensors(outputs), actual, runner.output_names)
+        if not parity.passed:
+            raise ExportError(
+                f"the exported model differs from {type(model).__name__} {what}: output {parity.output!r} by "
+                f"{parity.relative:.1e} relative ({parity.absolute:.1e} absolute), {parity.tolerance:.0e} is allowed; "
+                "nothing was written"
+            )
+        found.append(parity)
+    return max(found, key=_badness)
+
+
+def _scenarios(
+    runner: OnnxRunner, model: nn.Module, bank: Sequence[Mapping[str, np.ndarray]]
+) -> Iterator[tuple[str, OnnxRunner, dict[str, Tensor]]]:
+    """What to compare: how to call it, the runner, and the parameters of the model for it."""
+    held = vectors(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+    def with_values(values: Mapping[str, Any]) -> dict[str, Tensor]:
+        missing = {name: torch.zeros_like(vector) for name, vector in held.items() if name not in values}
+        own = {name: torch.as_tensor(value).to(held[name]) for name, value in values.items()} | missing
+        return {names[id(held[name])]: value for name, value in own.items()}
+
+    if runner.mode == "bank":
+        for number, values in enumerate([{}, *bank], -1):
+            yield f"with adapter {number}", runner.with_adapter(number), with_values(values)
+        return
+    yield "with its vectors", runner, {}
+    if runner.mode in ("load", "input"):
+        generator = np.random.default_rng(0)
+        other = {name: value.detach().float().cpu().numpy() for name, value in held.items()}
+        for name, shape in runner.metadata.vectors.items():
+            base = runner.metadata.fingerprints[name]
+            size = 0.2 * base.norm / (base.shape[0] * base.shape[1]) ** 0.5
+            other[name] = generator.normal(0, size, shape).astype(np.float32)
+        swapped = runner.with_vectors({name: other[name] for name in runner.metadata.vectors})
+        yield "with other vectors", swapped, with_values(other)
+
+
+def _array(value: Tensor) -> Any:
+    if value.dtype != torch.bfloat16:
+        return value.detach().cpu().numpy()
+    return require("onnxruntime", "onnx", "verify a bfloat16 model").OrtValue.ortvalue_from_numpy_with_onnx_type(
+        value.detach().cpu().view(torch.int16).numpy(), 16
+    )
 
 
 def compare(expected: Sequence[Tensor], actual: Sequence[Tensor], names: Sequence[str]) -> Parity:
-    """The parity of the worst output.
+    """The parity of the worst output; see `compare_all`."""
+    return max(compare_all(expected, actual, names), key=_badness)
+
+
+def compare_all(expected: Sequence[Tensor], actual: Sequence[Tensor], names: Sequence[str]) -> list[Parity]:
+    """The parity of every output.
 
     Raises:
         ExportError: another number of outputs, or an output of another shape.
     """
     if len(expected) != len(actual):
         raise ExportError(f"the ONNX model has {len(actual)} outputs {list(names)}, the model {len(expected)}")
-    worst: Parity | None = None
+    found = []
     for name, want, got in zip(names, expected, actual, strict=True):
         if want.shape != got.shape:
             raise ExportError(f"output {name!r} is {list(got.shape)}, the model's is {list(want.shape)}")
-        parity = _compare_one(name, want.detach().cpu(), got)
-        if worst is None or not parity.relative / parity.tolerance <= worst.relative / worst.tolerance:
-            worst = parity
-    if worst is None:
+        found.append(_compare_one(name, want.detach().cpu(), got))
+    if not found:
         raise ExportError("the model has no tensor among its outputs, so there is nothing to compare")
-    return worst
+    return found
+
+
+def _badness(parity: Parity) -> float:
+    ratio = parity.relative / parity.tolerance
+    return ratio if ratio == ratio else float("inf")  # NaN is the worst
 
 
 def _compare_one(name: str, want: Tensor, got: Tensor) -> Parity:
-    tolerance = TOLERANCE.get(want.dtype, 1e-9)  # integers and booleans: equal
+    # Integers and booleans are equal; a file may be of a narrower dtype than the model.
+    tolerance = max(TOLERANCE.get(tensor.dtype, 1e-9) for tensor in (want, got))
     wide, found = want.to(torch.float64), got.to(torch.float64)
     same = (wide == found) | (wide.isnan() & found.isnan())  # also equal infinities
     difference = torch.where(same, 0.0, (wide - found).abs())

@@ -24,6 +24,7 @@ from onelora_compile.passes.run import run_passes
 from onelora_compile.passes.subgraphs import scopes
 from onelora_compile.target import Target, targets_of, vector_key
 from onelora_compile.targets import ALL_LINEAR, named_modules
+from onelora_compile.text import shortened
 from onelora_compile.watch import constant_inputs
 
 Compiled = Callable[..., Any]
@@ -186,10 +187,10 @@ def _warn_about_the_rest(
 def _announce(root: nn.Module) -> None:
     adapted = vectors(root)
     entries = sum(vector.numel() for vector in adapted.values())
-    listed = ", ".join(list(adapted)[:6]) + (", …" if len(adapted) > 6 else "")
     warnings.warn(
         f"backend 'onelora' adapted {len(adapted)} linears of {type(root).__name__} ({entries} trainable numbers: "
-        f"{listed}) and froze everything else. Build the optimizer from onelora.trainable_parameters(model) now; "
+        f"{shortened(adapted, 6)}) and froze everything else. Build the optimizer from "
+        "onelora.trainable_parameters(model) now; "
         "call onelora.adapt(model, config) before torch.compile to choose the layers and to be rid of this warning",
         OneLoRAWarning,
         stacklevel=2,

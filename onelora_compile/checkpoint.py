@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,6 +41,7 @@ from onelora_compile.fingerprint import Fingerprint, fingerprint_of
 from onelora_compile.progress import over_weights
 from onelora_compile.target import Target
 from onelora_compile.targets import Selection, available_targets, select
+from onelora_compile.text import shortened
 from onelora_compile.version import __version__
 
 FORMAT = "onelora"
@@ -83,18 +85,22 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     extra = {name: whole(tensor.detach()).to("cpu", copy=True) for name, tensor in saved_tensors(root, state).items()}
     _check_finite(tensors | extra, "nothing was written: the training has diverged")
     targets = over_weights("fingerprint of the base", adapted_weights(root))
-    prints = {name: fingerprint_of(target).to_json() for name, target in targets}
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "producer": f"onelora-compile {__version__}",
-        "config": state.config.to_json(),
-        "fingerprints": json.dumps(prints),
-    }
+    metadata = metadata_of(state.config, {name: fingerprint_of(target) for name, target in targets})
     with together(list(root.parameters()), Path(path)) as mine:
         if mine:
             with replacing(path) as beside:
                 save_file({name: tensor.contiguous() for name, tensor in (tensors | extra).items()}, beside, metadata)
+
+
+def metadata_of(config: OneLoRAConfig, fingerprints: Mapping[str, Fingerprint]) -> dict[str, str]:
+    """The metadata of an adapter file."""
+    return {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "producer": f"onelora-compile {__version__}",
+        "config": config.to_json(),
+        "fingerprints": json.dumps({name: one.to_json() for name, one in fingerprints.items()}),
+    }
 
 
 def load_adapter(model: Model, path: PathLike) -> Model:
@@ -155,7 +161,7 @@ def read_adapter(path: PathLike) -> AdapterFile:
     except (ConfigError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise AdapterFileError(f"{path}: damaged metadata: {error}") from error
     if missing := sorted(set(prints) - set(tensors)):
-        raise AdapterFileError(f"{path}: the file names vectors that it does not hold: {_some(missing)}")
+        raise AdapterFileError(f"{path}: the file names vectors that it does not hold: {shortened(missing)}")
     found = {name: tensors[name] for name in tensors if name in prints}
     for name, vector in found.items():
         if vector.ndim < 1 or vector.numel() != prints[name].shape[0] or vector.dtype != torch.float32:
@@ -182,8 +188,8 @@ def attach_like(root: nn.Module, file: AdapterFile, path: PathLike) -> AdapterSt
         raise AdapterFileError(f"{path} does not fit {type(root).__name__}: {error}") from error
     if missing := [name for name in file.vectors if name not in offered]:
         raise AdapterFileError(
-            f"{path} has vectors for linears that {type(root).__name__} does not have: {_some(missing)}. "
-            f"It has: {_some(offered)}"
+            f"{path} has vectors for linears that {type(root).__name__} does not have: {shortened(missing)}. "
+            f"It has: {shortened(offered)}"
         )
     exact = dataclasses.replace(file.config, target_modules=list(file.vectors), exclude_modules=None)
     try:
@@ -204,8 +210,8 @@ def _check_fits(root: nn.Module, state: AdapterState, file: AdapterFile, path: P
         if here != there:
             raise AdapterFileError(
                 f"{path} and the adapted model have different {what}. "
-                f"Missing in the file: {_some(sorted(here - there))}. "
-                f"Missing in the model: {_some(sorted(there - here))}. Detach the model and load again to take the "
+                f"Missing in the file: {shortened(sorted(here - there))}. "
+                f"Missing in the model: {shortened(sorted(there - here))}. Detach the model and load again to take the "
                 "file's selection"
             )
     current: dict[str, Tensor] = saved_tensors(root, state)
@@ -214,10 +220,16 @@ def _check_fits(root: nn.Module, state: AdapterState, file: AdapterFile, path: P
             raise AdapterFileError(
                 f"{path}: {name!r} is {list(value.shape)} in the file and {list(current[name].shape)} in the model"
             )
-    _check_base(targets, file, path)
+    check_base(targets, file, path)
 
 
-def _check_base(targets: dict[str, Target], file: AdapterFile, path: PathLike) -> None:
+def check_base(targets: dict[str, Target], file: AdapterFile, path: PathLike) -> None:
+    """Whether an adapter was trained on these weights.
+
+    Raises:
+        AdapterFileError: a vector does not fit its weight.
+        BaseMismatchError: other weights.
+    """
     wrong = []
     for name, target in over_weights("check of the base", targets):
         expected, found = file.fingerprints[name], (target.out_features, target.in_features)
@@ -231,7 +243,7 @@ def _check_base(targets: dict[str, Target], file: AdapterFile, path: PathLike) -
     if wrong:
         raise BaseMismatchError(
             f"{path} was trained on another base: {len(wrong)} of {len(targets)} weights are not those it was trained "
-            f"with: {_some(wrong, 5)}. Load the base model that it was trained on (a merged or further trained "
+            f"with: {shortened(wrong, 5)}. Load the base model that it was trained on (a merged or further trained "
             "model is another base)"
         )
 
@@ -252,9 +264,4 @@ def _check_format(metadata: dict[str, str], path: Path) -> None:
 def _check_finite(tensors: dict[str, Tensor], consequence: str) -> None:
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise AdapterFileError(f"NaN or infinity in {_some(bad)}; {consequence}")
-
-
-def _some(names: list[str], most: int = 10) -> str:
-    listed = ", ".join(names[:most]) + (f", … ({len(names) - most} more)" if len(names) > most else "")
-    return listed or "none"
+        raise AdapterFileError(f"NaN or infinity in {shortened(bad)}; {consequence}")

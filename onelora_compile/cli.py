@@ -54,20 +54,80 @@ def export(
     target: Annotated[str, typer.Argument(help="module:function that returns (model, args) or (model, args, kwargs).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter to load into the model first.")] = None,
+    adapters: Annotated[str, typer.Option(help="Where the vectors are: fold, load, input or bank.")] = "fold",
+    bank: Annotated[list[Path] | None, typer.Option(help="An adapter of a bank; give it once for each.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset version; the exporter's own choice without.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Convert to float16.")] = False,
     verify: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime and compare with eager.")] = True,
 ) -> None:
-    """Export a model with its adapter folded into the weights, and verify the file.
+    """Export a model with its adapter, and verify the file.
 
     The function is found in the current folder or among the installed packages.
     """
+    import torch
+
     from onelora_compile.checkpoint import load_adapter
     from onelora_compile.exporters import export_onnx
 
     model, args, kwargs = _load_target(target)
-    if adapter is not None:
-        load_adapter(model, adapter)
-    Console().print(export_onnx(model, args, output, kwargs, opset_version=opset, verify=verify))
+    if first := adapter or next(iter(bank or ()), None):
+        load_adapter(model, first)
+    report = export_onnx(
+        model,
+        args,
+        output,
+        kwargs,
+        adapters=adapters,
+        opset_version=opset,
+        dtype=torch.float16 if half else None,
+        bank=bank or (),
+        verify=verify,
+    )
+    Console().print(report)
+
+
+@app.command()
+def fold(
+    base: Annotated[Path, typer.Argument(help="An ONNX model of the adapter's base, written by any tool.")],
+    adapter: Annotated[Path, typer.Argument(help="The adapter (.safetensors).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write; may be the base.")],
+    skip: Annotated[bool, typer.Option("--skip-unmatched", help="Leave out vectors that have no place.")] = False,
+) -> None:
+    """Put an adapter into the weights of an ONNX model, without PyTorch's model."""
+    from onelora_compile.exporters import fold_onnx
+
+    Console().print(fold_onnx(base, adapter, output, on_unmatched="skip" if skip else "error"))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="An adapter: .safetensors, .onnx_adapter or .vectors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; its ending names the format.")],
+    like: Annotated[Path | None, typer.Option(help="The ONNX model that the adapter is for.")] = None,
+) -> None:
+    """Convert an adapter between this package's format and those of ONNX Runtime."""
+    from onelora_compile.exporters import convert_adapter
+
+    Console().print(f"wrote {convert_adapter(source, output, like)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="The ONNX model to check.")],
+    reference: Annotated[Path, typer.Argument(help="The ONNX model that is right.")],
+    size: Annotated[list[str] | None, typer.Option(help="Size of a dynamic dimension: batch=8.")] = None,
+) -> None:
+    """Compare two ONNX models on random inputs; exit code 1 if they differ by more than rounding."""
+    from onelora_compile.exporters import verify as compare
+
+    try:
+        sizes = {name: int(value) for name, _, value in (one.partition("=") for one in size or [])}
+    except ValueError as error:
+        raise ConfigError(f"--size takes a name and a number, for example batch=8: {error}") from None
+    found = compare(artifact, reference, sizes=sizes)
+    Console().print(found)
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -46,7 +46,7 @@ def takes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], vect
         return False
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch.is_autocast_enabled(x.device.type)
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
@@ -63,7 +63,7 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, vector: Tenso
     Kept for backward: the feature sum, weight and vector.
     Source: arXiv 2503.08333, section 3.2.
     """
-    y: Tensor = _AdaptedLinear.apply(x, weight, bias, vector)[0]  # type: ignore[no-untyped-call]
+    y: Tensor = _AdaptedLinear.apply(x, weight, bias, vector)[0]
     return y
 
 

@@ -27,7 +27,7 @@ _CHUNK = 1 << 22  # entries of W that are converted at a time
 
 # Relative Frobenius distance that storing a weight in a dtype can cause, with a margin of about 5: measured
 # 2e-4 for float16 and 1.7e-3 for bfloat16 on transformers' weights; float64 and float32 differ by rounding alone.
-_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
+TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
 # Quantised storage: int4 in groups of 32 is 0.07 away from its original, int8 0.004; an unrelated weight is 1.0 to 1.4.
 _TOLERANCE_OTHER = 0.25
 
@@ -82,7 +82,7 @@ class Fingerprint:
 
     def agrees(self, other: Fingerprint) -> bool:
         """Whether the two can be one weight, stored in the dtypes that they name."""
-        tolerance = max(_TOLERANCE.get(dtype, _TOLERANCE_OTHER) for dtype in (self.dtype, other.dtype))
+        tolerance = max(TOLERANCE.get(dtype, _TOLERANCE_OTHER) for dtype in (self.dtype, other.dtype))
         return self.distance(other) <= tolerance
 
 
@@ -107,13 +107,13 @@ def fingerprint_of(target: Target) -> Fingerprint:
 
 def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerprint:
     dtype = torch.float64 if stored.dtype == torch.float64 or stored.is_cuda else torch.float32
-    left = torch.from_numpy(_signs(rows, 0))
+    left = torch.from_numpy(signs(rows, 0))
     sketch = torch.zeros(_WIDTH, _WIDTH, dtype=torch.float64)
     square, done, columns = 0.0, 0, 0
     with torch.no_grad():
         for block in blocks:
             columns = block.shape[1]
-            right = torch.from_numpy(_signs(columns, 1)).to(block.device, dtype)
+            right = torch.from_numpy(signs(columns, 1)).to(block.device, dtype)
             step = max(1, _CHUNK // max(1, columns))
             for start in range(0, block.shape[0], step):
                 chunk = block[start : start + step].to(dtype)
@@ -126,14 +126,14 @@ def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerpri
 
 def _of_effect(target: Target) -> Fingerprint:
     rows, columns = target.out_features, target.in_features
-    seen = base_effect(target.module, torch.from_numpy(_signs(columns, 1)).T.float())  # (W R)ᵀ, float64 [4, rows]
-    sketch = (torch.from_numpy(_signs(rows, 0)).T @ seen.T).flatten().numpy().astype(np.float32)
+    seen = base_effect(target.module, torch.from_numpy(signs(columns, 1)).T.float())  # (W R)ᵀ, float64 [4, rows]
+    sketch = (torch.from_numpy(signs(rows, 0)).T @ seen.T).flatten().numpy().astype(np.float32)
     # The expected square of |W r| over random signs r is the square of the Frobenius norm of W.
     return Fingerprint((rows, columns), "quantized", seen.norm().item() / _WIDTH**0.5, sketch)
 
 
 @functools.lru_cache(maxsize=64)
-def _signs(rows: int, stream: int) -> np.ndarray:
+def signs(rows: int, stream: int) -> np.ndarray:
     """Fixed random signs, float64 [rows, 4]; the first rows do not depend on how many are asked for.
 
     From the raw words of PCG64, which NumPy's compatibility policy keeps the same for ever (its distributions

@@ -34,7 +34,7 @@ class FoldLoss:
         relative: Frobenius norm of (stored - exact) over that of b 1ᵀ; 0 for a zero vector.
         unchanged: share of the entries that the update should have moved and did not, 0 to 1.
 
-    Measured on at most 4 million entries of a weight, on evenly spaced rows.
+    Measured on a part of a large weight, on evenly spaced rows.
     """
 
     dtype: torch.dtype
@@ -99,12 +99,19 @@ def merge(model: nn.Module) -> MergeReport:
     return MergeReport({name: loss for name, (_, loss) in folded.items()})
 
 
-def fold_weight(weight: Tensor, vector: Tensor, dims: Sequence[int] = (1,)) -> tuple[Tensor, FoldLoss]:
+def fold_weight(
+    weight: Tensor,
+    vector: Tensor,
+    dims: Sequence[int] = (1,),
+    stored_dtype: torch.dtype | None = None,
+    measured: int = _MEASURED,
+) -> tuple[Tensor, FoldLoss]:
     """W + b 1ᵀ with one rounding, and what it lost.
 
     Shapes: weight of any layout with input axes `dims`, vector of its other axes: [out_features, in_features] and
     [out_features] by default; the result is a new tensor like weight.
-    Dtype: float32 arithmetic (float64 for a float64 weight or vector), stored in the weight's dtype.
+    Dtype: float32 arithmetic (float64 for a float64 weight or vector), stored in `stored_dtype`, the weight's by
+    default.  The loss is measured on `measured` entries, in evenly spaced rows.
     Raises: MergeError where the weight is not floating point, or the result overflows its dtype.
     Source: arXiv 2503.08333, section 3.2, merging.
     """
@@ -118,20 +125,20 @@ def fold_weight(weight: Tensor, vector: Tensor, dims: Sequence[int] = (1,)) -> t
     for dim in sorted(dims):
         update = update.unsqueeze(dim)
     update = update.expand(weight.shape)
-    stored = (weight.to(dtype) + update).to(weight.dtype)
+    stored = (weight.to(dtype) + update).to(stored_dtype or weight.dtype)
     if not torch.isfinite(stored).all() and torch.isfinite(weight).all():
-        raise MergeError(f"W + b 1ᵀ does not fit {weight.dtype}: convert the model to bfloat16 or float32 first")
-    rows = slice(None, None, max(1, -(-weight.numel() // _MEASURED)))
+        raise MergeError(f"W + b 1ᵀ does not fit {stored.dtype}: convert the model to bfloat16 or float32 first")
+    rows = slice(None, None, max(1, -(-weight.numel() // measured)))
     return stored, _loss(weight[rows], stored[rows], update[rows])
 
 
 def _loss(weight: Tensor, stored: Tensor, update: Tensor) -> FoldLoss:
     exact = weight.double() + update.double()
     asked = update != 0
-    moved, still = asked.sum().item(), (asked & (stored == weight)).sum().item()
+    moved, still = asked.sum().item(), (asked & (stored == weight.to(stored.dtype))).sum().item()
     size = update.double().norm().item()  # Frobenius norm of b 1ᵀ
     lost = (stored.double() - exact).norm().item()
-    return FoldLoss(weight.dtype, lost / size if size else 0.0, still / moved if moved else 0.0)
+    return FoldLoss(stored.dtype, lost / size if size else 0.0, still / moved if moved else 0.0)
 
 
 def _folded(name: str, target: Target) -> tuple[Tensor, FoldLoss]:

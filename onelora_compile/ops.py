@@ -23,6 +23,7 @@ _library.define("feature_sum(Tensor x) -> Tensor")
 _library.define("add_rank1(Tensor y, Tensor s, Tensor vector) -> Tensor")
 _library.define("rank1_update(Tensor y, Tensor x, Tensor vector) -> Tensor")
 _library.define("adapted_weight(Tensor weight, Tensor vector, int[] dims) -> Tensor")
+_library.define("vector(Tensor value, str name) -> Tensor")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,7 +82,16 @@ def adapted_weight(weight: Tensor, vector: Tensor, dims: Sequence[int]) -> Tenso
     return (weight + vector).to(weight.dtype)
 
 
-for _function in (feature_sum, add_rank1, rank1_update, adapted_weight):
+def vector(value: Tensor, name: str) -> Tensor:
+    """The identity; only in exported programs, where it marks a vector with its name.
+
+    Shapes: any -> the same.  Dtype: any -> the same.
+    """
+    del name
+    return value.clone()  # an operator may not return its input
+
+
+for _function in (feature_sum, add_rank1, rank1_update, adapted_weight, vector):
     # The second key is how torch.func.vmap takes an operator apart instead of looping over the batch.
     for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
         _library.impl(_function.__name__, _function, _key)
@@ -91,3 +101,4 @@ FEATURE_SUM = torch.ops.onelora.feature_sum.default
 ADD_RANK1 = torch.ops.onelora.add_rank1.default
 RANK1_UPDATE = torch.ops.onelora.rank1_update.default
 ADAPTED_WEIGHT = torch.ops.onelora.adapted_weight.default
+VECTOR = torch.ops.onelora.vector.default

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from onelora_compile.adapter import adapted_weights, state_of, unwrap
-from onelora_compile.text import Printable, bytes_text
+from onelora_compile.text import Printable, bytes_text, shortened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +51,8 @@ class Summary(Printable):
             lines.append(f"trained besides: {self.other_parameters:,} numbers (modules_to_save, train_norms)")
         for reasons in (self.skipped, self.not_linear):
             for reason in dict.fromkeys(reasons.values()):
-                names = [name or "the model itself" for name, why in reasons.items() if why == reason]
-                more = f", … ({len(names) - 6} more)" if len(names) > 6 else ""
-                lines.append(f"no vector on {', '.join(names[:6])}{more}: {reason}")
+                names = [name for name, why in reasons.items() if why == reason]
+                lines.append(f"no vector on {shortened(names, 6)}: {reason}")
         return Group(table, "\n".join(lines))
 
 

@@ -17,6 +17,7 @@ from onelora_compile.passes.match_linear import conv_patches
 from onelora_compile.probe import linear_like, may_be_linear
 from onelora_compile.reads import direct_reads
 from onelora_compile.target import Target, calling, reading, targets_of, vector_key
+from onelora_compile.text import shortened
 
 ALL_LINEAR = "all-linear"
 
@@ -269,7 +270,9 @@ def _matching_roots(names: dict[nn.Module, list[str]], patterns: Sequence[str]) 
     for pattern in patterns:
         if not any(_any_match([pattern], aliases) for aliases in names.values()):
             offer = sorted({alias.rpartition(".")[2] for aliases in names.values() for alias in aliases} - {""})
-            raise TargetError(f"modules_to_save: {pattern!r} matches no module; the last names are {_short(offer)}")
+            raise TargetError(
+                f"modules_to_save: {pattern!r} matches no module; the last names are {shortened(offer, 30)}"
+            )
     return [module for module, aliases in names.items() if _any_match(patterns, aliases)]
 
 
@@ -289,7 +292,13 @@ def _check_names_match(
             modules = (aliases[0] for aliases in names.values() if _any_match([pattern], aliases))
             other = [f"{name!r} ({type(m).__name__})" for name, m in _by_name(names, modules)]
             why = [f"{key!r}: {candidate.reason}" for key, candidate in hits.items()]
-            found = f"only {_short(why)}" if why else f"only {_short(other)}, not a linear" if other else "no module"
+            found = (
+                f"only {shortened(why, 30)}"
+                if why
+                else f"only {shortened(other, 30)}, not a linear"
+                if other
+                else "no module"
+            )
             raise TargetError(f"{field}: {pattern!r} matches {found}. The linears of this model: {_offer(linears)}")
 
 
@@ -302,7 +311,7 @@ def _nothing_selected(
     model: nn.Module, config: OneLoRAConfig, skipped: dict[str, str], not_linear: dict[str, str]
 ) -> str:
     if not skipped:
-        other = _short([f"{name!r} is {what}" for name, what in not_linear.items()], 5)
+        other = shortened([f"{name!r} is {what}" for name, what in not_linear.items()], 5)
         return (
             f"{type(model).__name__} holds no linear module (nn.Linear, a subclass of it, Conv1D, or what behaves like "
             "one), and no module in it was seen to use a parameter as the weight of a linear op"
@@ -351,8 +360,4 @@ def _offer(names: Iterable[str]) -> str:
         # 'blocks.0.mlp.2' is better offered by its parent than as '2'.
         ending = ".".join(name.split(".")[-2:]) if last.isdigit() else last
         counts[ending] = counts.get(ending, 0) + 1
-    return _short([f"{name} (x{count})" if count > 1 else name for name, count in sorted(counts.items())]) or "none"
-
-
-def _short(items: Sequence[str], most: int = 30) -> str:
-    return ", ".join(items[:most]) + (f", … ({len(items) - most} more)" if len(items) > most else "")
+    return shortened([f"{name} (x{count})" if count > 1 else name for name, count in sorted(counts.items())], 30)

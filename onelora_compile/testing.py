@@ -115,7 +115,8 @@ def saved_bytes(run: Callable[[], object]) -> int:
     storages: dict[int, tuple[Tensor, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
+        # A linear saves a view of its weight; inside autograd the view still knows whose.
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = (tensor, storage.nbytes())  # the tensor keeps the address taken
         return tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 
 from rich.console import Console, RenderableType
 
@@ -18,6 +19,13 @@ class Printable:
         console.print(self.__rich__())
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip()
+
+
+def shortened(names: Iterable[str], most: int = 10) -> str:
+    """A list of names for a message: the first few, and how many more; "none" of an empty one."""
+    found = [name or "the model itself" for name in names]
+    more = f", … ({len(found) - most} more)" if len(found) > most else ""
+    return (", ".join(found[:most]) or "none") + more
 
 
 def bytes_text(count: float) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from onelora_compile.errors import OneLoRAWarning
 from onelora_compile.passes.match_linear import LinearSite, op_name
+from onelora_compile.text import shortened
 
 # Spread of the sums over the size of what is summed, below which they count as one number: rounding of the dtype.
 _CONSTANT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 3e-3}
@@ -49,7 +50,7 @@ _empty: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # were given inputs with
 
 def observe(module: nn.Module, x: Tensor) -> None:
     """Called by adapted linears in eager; costs a look into an empty dictionary once the first backward is over."""
-    if not _watched or module not in _watched or not torch.is_grad_enabled() or torch.jit.is_tracing():
+    if not _watched or module not in _watched or not torch.is_grad_enabled() or torch._C._is_tracing():
         return
     if not x.numel():
         _empty.add(module)
@@ -155,23 +156,18 @@ def _warn(vectors: dict[str, nn.Parameter], constant: set[str]) -> None:
     zero = [name for name in zero if name not in bias]
     parts = []
     if without:
-        parts.append(f"no gradient at all: {_some(without)} (the loss does not depend on these linears)")
+        parts.append(f"no gradient at all: {shortened(without)} (the loss does not depend on these linears)")
     if zero:
         parts.append(
-            f"a gradient of exact zeros: {_some(zero)} (their input sums to zero, or what follows is zero, as a "
+            f"a gradient of exact zeros: {shortened(zero)} (their input sums to zero, or what follows is zero, as a "
             "zero-initialised layer is at the start)"
         )
     if bias:
         parts.append(
-            f"no more than a constant bias, as their input always sums to the same number: {_some(bias)} (a LayerNorm "
-            "with a constant weight before them does that: train the norms too, OneLoRAConfig(train_norms=True))"
+            f"no more than a constant bias, as their input always sums to the same number: {shortened(bias)} (a "
+            "LayerNorm with a constant weight before them does that: train the norms too, "
+            "OneLoRAConfig(train_norms=True))"
         )
     if parts:
         message = f"vectors that learn nothing, seen after the first backward: {'; '.join(parts)}"
         warnings.warn(message, OneLoRAWarning, stacklevel=2)
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    return ", ".join(name or "the model itself" for name in names[:most]) + (
-        f", … ({len(names) - most} more)" if len(names) > most else ""
-    )

@@ -8,6 +8,10 @@ tied embedding, a module with another vector): each adapted use gets a weight of
 (3) graphs of higher-order ops: as (1).  A vector that the graph never uses is dropped.  Fails, naming the module,
 where the weight is not a parameter of the program, and in case (2) inside a higher-order op.
 
+With keep=True the sums stay in the graph, for a runtime that folds them when it loads the model:
+
+    rank1_update(linear(x, W, c), x, b)   ->   linear(x, adapted_weight(W, b), c)
+
 The given program is left as it is; tensors that are not folded are shared with it.
 """
 
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -53,48 +58,80 @@ class _Use:
     weight: fx.Node  # in the scope's own graph
     dims: tuple[int, ...]
 
-    @property
-    def plain(self) -> fx.Node:
-        """What stands in the place of the update afterwards."""
-        return self.weight if self.update.target is ADAPTED_WEIGHT else operands(self.update)[0]
 
+def fold_vectors(
+    program: ExportedProgram, keep: bool = False, originals: Mapping[str, Tensor] | None = None
+) -> tuple[ExportedProgram, FoldResult]:
+    """A program that computes the same with vectors in its weights.
 
-def fold_vectors(program: ExportedProgram) -> tuple[ExportedProgram, FoldResult]:
-    """A program without vectors that computes the same.
+    Args:
+        program: as exported from an adapted model; not changed.
+        keep: leave the sums W + b 1ᵀ in the graph, and the vectors parameters of the program.
+        originals: weights of the same names in a wider dtype, from before the program's were rounded: what is folded
+            is rounded once, to the program's dtype.
 
     Raises:
         PassError: an update whose linear, or whose weight, can't be found in the program.
         MergeError: a weight that can't take its vector (quantised, or its dtype overflows).
     """
-    gm = fx.GraphModule(program.graph_module, _copy(program.graph_module.graph))
-    _copy_subgraphs(gm)
-    folder = _Folder(gm, program)
+    gm = copied(program)
+    folder = _Folder(gm, program, keep, originals or {})
     folder.fold()
-    folded = ExportedProgram(
+    return rebuilt(program, gm, folder.specs, folder.state), folder.result()
+
+
+def rebuilt(
+    program: ExportedProgram, gm: fx.GraphModule, specs: Mapping[str, InputSpec], state: dict[str, Tensor]
+) -> ExportedProgram:
+    """The program with another graph of the same outputs, given the specs of its inputs by the names of their nodes."""
+    inputs = [specs[node.name] for node in gm.graph.find_nodes(op="placeholder")]
+    values: Any = gm.graph.output_node().args[0]
+    outputs = [
+        dataclasses.replace(spec, arg=TensorArgument(node.name)) if isinstance(spec.arg, TensorArgument) else spec
+        for spec, node in zip(program.graph_signature.output_specs, values, strict=True)
+    ]
+    return ExportedProgram(
         root=gm,
         graph=gm.graph,
-        graph_signature=folder.signature(),
-        state_dict=folder.state,
+        graph_signature=ExportGraphSignature(inputs, outputs),
+        state_dict=state,
         range_constraints=program.range_constraints,
         module_call_graph=program.module_call_graph,
         example_inputs=program.example_inputs,
         constants=program.constants,
         verifiers=program.verifiers,
     )
-    return folded, folder.result()
+
+
+def copied(program: ExportedProgram) -> fx.GraphModule:
+    """The graph of a program, subgraphs included, free to be changed."""
+    gm = fx.GraphModule(program.graph_module, _copy(program.graph_module.graph))
+    _copy_subgraphs(gm)
+    return gm
+
+
+def vector_of(target: str) -> str | None:
+    """The name of a vector, from that of the parameter which holds it; None for other parameters."""
+    module, _, own = target.rpartition(".")
+    if own != VECTOR and not own.startswith(f"{VECTOR}_"):
+        return None
+    return f"{module}.{own.removeprefix(VECTOR).removeprefix('_')}".strip(".")
 
 
 class _Folder:
     """One run of the pass: the new graph, the new state, and the books."""
 
-    def __init__(self, gm: fx.GraphModule, program: ExportedProgram) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, program: ExportedProgram, keep: bool, originals: Mapping[str, Tensor]
+    ) -> None:
         self.gm = gm
         self.program = program
+        self.keep = keep
+        self.originals = originals
         self.state: dict[str, Tensor] = dict(program.state_dict)
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         self.scopes = scopes(gm)
         self.losses: dict[str, FoldLoss] = {}
-        self.renamed: dict[str, str] = {}  # an update -> what stands in its place, for the names of outputs
         self.vectors = [node for node in gm.graph.find_nodes(op="placeholder") if self._is_vector(node)]
         self.unused = [self._module(node) for node in self.vectors if not node.users]
 
@@ -113,9 +150,10 @@ class _Folder:
         for scope in reversed(self.scopes[1:]):
             self._drop_inputs(scope)
         for vector in self.vectors:
-            self.gm.graph.erase_node(vector)
-            del self.state[self._target(vector)]
-            del self.specs[vector.name]
+            if not vector.users:
+                self.gm.graph.erase_node(vector)
+                del self.state[self._target(vector)]
+                del self.specs[vector.name]
         for scope in self.scopes:
             scope.gm.recompile()
 
@@ -152,26 +190,27 @@ class _Folder:
 
     def _fold_group(self, weight: fx.Node, vector: fx.Node, uses: list[_Use]) -> None:
         value, loss = self._value(weight, vector, uses[0].dims)
-        readers = {use.reader for use in uses}
-        others = [node for node in self._readers(weight) if node not in readers]
-        if not others:
-            self.state[self._target(weight)] = value
-        elif any(use.scope.call is not None for use in uses):
-            raise PassError(
-                f"{self._module(vector)!r}: its weight has another use and is used inside a higher-order op, where "
-                "it can't get a weight of its own; merge before the export"
-            )
-        else:
-            own = self._own_weight(weight, vector, value)
-            for use in uses:
-                use.reader.replace_input_with(weight, own)
-        for use in uses:
-            plain = use.reader.args[0] if use.update.target is ADAPTED_WEIGHT else use.plain
-            assert isinstance(plain, fx.Node)
-            use.update.replace_all_uses_with(plain)
-            self.renamed[use.update.name] = plain.name
-            use.scope.gm.graph.erase_node(use.update)
         self.losses[self._module(vector)] = loss
+        readers = {use.reader for use in uses}
+        own = weight
+        if self.keep or any(node not in readers for node in self._readers(weight)):
+            if any(use.scope.call is not None for use in uses):
+                raise PassError(
+                    f"{self._module(vector)!r}: its weight is used inside a higher-order op, where it can't get a "
+                    "weight of its own (it has another use, or the vector is to stay beside it); fold or merge it"
+                )
+            own = self._sum(weight, vector, uses[0].dims) if self.keep else self._own_weight(weight, vector, value)
+        else:
+            self.state[self._target(weight)] = value
+        for use in uses:
+            if use.update.target is ADAPTED_WEIGHT:
+                plain = own if use.scope.call is None else use.weight
+            else:
+                plain = operands(use.update)[0]
+                if own is not weight:
+                    use.reader.replace_input_with(weight, own)
+            use.update.replace_all_uses_with(plain)
+            use.scope.gm.graph.erase_node(use.update)
 
     def _readers(self, weight: fx.Node) -> list[fx.Node]:
         """What reads a weight, in all graphs; a higher-order op reads what its graphs read."""
@@ -182,11 +221,20 @@ class _Folder:
     def _value(self, weight: fx.Node, vector: fx.Node, dims: tuple[int, ...]) -> tuple[Tensor, FoldLoss]:
         # The program's own value, not this run's: another group may have folded into the same name.
         stored = self.program.state_dict[self._target(weight)].detach()
+        exact = self.originals.get(self._target(weight), stored).detach()
         try:
-            value, loss = fold_weight(stored, self.program.state_dict[self._target(vector)], dims)
+            value, loss = fold_weight(exact, self.program.state_dict[self._target(vector)], dims, stored.dtype)
         except MergeError as error:
             raise MergeError(f"{self._module(vector)!r}: {error}") from None
         return nn.Parameter(value, requires_grad=False), loss
+
+    def _sum(self, weight: fx.Node, vector: fx.Node, dims: tuple[int, ...]) -> fx.Node:
+        """The sum as a node of the graph."""
+        last = self.gm.graph.find_nodes(op="placeholder")[-1]
+        with self.gm.graph.inserting_after(last):
+            node = self.gm.graph.call_function(ADAPTED_WEIGHT, (weight, vector, list(dims)))
+        node.meta = weight.meta.copy()
+        return node
 
     def _own_weight(self, weight: fx.Node, vector: fx.Node, value: Tensor) -> fx.Node:
         """A new parameter for one adapted use of a shared weight."""
@@ -218,7 +266,7 @@ class _Folder:
     def _is_vector(self, node: fx.Node) -> bool:
         if self.specs[node.name].kind is not InputKind.PARAMETER:
             return False
-        return self._target(node).rpartition(".")[2].startswith(VECTOR)
+        return vector_of(self._target(node)) is not None
 
     def _target(self, node: fx.Node) -> str:
         target = self.specs[node.name].target
@@ -226,22 +274,13 @@ class _Folder:
         return target
 
     def _module(self, vector: fx.Node) -> str:
-        """The name of a vector, from that of its parameter."""
-        module, _, own = self._target(vector).rpartition(".")
-        parameter = own.removeprefix(VECTOR).removeprefix("_")
-        return f"{module}.{parameter}".strip(".")
+        name = vector_of(self._target(vector))
+        assert name is not None
+        return name
 
     def _name_of(self, update: fx.Node) -> str:
         vector = operands(update)[2]
         return self._module(vector) if vector.name in self.specs else update.name
-
-    def signature(self) -> ExportGraphSignature:
-        inputs = [self.specs[node.name] for node in self.gm.graph.find_nodes(op="placeholder")]
-        outputs = []
-        for spec in self.program.graph_signature.output_specs:
-            name = self.renamed.get(getattr(spec.arg, "name", ""))
-            outputs.append(dataclasses.replace(spec, arg=TensorArgument(name)) if name else spec)
-        return ExportGraphSignature(inputs, outputs)
 
     def result(self) -> FoldResult:
         return FoldResult(self.losses, self.unused)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onelora_compile.fingerprint import Fingerprint, _signs, fingerprint
+from onelora_compile.fingerprint import Fingerprint, fingerprint, signs
 
 
 def test_the_sketch_never_changes():
@@ -25,10 +25,10 @@ GOLDEN = {
 
 
 def test_the_first_signs_do_not_depend_on_how_many_there_are():
-    assert (_signs(5, 0) == _signs(900, 0)[:5]).all()
-    assert set(_signs(900, 0).flatten()) == {-1.0, 1.0}
-    assert abs(_signs(10_000, 1).mean()) < 0.02
-    assert (_signs(100, 0) != _signs(100, 1)).any()
+    assert (signs(5, 0) == signs(900, 0)[:5]).all()
+    assert set(signs(900, 0).flatten()) == {-1.0, 1.0}
+    assert abs(signs(10_000, 1).mean()) < 0.02
+    assert (signs(100, 0) != signs(100, 1)).any()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (64, 3000), (3000, 64)])

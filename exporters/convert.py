@@ -1,0 +1,138 @@
+"""Adapters in the formats of runtimes, and back.
+
+.safetensors     this project's adapter file (onelora_compile/checkpoint.py)
+.onnx_adapter    ONNX Runtime's adapter, for models of mode "input": `LoraAdapter.Load`, `RunOptions.add_active_adapter`
+.vectors         raw float32 in the order of one model of mode "load": put in the place of its `<model>.vectors`
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from onelora_compile.checkpoint import AdapterFile, metadata_of, read_adapter
+from onelora_compile.config import OneLoRAConfig
+from onelora_compile.errors import AdapterFileError, ConfigError, require
+from onelora_compile.exporters.load_onnx import load_model
+from onelora_compile.exporters.metadata import Metadata
+from onelora_compile.exporters.operators import float32
+from onelora_compile.files import replacing
+
+PathLike = str | os.PathLike[str]
+_FORMATS = (".safetensors", ".onnx_adapter", ".vectors")
+
+
+def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = None) -> Path:
+    """Write an adapter in the format that the ending of `out` names.
+
+    Args:
+        source: an adapter in one of the formats.
+        out: the file to write, replaced in one step.
+        like: an ONNX model of the adapter's base, written by this package: gives the order of ".vectors", and what the
+            formats of runtimes do not hold (configuration, fingerprints) to ".safetensors". With it, an adapter that
+            does not belong to the model is refused.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: an unknown ending, or `like` is missing where it is needed.
+        AdapterFileError: a damaged source, or one with other vectors than the model.
+        BaseMismatchError: the adapter was trained on another base than the model.
+    """
+    source, out = Path(source), Path(out)
+    for path in (source, out):
+        if path.suffix not in _FORMATS:
+            raise ConfigError(f"{path}: the ending names the format, one of {', '.join(_FORMATS)}")
+    model = None if like is None else _metadata(Path(like))
+    needs = ".vectors" in (source.suffix, out.suffix) or (
+        source.suffix != ".safetensors" and out.suffix == ".safetensors"
+    )
+    if needs and model is None:
+        raise ConfigError(f"{source} to {out}: give the ONNX model that it belongs to (like=, --like)")
+    file, values = _read(source, model)
+    if file is not None and model is not None:
+        model.check_fits(file, str(like))
+    if file is not None and file.saved and out.suffix != ".safetensors":
+        raise AdapterFileError(
+            f"{source} also trained {', '.join(file.saved)}, which {out.suffix} can't hold: export the model with it"
+        )
+    with replacing(out) as beside:
+        if out.suffix == ".onnx_adapter":
+            _write_ort(values, beside)
+        elif out.suffix == ".vectors":
+            assert model is not None
+            beside.write_bytes(b"".join(values[name].astype("<f4").tobytes() for name in model.vectors))
+        else:
+            tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
+            if file is None:
+                assert model is not None
+                file = AdapterFile(_config(model), tensors, {}, dict(model.fingerprints), model.producer)
+            save_file({**tensors, **file.saved}, beside, metadata_of(file.config, file.fingerprints))
+    return out
+
+
+def _read(source: Path, model: Metadata | None) -> tuple[AdapterFile | None, dict[str, np.ndarray]]:
+    if source.suffix == ".safetensors":
+        file = read_adapter(source)
+        return file, {name: float32(vector) for name, vector in file.vectors.items()}
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no file {source}")
+    if source.suffix == ".onnx_adapter":
+        values = _read_ort(source)
+    else:
+        assert model is not None
+        values = _read_raw(source, model)
+    if model is not None:
+        known = {name: tuple(shape) for name, shape in model.vectors.items()}
+        if {name: value.shape for name, value in values.items()} != known:
+            raise AdapterFileError(f"{source} has other vectors than the model, or of other shapes")
+    if bad := [name for name, value in values.items() if not np.isfinite(value).all()]:
+        raise AdapterFileError(f"{source}: NaN or infinity in {', '.join(bad)}")
+    return None, values
+
+
+def _read_raw(source: Path, model: Metadata) -> dict[str, np.ndarray]:
+    sizes = {name: int(np.prod(shape)) for name, shape in model.vectors.items()}
+    numbers = np.frombuffer(source.read_bytes()[: source.stat().st_size // 4 * 4], "<f4")
+    if len(numbers) != sum(sizes.values()):
+        raise AdapterFileError(f"{source} has {len(numbers)} numbers; the model's vectors are {sum(sizes.values())}")
+    ends = np.cumsum(list(sizes.values()))
+    parts = np.split(numbers, ends[:-1])
+    return {name: part.reshape(model.vectors[name]) for name, part in zip(sizes, parts, strict=True)}
+
+
+def _read_ort(source: Path) -> dict[str, np.ndarray]:
+    runtime = require("onnxruntime", "onnx", "read an .onnx_adapter")
+    try:
+        held: Mapping[str, Any] = runtime.AdapterFormat.read_adapter(str(source)).get_parameters()
+        return {name: np.array(value.numpy()) for name, value in held.items()}
+    except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
+        raise AdapterFileError(f"{source} is not an adapter of ONNX Runtime, or is damaged: {error}") from error
+
+
+def _write_ort(values: Mapping[str, np.ndarray], path: Path) -> None:
+    runtime = require("onnxruntime", "onnx", "write an .onnx_adapter")
+    adapter = runtime.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters({name: runtime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
+    adapter.export_adapter(str(path))
+
+
+def _metadata(path: Path) -> Metadata:
+    found = Metadata.from_props(load_model(path).metadata_props, str(path))
+    if not found.vectors:
+        raise ConfigError(f"{path} says nothing of vectors: it was not written by this package from an adapted model")
+    return found
+
+
+def _config(model: Metadata) -> OneLoRAConfig:
+    """The formats of runtimes hold no configuration: the vectors by name are the selection."""
+    return OneLoRAConfig(target_modules=list(model.vectors))

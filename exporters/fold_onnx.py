@@ -1,0 +1,313 @@
+"""Fold an adapter into any ONNX file of its base, tensor by tensor, without the PyTorch model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from onelora_compile.checkpoint import AdapterFile, read_adapter
+from onelora_compile.errors import BaseMismatchError, ConfigError, ExportError, OneLoRAError, require
+from onelora_compile.exporters.branch import Branches, into_zero_points
+from onelora_compile.exporters.load_onnx import load_model, read_tensor
+from onelora_compile.exporters.match_onnx import Matches, Place, match_weights
+from onelora_compile.exporters.metadata import Metadata, digest
+from onelora_compile.exporters.onnx_weights import Use, Weight, weights_of
+from onelora_compile.exporters.operators import float32
+from onelora_compile.exporters.save_onnx import save_model
+from onelora_compile.merge import FoldLoss, fold_weight
+from onelora_compile.progress import counting
+from onelora_compile.text import Printable, bytes_text, shortened
+from onelora_compile.version import __version__
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+ON_UNMATCHED = ("error", "skip")
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedVector:
+    """Where one vector went.
+
+    Attributes:
+        where: names of the initializers.
+        how: "weight", "zero points" or "branch".
+        loss: what rounding lost; None where nothing is rounded.
+    """
+
+    where: tuple[str, ...]
+    how: str
+    loss: FoldLoss | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldReport(Printable):
+    """What `fold_onnx` did.
+
+    Attributes:
+        files: that were written.
+        bytes: of all files together.
+        folded: where each vector went.
+        skipped: vectors without a place, with the reason; only with `on_unmatched="skip"`.
+        replaced: other trained tensors (modules_to_save, norms) that were put in by name.
+        seconds: wall time.
+    """
+
+    files: list[Path]
+    bytes: int
+    folded: dict[str, FoldedVector]
+    skipped: dict[str, str]
+    replaced: list[str]
+    seconds: float
+
+    def __rich__(self) -> Table:
+        size = f"{bytes_text(self.bytes)}, {self.seconds:.1f} s"
+        table = Table(title=f"folded {len(self.folded)} vectors into {self.files[0]} ({size})")
+        for column in ("vector", "went into", "how", "lost to rounding"):
+            table.add_column(column, overflow="fold")
+        for name, one in self.folded.items():
+            lost = f"{one.loss.relative:.1e}" if one.loss is not None else "nothing"
+            table.add_row(name, shortened(one.where, 3), one.how, lost)
+        for name, reason in self.skipped.items():
+            table.add_row(name, "-", f"skipped: {reason}", "-")
+        for name in self.replaced:
+            table.add_row(name, name, "replaced as it was trained", "-")
+        return table
+
+
+def fold_onnx(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | AdapterFile,
+    out: str | os.PathLike[str],
+    on_unmatched: str = "error",
+    progress: bool = True,
+) -> FoldReport:
+    """Put the vectors of an adapter into an ONNX model of its base, whatever tool wrote or changed that.
+
+    Each weight is found by its fingerprint, not by its name: it may be renamed, transposed, packed with others, scaled,
+    copied, shared, or stored in half precision.  W + b 1ᵀ is computed in float32 and rounded once.  A quantised weight
+    stays as it is: its vector goes into floating zero points, or beside the matmul as sum(x) * b.  A weight that
+    another op needs too (a tied embedding) is copied for the adapted use.
+
+    Args:
+        base: the model; its weights may be in external files beside it.  It is not changed, unless it is `out` too.
+        adapter: an adapter file, or one that was read.
+        out: the file to write, replaced in one step; weights go into `<out>.data` if the base's are external.
+        on_unmatched: "error", or "skip" to leave out vectors without a place, which the report then names.
+        progress: show a progress bar if standard error is a terminal.
+
+    Raises:
+        BaseMismatchError: the model is not the adapter's base.
+        ExportError: vectors have no place, which the message names; or not an ONNX model, or a damaged one.
+        MergeError: a result that the weight's dtype can't hold.
+        AdapterFileError: a damaged adapter file.
+        OSError: a file can't be read or written.
+        In every case nothing was written, and an old file at `out` is as it was.
+    """
+    if on_unmatched not in ON_UNMATCHED:
+        raise ConfigError(f"on_unmatched={on_unmatched!r} is not one of {', '.join(map(repr, ON_UNMATCHED))}")
+    start = time.perf_counter()
+    base, out = Path(base), Path(out)
+    file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
+    model = load_model(base)
+    external = any(_external(value) for value in model.graph.initializers.values())
+    with counting(f"fold {base.name}", progress) as count:
+        matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
+        _check(matches, file, base, on_unmatched)
+        folder = _Folder(model, file)
+        try:
+            for weight, placed in folder.by_weight(matches):
+                folder.fold(weight, placed)
+            replaced = _replace_saved(model, file)
+        except OneLoRAError:
+            raise
+        except (ValueError, KeyError, AttributeError, AssertionError, IndexError, TypeError) as error:
+            raise ExportError(f"{base} is laid out in a way that fold_onnx can't follow: {error!r}") from error
+        held = {name: float32(vector) for name, vector in file.vectors.items() if name in folder.done}
+        metadata = Metadata(
+            mode="fold",
+            vectors={name: vector.shape for name, vector in held.items()},
+            fingerprints={name: file.fingerprints[name] for name in held},
+            adapters=() if isinstance(adapter, AdapterFile) else (Path(adapter).name.removesuffix(".safetensors"),),
+            sha256=digest(held),
+            producer=f"onelora-compile {__version__}, from {base.name} by {model.producer_name or 'an unknown tool'}",
+        )
+        model.metadata_props.update(metadata.to_props())
+        count.start("write", len(model.graph.initializers))
+        files = save_model(model, out, external_data=external or None, written=count.step)
+    return FoldReport(
+        files=files,
+        bytes=sum(one.stat().st_size for one in files),
+        folded=folder.report(),
+        skipped=matches.unmatched,
+        replaced=replaced,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _check(matches: Matches, file: AdapterFile, base: Path, on_unmatched: str) -> None:
+    if matches.unmatched and not matches.places and set(matches.unmatched) <= set(matches.nearest):
+        worst = ", ".join(f"{name} (differs by {matches.nearest[name]:.1%})" for name in list(matches.unmatched)[:5])
+        raise BaseMismatchError(f"{base} is not the base of the adapter: none of its weights is; {worst}")
+    if matches.unmatched and (on_unmatched == "error" or not matches.places):
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(matches.unmatched.items())[:8])
+        free = shortened((f"{one.name} {list(one.shape)} {one.dtype}" for one in matches.free), 12)
+        raise ExportError(
+            f"{len(matches.unmatched)} of {len(file.vectors)} vectors have no place in {base}: {listed}. Weights of "
+            f"the model that no vector took: {free}. Nothing was written; on_unmatched='skip' folds the others"
+        )
+
+
+class _Folder:
+    """Changes a model; what is folded is computed when it is written."""
+
+    def __init__(self, model: onnx_ir.Model, file: AdapterFile) -> None:
+        self.ir: Any = require("onnx_ir", "onnx", "fold into an ONNX model")
+        self.model = model
+        self.file = file
+        self.branches = Branches(model)
+        self.done: dict[str, list[str]] = {}
+        self.how: dict[str, str] = {}
+        self.losses: dict[str, FoldLoss] = {}
+
+    def by_weight(self, matches: Matches) -> list[tuple[Weight, list[tuple[str, Place]]]]:
+        """What goes into each weight."""
+        groups: dict[int, tuple[Weight, list[tuple[str, Place]]]] = {}
+        for name, places in matches.places.items():
+            for place in places:
+                groups.setdefault(id(place.weight), (place.weight, []))[1].append((name, place))
+        return list(groups.values())
+
+    def fold(self, weight: Weight, placed: list[tuple[str, Place]]) -> None:
+        """Fold all vectors of one weight."""
+        for uses, own in _by_uses(placed):
+            if weight.quantized is not None:
+                self._beside(weight, uses, own)
+            else:
+                self._into(weight, uses, own)
+            for name, _ in own:
+                self.done.setdefault(name, []).append(weight.name)
+
+    def report(self) -> dict[str, FoldedVector]:
+        """Where each vector went; complete once the model is written."""
+        return {
+            name: FoldedVector(tuple(where), self.how.get(name, "weight"), self.losses.get(name))
+            for name, where in self.done.items()
+        }
+
+    def _into(self, weight: Weight, uses: Sequence[Use], placed: list[tuple[str, Place]]) -> None:
+        value = weight.value
+        shared = [use for use in weight.uses if use not in uses] or value.is_graph_output()
+        source: Any = value.const_value
+        name = f"{weight.name}.{placed[0][0]}.folded" if shared else weight.name
+        tensor = self.ir.LazyTensor(
+            lambda: self._folded(weight, source, placed, name), dtype=source.dtype, shape=source.shape, name=name
+        )
+        if shared:
+            self._redirect(weight, uses, tensor, name)
+        elif value.producer() is not None:  # a Constant node
+            self._redirect(weight, uses, tensor, f"{name}.folded")
+        else:
+            value.const_value = tensor
+
+    def _folded(self, weight: Weight, source: Any, placed: list[tuple[str, Place]], name: str) -> Any:
+        stored = _torch(read_tensor(source))
+        matrix = stored.reshape(weight.shape)
+        for vector, place in placed:
+            part = slice(place.start, place.start + place.rows)
+            block = matrix[:, part] if place.transposed else matrix[part]
+            values = self.file.vectors[vector].flatten() * place.factor
+            folded, loss = fold_weight(block, values, (0,) if place.transposed else (1,), measured=_MEASURED)
+            block.copy_(folded)
+            self.losses[vector] = loss
+        return self.ir.Tensor(_numpy(stored), dtype=source.dtype, shape=source.shape, name=name)
+
+    def _redirect(self, weight: Weight, uses: Sequence[Use], tensor: Any, name: str) -> None:
+        """Give some uses a weight of their own, and the nodes on their way too."""
+        graph = self.model.graph
+        own = self.ir.Value(name=name, shape=tensor.shape, type=self.ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.initializers[name] = own
+        for use in uses:
+            before = own
+            for node in use.nodes[:-1]:
+                copy = self.ir.node(node.op_type, [before, *node.inputs[1:]], node.attributes, domain=node.domain)
+                assert node.graph is not None
+                node.graph.insert_before(node, copy)
+                copy.outputs[0].dtype, copy.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+                before = copy.outputs[0]
+            use.op.replace_input_with(use.position, before)
+
+    def _beside(self, weight: Weight, uses: Sequence[Use], placed: list[tuple[str, Place]]) -> None:
+        out = weight.shape[1] if placed[0][1].transposed else weight.shape[0]
+        vector = np.zeros(out, dtype=np.float32)
+        for name, place in placed:
+            vector[place.start : place.start + place.rows] += place.factor * float32(self.file.vectors[name]).flatten()
+        node = weight.quantized
+        assert node is not None
+        alone = len(weight.uses) == len(uses) == 1
+        how = "zero points" if alone and into_zero_points(node, vector, self.ir) else "branch"
+        if how == "branch":
+            for number, use in enumerate(uses):
+                suffix = f".{number}" if number else ""
+                self.branches.add(use.op, vector, f"{placed[0][0]}.vector{suffix}")
+        self.how |= dict.fromkeys((name for name, _ in placed), how)
+
+
+_MEASURED = (
+    1 << 16
+)  # entries of a weight on which the rounding is measured: the report must not cost more than the fold
+
+
+def _by_uses(placed: list[tuple[str, Place]]) -> list[tuple[tuple[Use, ...], list[tuple[str, Place]]]]:
+    """Vectors of the same uses go into one copy of the weight (q, k and v of a packed one)."""
+    groups: dict[tuple[Use, ...], list[tuple[str, Place]]] = {}
+    for name, place in placed:
+        groups.setdefault(place.uses, []).append((name, place))
+    return list(groups.items())
+
+
+def _replace_saved(model: onnx_ir.Model, file: AdapterFile) -> list[str]:
+    """Put in what was trained besides vectors, by name: there is no fingerprint of it."""
+    ir: Any = require("onnx_ir", "onnx", "fold into an ONNX model")
+    missing = []
+    for name, value in file.saved.items():
+        held = model.graph.initializers.get(name)
+        tensor = held.const_value if held is not None else None
+        if held is None or tensor is None or tuple(tensor.shape) != tuple(value.shape):
+            missing.append(name)
+        else:
+            stored = value.to(_torch(np.zeros(0, dtype=tensor.dtype.numpy())).dtype)
+            held.const_value = ir.Tensor(_numpy(stored.contiguous()), dtype=tensor.dtype, shape=tensor.shape, name=name)
+    if missing:
+        raise ExportError(
+            f"the adapter also trained {shortened(missing)} (modules_to_save, train_norms), which the model does not "
+            "hold by these names: load the adapter into the PyTorch model and export that"
+        )
+    return list(file.saved)
+
+
+def _external(value: onnx_ir.Value) -> bool:
+    return hasattr(value.const_value, "location")
+
+
+def _torch(array: np.ndarray) -> torch.Tensor:
+    """A tensor of the array's memory; numpy itself has no bfloat16."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

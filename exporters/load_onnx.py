@@ -1,0 +1,82 @@
+"""Read an ONNX model that may come from anywhere: checked before a tool works on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onelora_compile.errors import ExportError, require
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+
+def load_model(path: Path) -> onnx_ir.Model:
+    """The model at a path; external data stays in its files until it is read.
+
+    Raises:
+        ExportError: not an ONNX model, a damaged one, or external data that is missing, too short, or outside the
+            model's folder.
+        FileNotFoundError: there is no such file.
+    """
+    ir: Any = require("onnx_ir", "onnx", "read an ONNX model")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        model: onnx_ir.Model = ir.load(path)
+        graphs = [model.graph, *model.graph.subgraphs()]
+        tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
+        for tensor in tensors:
+            _check(tensor, path)
+    except (ExportError, FileNotFoundError):
+        raise
+    except (Exception, RecursionError) as error:  # protobuf and onnx_ir raise many kinds for a damaged file
+        raise ExportError(f"{path} is not an ONNX model, or is damaged: {error}") from error
+    if not any(True for _ in model.graph):
+        raise ExportError(f"{path} holds no graph: it is not an ONNX model, or is damaged")
+    return model
+
+
+def read_tensor(tensor: Any) -> np.ndarray:
+    """The numbers of a tensor in memory of their own, which may be written to.
+
+    External data is read, not mapped: the pages of a map count as the process's memory for as long as it is open.
+    """
+    if not hasattr(tensor, "location"):
+        return np.array(tensor.numpy())
+    dtype = tensor.dtype.numpy()
+    if tensor.dtype.bitwidth % 8:  # several numbers in a byte
+        numbers = np.array(tensor.numpy())
+        tensor.release()
+        return numbers
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.offset or 0)
+        return np.fromfile(file, dtype, tensor.size).reshape(tuple(tensor.shape))
+
+
+def _check(tensor: Any, path: Path) -> None:
+    """Whether a tensor has the bytes that its shape needs, where it says."""
+    if tensor is None:
+        return
+    if not hasattr(tensor, "location"):
+        # Embedded numbers: reading them is what tells a wrong length.
+        raw = len(tensor.tobytes()) if tensor.size <= 64 else None
+        if raw is not None and raw != tensor.nbytes:
+            raise ExportError(f"{path}: initializer {tensor.name!r} has {raw} bytes; its shape needs {tensor.nbytes}")
+        return
+    location = Path(str(tensor.location))
+    file = path.parent / location
+    if location.is_absolute() or ".." in location.parts:
+        raise ExportError(
+            f"{path}: initializer {tensor.name!r} points to {str(location)!r}, outside the folder of the model; refused"
+        )
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: the file {file} with its weights is missing")
+    offset, length = int(tensor.offset or 0), int(tensor.length or tensor.nbytes)
+    if offset < 0 or length != tensor.nbytes or offset + length > file.stat().st_size:
+        raise ExportError(
+            f"{path}: initializer {tensor.name!r} needs {tensor.nbytes} bytes at {offset} of {file}, which has "
+            f"{file.stat().st_size}: the file is damaged, or of another model"
+        )

@@ -1,0 +1,167 @@
+"""ONNX files of one model by other tools: exporters, optimizers and quantisers that really run."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+
+class Main(nn.Module):
+    """A model with one output."""
+
+    def __init__(self, model, output):
+        super().__init__()
+        self.model = model
+        self.output = output
+
+    def forward(self, *values):
+        return self.output(self.model(**dict(zip(self.names, values, strict=True))))
+
+
+def wrapped(model, inputs, output):
+    """The model with positional inputs, as the TorchScript exporter wants them."""
+    main = Main(model, output).eval()
+    main.names = list(inputs)
+    return main, tuple(inputs.values())
+
+
+def exported(main, args, path, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(main, args, path, verbose=False, external_data=False, **options)
+    return path
+
+
+def dynamo(main, args, path):
+    return exported(main, args, path, dynamo=True)
+
+
+def dynamo_plain(main, args, path):
+    return exported(main, args, path, dynamo=True, optimize=False)
+
+
+def torchscript(main, args, path):
+    return exported(main, args, path, dynamo=False)
+
+
+def torchscript_plain(main, args, path):
+    return exported(main, args, path, dynamo=False, do_constant_folding=False)
+
+
+def slim(main, args, path):
+    import onnxslim
+
+    onnx.save(onnxslim.slim(str(torchscript(main, args, path))), path)
+    return path
+
+
+def simplified(main, args, path):
+    import onnxsim
+
+    model, ok = onnxsim.simplify(onnx.load(torchscript(main, args, path)))
+    assert ok
+    onnx.save(model, path)
+    return path
+
+
+def ort_fused(main, args, path):
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    torchscript(main, args, path)
+    optimize_model(str(path), "bert", num_heads=3, hidden_size=48).save_model_to_file(str(path))
+    return path
+
+
+def ort_basic(main, args, path):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path)
+    source = path.with_name("source.onnx")
+    onnxruntime.InferenceSession(str(dynamo(main, args, source)), options, providers=["CPUExecutionProvider"])
+    return path
+
+
+def half(main, args, path):
+    from onnxconverter_common import float16
+
+    model = float16.convert_float_to_float16(onnx.load(torchscript(main, args, path)), keep_io_types=True)
+    onnx.save(model, path)
+    return path
+
+
+def int8_dynamic(main, args, path):
+    from onnxruntime.quantization import quantize_dynamic
+
+    source = path.with_name("source.onnx")
+    quantize_dynamic(torchscript(main, args, source), path)
+    return path
+
+
+class Feed:
+    def __init__(self, path, args):
+        names = [node.name for node in onnx.load(path).graph.input]
+        self.rows = iter([dict(zip(names, (value.numpy() for value in args), strict=True))])
+
+    def get_next(self):
+        return next(self.rows, None)
+
+
+def _static(main, args, path, form):
+    from onnxruntime.quantization import QuantFormat, quantize_static
+
+    source = path.with_name("source.onnx")
+    torchscript(main, args, source)
+    quantize_static(source, path, Feed(source, args), quant_format=QuantFormat[form], op_types_to_quantize=["MatMul"])
+    return path
+
+
+def int8_qdq(main, args, path):
+    return _static(main, args, path, "QDQ")
+
+
+def int8_operators(main, args, path):
+    return _static(main, args, path, "QOperator")
+
+
+def _blocks(main, args, path, form):
+    from onnxruntime.quantization import QuantFormat
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(torchscript(main, args, path)), block_size=16, is_symmetric=False, quant_format=QuantFormat[form]
+    )
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(path))
+    return path
+
+
+def int4_operators(main, args, path):
+    return _blocks(main, args, path, "QOperator")
+
+
+def int4_dequantized(main, args, path):
+    return _blocks(main, args, path, "QDQ")
+
+
+PLAIN = {
+    f.__name__: f
+    for f in (dynamo, dynamo_plain, torchscript, torchscript_plain, slim, simplified, ort_fused, ort_basic, half)
+}
+QUANTIZED = {f.__name__: f for f in (int8_dynamic, int8_qdq, int8_operators, int4_operators, int4_dequantized)}
+
+
+def run(path, args):
+    """The first output of a file, float64."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    # An int4 DequantizeLinear would be computed in int8.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+    feed = dict(zip(names, (value.numpy() for value in args), strict=True))
+    return session.run(None, feed)[0].astype(np.float64)
