@@ -241,7 +241,9 @@ class _Folder:
                 copy = self.ir.node(node.op_type, [before, *node.inputs[1:]], node.attributes, domain=node.domain)
                 assert node.graph is not None
                 node.graph.insert_before(node, copy)
-                copy.outputs[0].dtype, copy.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+                copy.outputs[0].shape = node.outputs[0].shape
+                if node.outputs[0].dtype is not None:  # foreign models need not say it
+                    copy.outputs[0].dtype = node.outputs[0].dtype
                 before = copy.outputs[0]
             use.op.replace_input_with(use.position, before)
 

@@ -71,6 +71,7 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint]) 
                 nearest[name] = min(distance, nearest.get(name, np.inf))
             else:
                 found[name].append(place)
+    nearest = {name: distance for name, distance in nearest.items() if not found[name]}
     chosen: dict[str, list[Place]] = {}
     unmatched: dict[str, str] = {}
     for name, places in found.items():

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from onelora_compile.adapter import vectors
+from onelora_compile.adapter import adapted_part, vectors
 from onelora_compile.errors import ExportError, require
 from onelora_compile.exporters.freeze import evaluating
 from onelora_compile.exporters.runner import OnnxRunner
@@ -182,7 +182,7 @@ def _scenarios(
     runner: OnnxRunner, model: nn.Module, bank: Sequence[Mapping[str, np.ndarray]]
 ) -> Iterator[tuple[str, OnnxRunner, dict[str, Tensor]]]:
     """What to compare: how to call it, the runner, and the parameters of the model for it."""
-    held = vectors(model)
+    held = vectors(adapted_part(model)[1])
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
 
     def with_values(values: Mapping[str, Any]) -> dict[str, Tensor]:
