@@ -174,7 +174,7 @@ PLAIN = {
         ort_attention,
         ort_basic,
         half,
-    )  # fmt: skip
+    )
 }
 QUANTIZED = {f.__name__: f for f in (int8_dynamic, int8_qdq, int8_operators, int4_operators, int4_dequantized)}
 
