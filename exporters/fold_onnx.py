@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,30 +119,22 @@ def fold_onnx(
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
     model = load_model(base)
     external = any(_external(value) for value in model.graph.initializers.values())
-    with counting(f"fold {base.name}", progress) as count:
-        matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
-        _check(matches, file, base, on_unmatched)
-        folder = _Folder(model, file)
-        try:
+    try:
+        with counting(f"fold {base.name}", progress) as count:
+            matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
+            _check(matches, file, base, on_unmatched)
+            folder = _Folder(model, file)
             for weight, placed in folder.by_weight(matches):
                 folder.fold(weight, placed)
             replaced = _replace_saved(model, file)
-        except OneLoRAError:
-            raise
-        except (ValueError, KeyError, AttributeError, AssertionError, IndexError, TypeError) as error:
-            raise ExportError(f"{base} is laid out in a way that fold_onnx can't follow: {error!r}") from error
-        held = {name: float32(vector) for name, vector in file.vectors.items() if name in folder.done}
-        metadata = Metadata(
-            mode="fold",
-            vectors={name: vector.shape for name, vector in held.items()},
-            fingerprints={name: file.fingerprints[name] for name in held},
-            adapters=() if isinstance(adapter, AdapterFile) else (Path(adapter).name.removesuffix(".safetensors"),),
-            sha256=digest(held),
-            producer=f"onelora-compile {__version__}, from {base.name} by {model.producer_name or 'an unknown tool'}",
-        )
-        model.metadata_props.update(metadata.to_props())
-        count.start("write", len(model.graph.initializers))
-        files = save_model(model, out, external_data=external or None, written=count.step)
+            name = "" if isinstance(adapter, AdapterFile) else Path(adapter).name.removesuffix(".safetensors")
+            model.metadata_props.update(_metadata(model, base, file, folder.done, name).to_props())
+            count.start("write", len(model.graph.initializers))
+            files = save_model(model, out, external_data=external or None, written=count.step)
+    except (OneLoRAError, OSError):
+        raise
+    except Exception as error:  # a foreign model may break any expectation, of ours and of onnx_ir
+        raise ExportError(f"{base} is damaged, or laid out in a way that can't be followed: {error!r}") from error
     return FoldReport(
         files=files,
         bytes=sum(one.stat().st_size for one in files),
@@ -150,6 +142,20 @@ def fold_onnx(
         skipped=matches.unmatched,
         replaced=replaced,
         seconds=time.perf_counter() - start,
+    )
+
+
+def _metadata(
+    model: onnx_ir.Model, base: Path, file: AdapterFile, folded: Iterable[str], adapter_name: str
+) -> Metadata:
+    held = {name: float32(file.vectors[name]) for name in folded}
+    return Metadata(
+        mode="fold",
+        vectors={name: vector.shape for name, vector in held.items()},
+        fingerprints={name: file.fingerprints[name] for name in held},
+        adapters=(adapter_name,) if adapter_name else (),
+        sha256=digest(held),
+        producer=f"onelora-compile {__version__}, from {base.name} by {model.producer_name or 'an unknown tool'}",
     )
 
 
@@ -263,9 +269,8 @@ class _Folder:
         self.how |= dict.fromkeys((name for name, _ in placed), how)
 
 
-_MEASURED = (
-    1 << 16
-)  # entries of a weight on which the rounding is measured: the report must not cost more than the fold
+# Entries of a weight on which the rounding is measured: the report must not cost more than the fold.
+_MEASURED = 1 << 16
 
 
 def _by_uses(placed: list[tuple[str, Place]]) -> list[tuple[tuple[Use, ...], list[tuple[str, Place]]]]:

@@ -81,7 +81,9 @@ class Case:
     def expected(self, model, dtype):
         def run(one, floating):
             with torch.no_grad():
-                return main_output(one(**{k: v.to(floating) if v.is_floating_point() else v for k, v in inputs.items()}))
+                return main_output(
+                    one(**{k: v.to(floating) if v.is_floating_point() else v for k, v in inputs.items()})
+                )
 
         inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.inputs.items()}
         return run(merged_copy(model, torch.float64), torch.float64), run(merged_copy(model, dtype), dtype)
