@@ -100,21 +100,13 @@ def main() -> None:
             runners, files, inputs = exports(name, here)
             times = interleaved({way: call(runner, inputs) for way, runner in runners.items()}, arguments.rounds)
             for way, (median, low, high) in ratios(times, BASE).items():
-                numbers = {"ratio": median, "ratio_p20": low, "ratio_p80": high}
-                numbers |= {
-                    "ms": 1e3 * sorted(times[way])[len(times[way]) // 2],
-                    "swap_ms": swap_ms(runners[way], files),
-                }
+                milliseconds = 1e3 * sorted(times[way])[len(times[way]) // 2]
+                numbers = {"ratio": median, "ratio_p20": low, "ratio_p80": high, "ms": milliseconds}
+                numbers["swap_ms"] = swap_ms(runners[way], files)
                 versions = {"onnxruntime": onnxruntime.__version__, "rounds": arguments.rounds}
                 row = {"model": name, "way": way} | {key: round(value, 4) for key, value in numbers.items()} | versions
                 rows.append(row)
-                table.add_row(
-                    name,
-                    way,
-                    *(f"{row[k]:.3f}" for k in ("ratio", "ratio_p20", "ratio_p80")),
-                    f"{row['ms']:.1f}",
-                    f"{row['swap_ms']:.2f}",
-                )
+                table.add_row(name, way, *(f"{value:.3f}" for value in numbers.values()))
     if arguments.model == ["vit", "bert", "llama", "dit"]:
         save("onnx", rows)
     Console().print(table)
