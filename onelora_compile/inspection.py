@@ -59,7 +59,8 @@ def _onnx_table(path: Path) -> RenderableType:
     table = Table(title=f"{path}: ONNX model", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    files = {path} | {path.parent / v.const_value.location for v in model.graph.initializers.values() if _external(v)}
+    held = [value.const_value for value in model.graph.initializers.values()]
+    files = {path} | {path.parent / str(tensor.location) for tensor in held if hasattr(tensor, "location")}
     table.add_row("size", bytes_text(sum(file.stat().st_size for file in files if file.is_file())))
     table.add_row("files", ", ".join(sorted(file.name for file in files)))
     table.add_row("opset", ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in model.opset_imports.items()))
@@ -73,10 +74,6 @@ def _onnx_table(path: Path) -> RenderableType:
     tool = f"{model.producer_name or 'unknown'} {model.producer_version or ''}"
     table.add_row("written by", metadata.producer or tool)
     return Group(table, _vectors_table(metadata)) if metadata.vectors else table
-
-
-def _external(value: object) -> bool:
-    return hasattr(getattr(value, "const_value", None), "location")
 
 
 def _value_text(value: object) -> str:
