@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict
 
 from .folder import BundleError, Folder
 from .tensors import Tensor, TensorError, read_safetensors
@@ -27,7 +27,7 @@ BASE = "base"  # the name of "no adapter": vectors of zeros
 Vectors = Dict[str, Tensor]
 
 
-def read_adapter(path: str, folder: Folder, sha256: Optional[str] = None) -> Vectors:
+def read_adapter(path: str, folder: Folder, sha256: str | None = None) -> Vectors:
     """The vectors of an adapter file, float32 by name, of exactly those that the model takes.
 
     Args:
@@ -50,7 +50,7 @@ def read_adapter(path: str, folder: Folder, sha256: Optional[str] = None) -> Vec
     if not version.isdecimal() or int(version) > _FORMAT_VERSION:
         raise BundleError(f"{path} has format version {version!r}; this script reads up to {_FORMAT_VERSION}")
     prints = _fingerprints(metadata, path)
-    known: Dict[str, List[int]] = folder.manifest["vectors"]
+    known: dict[str, list[int]] = folder.manifest["vectors"]
     vectors = {name: tensor for name, tensor in tensors.items() if name in prints}
     _check_names(path, set(vectors), set(known), set(tensors) - set(prints))
     for name, shape in known.items():
@@ -67,11 +67,11 @@ def read_adapter(path: str, folder: Folder, sha256: Optional[str] = None) -> Vec
 
 def zeros(folder: Folder) -> Vectors:
     """The vectors of no adapter."""
-    shapes: Dict[str, List[int]] = folder.manifest["vectors"]
+    shapes: dict[str, list[int]] = folder.manifest["vectors"]
     return {name: Tensor("float32", shape, bytes(4 * math.prod(shape))) for name, shape in shapes.items()}
 
 
-def vectors_of(folder: Folder, adapter: Dict[str, Any]) -> Vectors:
+def vectors_of(folder: Folder, adapter: dict[str, Any]) -> Vectors:
     """The vectors of an adapter of the state or of the manifest, checked against the hash that is noted there."""
     if adapter["name"] == BASE:
         return zeros(folder)
@@ -85,7 +85,7 @@ def _check_hash(path: str, sha256: str) -> None:
         raise BundleError(f"{path} is damaged or another file: its SHA-256 is {found}, expected {sha256.lower()}")
 
 
-def _check_names(path: str, found: "set[str]", known: "set[str]", saved: "set[str]") -> None:
+def _check_names(path: str, found: set[str], known: set[str], saved: set[str]) -> None:
     if more := sorted(found - known):
         raise BundleError(f"{path} has vectors that the model has no place for: {_shortened(more)}")
     if absent := sorted(known - found):
@@ -97,7 +97,7 @@ def _check_names(path: str, found: "set[str]", known: "set[str]", saved: "set[st
         )
 
 
-def _fingerprints(metadata: Dict[str, str], path: str) -> Dict[str, Any]:
+def _fingerprints(metadata: dict[str, str], path: str) -> dict[str, Any]:
     try:
         found = json.loads(metadata["fingerprints"])
         return {str(name): (fields, _sketch(fields)) for name, fields in found.items()}
@@ -105,7 +105,7 @@ def _fingerprints(metadata: Dict[str, str], path: str) -> Dict[str, Any]:
         raise BundleError(f"{path}: damaged metadata: {error!r}") from None
 
 
-def _sketch(fields: Dict[str, Any]) -> Tuple[float, ...]:
+def _sketch(fields: dict[str, Any]) -> tuple[float, ...]:
     raw = base64.b64decode(fields["sketch"], validate=True)
     sketch = struct.unpack(f"<{_WIDTH * _WIDTH}f", raw)
     if not all(map(math.isfinite, sketch)) or not math.isfinite(fields["norm"]):
@@ -113,7 +113,7 @@ def _sketch(fields: Dict[str, Any]) -> Tuple[float, ...]:
     return sketch
 
 
-def _check_base(path: str, found: Dict[str, Any], known: Dict[str, Any]) -> None:
+def _check_base(path: str, found: dict[str, Any], known: dict[str, Any]) -> None:
     wrong = []
     for name, fields in known.items():
         other, sketch = found[name]
@@ -128,7 +128,7 @@ def _check_base(path: str, found: Dict[str, Any], known: Dict[str, Any]) -> None
         raise BundleError(f"{path} was trained on another base: {_shortened(wrong)}")
 
 
-def _shortened(names: List[str], most: int = 5) -> str:
+def _shortened(names: list[str], most: int = 5) -> str:
     more = f", … ({len(names) - most} more)" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from . import measure
 from .adapters import read_adapter, read_bytes, vectors_of
@@ -17,7 +17,7 @@ from .tensors import TensorError, npy_bytes, read_npy
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 0 is success, 1 a message on standard error, 2 wrong usage."""
     chosen = _parser().parse_args(arguments)
     try:
@@ -79,7 +79,7 @@ def _options(chosen: argparse.Namespace) -> Options:
         workspace_mib=getattr(chosen, "workspace_mib", None),
         optimization_level=getattr(chosen, "optimization_level", None),
         tf32=not getattr(chosen, "no_tf32", False),
-        sm=getattr(chosen, "sm", None),
+        sm=(getattr(chosen, "sm", None) or "").replace(".", "").replace("sm_", "") or None,
         library=chosen.libcudart,
         verbose=chosen.verbose,
     )
@@ -91,7 +91,7 @@ def _build(folder: Folder, options: Options, chosen: argparse.Namespace) -> None
         _build_for(folder, options, folder.state()["adapter"], chosen.force)
 
 
-def _build_for(folder: Folder, options: Options, adapter: Dict[str, Any], force: bool = False) -> None:
+def _build_for(folder: Folder, options: Options, adapter: dict[str, Any], force: bool = False) -> None:
     if options.runtime == "onnxruntime":
         print("ONNX Runtime needs no engine: nothing to build")
         return
@@ -114,8 +114,8 @@ def _selftest(folder: Folder, options: Options, chosen: argparse.Namespace) -> i
     for check in checks:
         effect = "-" if check.effect == float("inf") else f"{check.effect:.1e}"
         print(
-            f"{check.case:6} {check.adapter[:24]:24} {check.output[:20]:20} {check.relative:10.1e} {check.allowed:8.0e} "
-            f"{effect:>8} {'passed' if check.passed else 'FAILED'}"
+            f"{check.case:6} {check.adapter[:24]:24} {check.output[:20]:20} {check.relative:10.1e} "
+            f"{check.allowed:8.0e} {effect:>8} {'passed' if check.passed else 'FAILED'}"
         )
     if checks and not any(check.tells for check in checks):
         print("note: no adapter changes an output by more than what is allowed, so this can't tell it from the base")
@@ -174,10 +174,9 @@ def _update(folder: Folder, options: Options, chosen: argparse.Namespace) -> Non
         vectors_of(folder, adapter)  # what was written, not what was read
         _rebuild(folder, options, adapter)
         if not chosen.no_try:
-            model = Deployed(folder.path, options)
-            model.try_on(adapter)
-            measure.smoke(model)
+            measure.smoke(Deployed(folder.path, options, adapter["name"]))
         folder.activate(adapter)
+        folder.prune()
     print(f"in use: {adapter['name']}, SHA-256 {adapter['sha256']}; `rollback` goes back")
 
 
@@ -192,7 +191,7 @@ def _rollback(folder: Folder, options: Options, chosen: argparse.Namespace) -> N
     print(f"in use: {adapter['name']}")
 
 
-def _rebuild(folder: Folder, options: Options, adapter: Dict[str, Any]) -> None:
+def _rebuild(folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
     """In mode "load" an adapter is part of the engine; the one in use stays until the other one is there."""
     if folder.mode == "load" and options.runtime != "onnxruntime":
         _build_for(folder, options, adapter)
@@ -209,7 +208,10 @@ def _status(folder: Folder, options: Options, chosen: argparse.Namespace) -> int
     print(f"bundle    {folder.path}, made by {manifest['producer']}")
     print(f"for       JetPack {device['jetpack']}: TensorRT {device['tensorrt']}, SM {', '.join(device['sm'])}")
     print(f"model     {manifest['model']['file']}, mode {folder.mode!r}, {', '.join(manifest['model']['dtypes'])}")
-    print(f"adapter   {state['adapter']['name']}" + (f", {state['adapter']['sha256'][:16]}" if state["adapter"]["sha256"] else ""))
+    print(
+        f"adapter   {state['adapter']['name']}"
+        + (f", {state['adapter']['sha256'][:16]}" if state["adapter"]["sha256"] else "")
+    )
     print(f"before    {', '.join(one['name'] for one in state['previous']) or 'none'}")
     print(f"packed    {', '.join(folder.packed()) or 'none'}")
     print(f"installed {', '.join(folder.installed()) or 'none'}")

@@ -8,12 +8,16 @@ from __future__ import annotations
 import ctypes
 import glob
 import os
-from typing import Any, List, Optional
+from typing import Any
 
 from .folder import BundleError
 
 _NAMES = ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0")
-_FOLDERS = ("/usr/local/cuda/lib64", "/usr/local/cuda/targets/aarch64-linux/lib", "/usr/local/cuda/targets/sbsa-linux/lib")
+_FOLDERS = (
+    "/usr/local/cuda/lib64",
+    "/usr/local/cuda/targets/aarch64-linux/lib",
+    "/usr/local/cuda/targets/sbsa-linux/lib",
+)
 _TO_DEVICE, _TO_HOST = 1, 2
 _MAJOR, _MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor, …Minor
 _GLOBAL = 0  # cudaStreamCaptureModeGlobal
@@ -29,7 +33,7 @@ class Cuda:
         BundleError: there is none, or it reaches no GPU.
     """
 
-    def __init__(self, library: Optional[str] = None) -> None:
+    def __init__(self, library: str | None = None) -> None:
         self._lib = _load(library)
         self._lib.cudaGetErrorString.restype = ctypes.c_char_p
         self._lib.cudaGetErrorString.argtypes = [ctypes.c_int]
@@ -80,7 +84,7 @@ class Cuda:
         """Wait for the stream."""
         self._call("cudaStreamSynchronize", self.stream)
 
-    def memory(self) -> "tuple[int, int]":
+    def memory(self) -> tuple[int, int]:
         """Bytes that are free, and all."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
@@ -127,8 +131,8 @@ def board() -> str:
         return ""
 
 
-def _load(library: Optional[str]) -> ctypes.CDLL:
-    tried: List[str] = []
+def _load(library: str | None) -> ctypes.CDLL:
+    tried: list[str] = []
     found = [path for folder in _FOLDERS for path in sorted(glob.glob(os.path.join(folder, "libcudart.so*")))]
     for name in [library] if library else [*_NAMES, *found]:
         try:

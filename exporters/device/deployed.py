@@ -1,14 +1,14 @@
 """The model of a bundle, ready to run, with the adapter that is in use.
 
-    from onelora_device import Deployed
-    model = Deployed("/opt/bundle")
-    outputs = model.run({"x": array})          # arrays of NumPy, or Tensor
-    model.refresh()                            # takes over an adapter that `update` put in use meanwhile
+from onelora_device import Deployed
+model = Deployed("/opt/bundle")
+outputs = model.run({"x": array})          # arrays of NumPy, or Tensor
+model.refresh()                            # takes over an adapter that `update` put in use meanwhile
 """
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Mapping
 
 from .adapters import BASE, vectors_of
 from .folder import BundleError, Folder
@@ -30,12 +30,12 @@ class Deployed:
         BundleError: no bundle, no engine yet, or one of another device.
     """
 
-    def __init__(self, path: str, options: Optional[Options] = None, adapter: Optional[str] = None) -> None:
+    def __init__(self, path: str, options: Options | None = None, adapter: str | None = None) -> None:
         self.folder = Folder(path)
         self.options = options or Options()
         if self.options.runtime not in RUNTIMES:
             raise BundleError(f"runtime {self.options.runtime!r} is not one of {', '.join(RUNTIMES)}")
-        self.adapter: Dict[str, Any] = self.folder.state()["adapter"] if adapter is None else self.folder.find(adapter)
+        self.adapter: dict[str, Any] = self.folder.state()["adapter"] if adapter is None else self.folder.find(adapter)
         self.engine = self._open(self.adapter)
         if absent := [name for name in self._fed() if name not in self.engine.inputs]:
             raise BundleError(f"the engine has no input for {', '.join(absent[:5])}: adapters would do nothing")
@@ -47,17 +47,17 @@ class Deployed:
         return self.folder.mode
 
     @property
-    def inputs(self) -> Dict[str, Tuple[str, Tuple[int, ...]]]:
+    def inputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and shape of what `run` takes; -1 is a dynamic size."""
         own = {*self._fed(), IDS}
         return {name: slot for name, slot in self.engine.inputs.items() if name not in own}
 
     @property
-    def outputs(self) -> Dict[str, Tuple[str, Tuple[int, ...]]]:
+    def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and shape of what `run` gives."""
         return dict(self.engine.outputs)
 
-    def run(self, inputs: Mapping[str, Any]) -> Dict[str, Tensor]:
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The outputs by name; `Tensor.numpy()` makes arrays of them.
 
         A bank takes `adapter_ids` [batch] too, the adapter of each row, -1 the base; without, all rows use the one
@@ -68,7 +68,7 @@ class Deployed:
         """
         return self.engine.run(self.feed(inputs))
 
-    def feed(self, inputs: Mapping[str, Any]) -> Dict[str, Tensor]:
+    def feed(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Everything that the engine is given for a call, vectors excepted."""
         known = set(self.inputs)
         extra = set(inputs) - known - ({IDS} if self.mode == "bank" else set())
@@ -91,11 +91,16 @@ class Deployed:
         self._switch(current)
         return True
 
-    def try_on(self, adapter: Dict[str, Any]) -> None:
+    def try_on(self, adapter: dict[str, Any]) -> None:
         """Use an adapter that is noted nowhere yet."""
         self._switch(adapter)
 
-    def _switch(self, adapter: Dict[str, Any]) -> None:
+    def reopen(self) -> None:
+        """Open the engine once more, without any adapter: what it was built with is what it computes."""
+        del self.engine
+        self.engine = self._open(self.adapter)
+
+    def _switch(self, adapter: dict[str, Any]) -> None:
         if self.mode in ("fold", "base"):
             raise BundleError(why_fixed(self.folder))
         if self.mode == "load" and self.options.runtime != "onnxruntime":
@@ -103,7 +108,7 @@ class Deployed:
         self._set(adapter)
         self.adapter = adapter
 
-    def _open(self, adapter: Dict[str, Any]) -> Any:
+    def _open(self, adapter: dict[str, Any]) -> Any:
         if self.options.runtime == "onnxruntime":
             from .ort_run import OnnxRuntime
 
@@ -112,14 +117,14 @@ class Deployed:
 
         return TensorRT(self.folder, self.options, adapter)
 
-    def _set(self, adapter: Dict[str, Any]) -> None:
+    def _set(self, adapter: dict[str, Any]) -> None:
         if self.mode in ("input", "load", "refit"):
             self.engine.set_vectors(vectors_of(self.folder, adapter))
 
-    def _fed(self) -> Tuple[str, ...]:
+    def _fed(self) -> tuple[str, ...]:
         return tuple(self.folder.manifest["vectors"]) if self.mode == "input" else ()
 
-    def _ids(self, inputs: Dict[str, Tensor]) -> Tensor:
+    def _ids(self, inputs: dict[str, Tensor]) -> Tensor:
         names = self.folder.manifest["bank"]
         if IDS in inputs:
             ids = inputs[IDS].values()

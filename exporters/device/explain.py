@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import List
 
 _KNOWN = (
     (
@@ -11,7 +10,7 @@ _KNOWN = (
         "this TensorRT release has no kernels for this GPU: on Orin with JetPack 7 TensorRT 10.16.2 or newer is needed",
     ),
     (
-        r"[Oo]ut ?[Oo]f ?[Mm]emory|OutOfMemory|cudaErrorMemoryAllocation|Cuda Runtime \(out of memory\)|insufficient memory",
+        r"[Oo]ut ?[Oo]f ?[Mm]emory|cudaErrorMemoryAllocation|insufficient memory",
         "memory ran out: close other programs (also the desktop), add swap, and build with --workspace-mib 256 "
         "--optimization-level 2",
     ),
@@ -46,7 +45,7 @@ _KNOWN = (
 )
 
 
-def explained(messages: List[str]) -> str:
+def explained(messages: list[str]) -> str:
     """The runtime's own errors, each once, and what to do about those that are known."""
     unique = list(dict.fromkeys(message.strip() for message in messages if message.strip()))
     text = "\n".join(unique)

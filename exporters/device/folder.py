@@ -1,9 +1,9 @@
 """The folder of a bundle: what it must hold, what this device adds to it, and writing so that a power cut is harmless.
 
-    manifest.json           what the bundle holds, with the SHA-256 of each file; never changed here
-    local/state.json        the adapter in use and those before it; replaced in one step
-    local/adapters/         adapters that came after the bundle, named by their SHA-256
-    local/engines/          what was built here
+manifest.json           what the bundle holds, with the SHA-256 of each file; never changed here
+local/state.json        the adapter in use and those before it; replaced in one step
+local/adapters/         adapters that came after the bundle, named by their SHA-256
+local/engines/          what was built here
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import threading
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Iterator
 
 try:
     import fcntl
@@ -41,7 +41,7 @@ class Folder:
 
     def __init__(self, path: str) -> None:
         self.path = os.path.abspath(path)
-        self.manifest: Dict[str, Any] = self._read_json("manifest.json")
+        self.manifest: dict[str, Any] = self._read_json("manifest.json")
         if self.manifest.get("format") != "onelora-bundle":
             raise BundleError(f"{self.path} is no bundle: its manifest.json is of another program")
         version = self.manifest.get("format_version")
@@ -57,7 +57,7 @@ class Folder:
         """How an adapter reaches the model: fold, load, input, bank, refit, or base."""
         return str(self.manifest["model"]["mode"])
 
-    def damaged(self) -> List[str]:
+    def damaged(self) -> list[str]:
         """Files of the bundle that are missing or not as they were packed, with what is wrong."""
         found = []
         for name, entry in self.manifest["files"].items():
@@ -73,17 +73,15 @@ class Folder:
     def check(self) -> None:
         """Refuse a bundle that was damaged on its way."""
         if wrong := self.damaged():
-            raise BundleError(
-                "the bundle is damaged, copy it again:\n" + "\n".join(f"  {line}" for line in wrong[:20])
-            )
+            raise BundleError("the bundle is damaged, copy it again:\n" + "\n".join(f"  {line}" for line in wrong[:20]))
 
     # ---- adapters -----------------------------------------------------------------------------------------------
 
-    def packed(self) -> Dict[str, Dict[str, Any]]:
+    def packed(self) -> dict[str, dict[str, Any]]:
         """The adapters that came with the bundle, by name."""
         return {str(entry["name"]): entry for entry in self.manifest["adapters"]}
 
-    def state(self) -> Dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """`{"adapter": {name, file, sha256}, "previous": [...]}`; the default adapter if nothing was chosen yet."""
         if os.path.isfile(self.file("local", "state.json")):
             state = self._read_json("local/state.json")
@@ -94,21 +92,21 @@ class Folder:
             )
         return {"adapter": self.find(self.manifest["default"]), "previous": []}
 
-    def find(self, name: str) -> Dict[str, Any]:
+    def find(self, name: str) -> dict[str, Any]:
         """An adapter by its name: one of the bundle, or one that was installed."""
         known = {**self.installed(), **self.packed()}
         if name not in known:
             raise BundleError(f"there is no adapter {name!r} here; there are: {', '.join(sorted(known)) or 'none'}")
         return {key: known[name][key] for key in ("name", "file", "sha256")}
 
-    def installed(self) -> Dict[str, Dict[str, Any]]:
+    def installed(self) -> dict[str, dict[str, Any]]:
         """Adapters that were installed after the bundle, by name; the newest of a name."""
         path = self.file("local", "adapters", "index.json")
         if not os.path.isfile(path):
             return {}
         return dict(self._read_json("local/adapters/index.json"))
 
-    def install(self, source: str, content: bytes) -> Dict[str, Any]:
+    def install(self, source: str, content: bytes) -> dict[str, Any]:
         """Keep the content of an adapter file on this device; what is in use does not change."""
         digest = hashlib.sha256(content).hexdigest()
         name = os.path.basename(source)
@@ -121,14 +119,14 @@ class Folder:
         write_atomically(self.file("local", "adapters", "index.json"), json.dumps(index, indent=1).encode())
         return entry
 
-    def activate(self, adapter: Dict[str, Any]) -> None:
+    def activate(self, adapter: dict[str, Any]) -> None:
         """Make an adapter the one in use; the one before becomes the first to go back to."""
         state = self.state()
         if state["adapter"] == adapter and os.path.isfile(self.file("local", "state.json")):
             return
         self._write_state(adapter, [state["adapter"], *state["previous"]][:_KEPT])
 
-    def rollback(self) -> Dict[str, Any]:
+    def rollback(self) -> dict[str, Any]:
         """The adapter that `activate` would go back to, which `undo` makes the one in use."""
         previous = self.state()["previous"]
         if not previous:
@@ -140,7 +138,13 @@ class Folder:
         state = self.state()
         self._write_state(self.rollback(), state["previous"][1:])
 
-    def _write_state(self, adapter: Dict[str, Any], previous: List[Dict[str, Any]]) -> None:
+    def prune(self) -> None:
+        """Remove adapter files that nothing refers to."""
+        state = self.state()
+        known = [state["adapter"], *state["previous"], *self.installed().values()]
+        sweep(self.file("local", "adapters"), ("index.json", *(os.path.basename(one["file"]) for one in known)))
+
+    def _write_state(self, adapter: dict[str, Any], previous: list[dict[str, Any]]) -> None:
         state = {"adapter": adapter, "previous": previous}
         write_atomically(self.file("local", "state.json"), json.dumps(state, indent=1).encode())
 
@@ -156,7 +160,7 @@ class Folder:
                     raise BundleError("another program is changing this bundle; try again when it is done") from None
             yield
 
-    def _read_json(self, name: str) -> Dict[str, Any]:
+    def _read_json(self, name: str) -> dict[str, Any]:
         path = self.file(*name.split("/"))
         try:
             with open(path, encoding="utf-8") as file:
@@ -201,7 +205,7 @@ def sha256_of(path: str) -> str:
     return sha.hexdigest()
 
 
-def sweep(folder: str, keep: Optional[Tuple[str, ...]] = None) -> None:
+def sweep(folder: str, keep: tuple[str, ...] | None = None) -> None:
     """Remove what killed programs left in a folder, and, with `keep`, all but the files that begin with one of it."""
     if not os.path.isdir(folder):
         return

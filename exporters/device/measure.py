@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 from .adapters import BASE
 from .deployed import Deployed
@@ -42,7 +42,7 @@ class Check(NamedTuple):
         return self.adapter.split(" ")[0] == BASE or self.effect > 2 * self.allowed
 
 
-def selftest(model: Deployed, tolerance: Optional[float] = None) -> List[Check]:
+def selftest(model: Deployed, tolerance: float | None = None) -> list[Check]:
     """Compare with the stored reference: every adapter that needs no other engine, and the first one once more.
 
     The adapter of `model` is the same afterwards.
@@ -55,6 +55,10 @@ def selftest(model: Deployed, tolerance: Optional[float] = None) -> List[Check]:
         raise BundleError("this bundle was made without reference tensors (selftest=False): nothing to compare with")
     own, checks = model.adapter, []
     fixed = model.mode in ("fold", "base") or (model.mode == "load" and model.options.runtime != "onnxruntime")
+    if model.mode == "refit":  # as it was built, before the first refit
+        model.reopen()
+        for case, tensors in cases.items():
+            checks += _compare(model, case, tensors, "(built)", "", tolerance)
     names = [own["name"]] if fixed else [name for name in model.folder.packed()]
     known = [name for name in names if name in model.folder.packed()]
     for name in [*known, *known[:1]] if len(known) > 1 else known:
@@ -68,7 +72,7 @@ def selftest(model: Deployed, tolerance: Optional[float] = None) -> List[Check]:
     return checks
 
 
-def references(folder: Folder) -> Dict[str, Dict[str, Tensor]]:
+def references(folder: Folder) -> dict[str, dict[str, Tensor]]:
     """The stored tensors of each case: `inputs/<name>` and `outputs/<adapter>/<name>`."""
     try:
         return {
@@ -79,14 +83,14 @@ def references(folder: Folder) -> Dict[str, Dict[str, Tensor]]:
         raise BundleError(str(error)) from None
 
 
-def inputs_of(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
+def inputs_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inputs of a case."""
     return {name[len("inputs/") :]: value for name, value in tensors.items() if name.startswith("inputs/")}
 
 
 def _compare(
-    model: Deployed, case: str, tensors: Dict[str, Tensor], name: str, again: str, tolerance: Optional[float]
-) -> List[Check]:
+    model: Deployed, case: str, tensors: dict[str, Tensor], name: str, again: str, tolerance: float | None
+) -> list[Check]:
     found = model.run(inputs_of(tensors))
     checks = []
     for output in model.outputs:
@@ -123,7 +127,7 @@ class Latency(NamedTuple):
     mean: float
 
     @classmethod
-    def of(cls, seconds: List[float]) -> Latency:
+    def of(cls, seconds: list[float]) -> Latency:
         """From single times; p99 is the time that 99 % of the runs do not exceed."""
         ordered = sorted(seconds)
         count = len(ordered)
@@ -134,7 +138,7 @@ class Latency(NamedTuple):
         return cls(quantile(0.5), quantile(0.99), 1e3 * sum(ordered) / count)
 
 
-def bench(model: Deployed, runs: int, graph: bool = False) -> Dict[str, Latency]:
+def bench(model: Deployed, runs: int, graph: bool = False) -> dict[str, Latency]:
     """Latency of the first reference case: with copies of inputs and outputs, and of the model alone.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 
@@ -21,9 +21,9 @@ class Options(NamedTuple):
     """
 
     runtime: str = "tensorrt"
-    workspace_mib: Optional[int] = None
-    optimization_level: Optional[int] = None
+    workspace_mib: int | None = None
+    optimization_level: int | None = None
     tf32: bool = True
-    sm: Optional[str] = None
-    library: Optional[str] = None
+    sm: str | None = None
+    library: str | None = None
     verbose: bool = False

@@ -6,7 +6,7 @@ says nothing about TensorRT: not whether it takes the model, nor how fast or how
 
 from __future__ import annotations
 
-from typing import Any, Dict, Tuple
+from typing import Any
 
 from .adapters import Vectors
 from .folder import BundleError, Folder
@@ -21,7 +21,7 @@ class OnnxRuntime:
 
     label = "ONNX Runtime"
 
-    def __init__(self, folder: Folder, options: Options, adapter: Dict[str, Any]) -> None:
+    def __init__(self, folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
         try:
             import numpy
             import onnxruntime
@@ -29,8 +29,8 @@ class OnnxRuntime:
             raise BundleError(f"--runtime onnxruntime needs the packages onnxruntime and numpy: {error}") from None
         self.folder, self.ort, self.numpy = folder, onnxruntime, numpy
         self.label = f"ONNX Runtime {onnxruntime.__version__} on the CPU (not TensorRT)"
-        self.record: Dict[str, Any] = {"notes": []}
-        self.vectors: Dict[str, Any] = {}
+        self.record: dict[str, Any] = {"notes": []}
+        self.vectors: dict[str, Any] = {}
         self._open()
 
     def _open(self) -> None:
@@ -53,7 +53,7 @@ class OnnxRuntime:
         if self.folder.mode in ("load", "refit"):
             self._open()
 
-    def run(self, inputs: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs for inputs."""
         feed = {name: value.to(self.inputs[name][0]).numpy() for name, value in inputs.items()}
         if self.folder.mode == "input":
@@ -65,6 +65,6 @@ class OnnxRuntime:
         return {name: Tensor.of(self.numpy.asarray(value)) for name, value in zip(self.outputs, found)}
 
 
-def _slot(node: Any) -> Tuple[str, Tuple[int, ...]]:
+def _slot(node: Any) -> tuple[str, tuple[int, ...]]:
     kind = node.type[len("tensor(") : -1]
     return _TYPES.get(kind, kind), tuple(size if isinstance(size, int) else -1 for size in node.shape)

@@ -9,7 +9,7 @@ import ast
 import json
 import math
 import struct
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Sequence
 
 SIZES = {
     "float64": 8,
@@ -51,9 +51,7 @@ class Tensor:
         self.data = bytes(data)
         if len(self.data) != self.count * SIZES[dtype]:
             raise TensorError(
-                "{} bytes are no {} {}, which has {}".format(
-                    len(self.data), dtype, list(self.shape), self.count * SIZES[dtype]
-                )
+                f"{len(self.data)} bytes are no {dtype} {list(self.shape)}, which has {self.count * SIZES[dtype]}"
             )
 
     @property
@@ -86,7 +84,7 @@ class Tensor:
         except (struct.error, OverflowError) as error:
             raise TensorError(f"the values do not fit into {dtype}: {error}") from None
 
-    def values(self) -> List[Any]:
+    def values(self) -> list[Any]:
         """The entries in row-major order, as numbers of Python."""
         if self.dtype == "bool":
             return [bool(value) for value in self.data]
@@ -118,7 +116,7 @@ class Tensor:
         return numpy.frombuffer(self.data, self.dtype.replace("bfloat16", "uint16")).reshape(self.shape).copy()
 
 
-def read_safetensors(path: str) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+def read_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a file and its metadata, read and checked whole.
 
     Raises:
@@ -154,10 +152,10 @@ def read_safetensors(path: str) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
         raise TensorError(f"{path} is not a safetensors file, or is damaged: {error!r}") from None
 
 
-def safetensors_bytes(tensors: Dict[str, Tensor], metadata: Optional[Dict[str, str]] = None) -> bytes:
+def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """The content of a safetensors file."""
     codes = {dtype: code for code, dtype in _CODES.items()}
-    header: Dict[str, Any] = {"__metadata__": metadata or {}}
+    header: dict[str, Any] = {"__metadata__": metadata or {}}
     end = 0
     for name, tensor in tensors.items():
         header[name] = {
@@ -204,13 +202,15 @@ def npy_bytes(tensor: Tensor) -> bytes:
     if tensor.dtype == "bfloat16":
         tensor = tensor.to("float32")
     code = "|b1" if tensor.dtype == "bool" else "<" + {dtype: code for code, dtype in _NPY.items()}[tensor.dtype]
-    header = repr({"descr": code.replace("<i1", "|i1").replace("<u1", "|u1"), "fortran_order": False}
-                  )[:-1] + f", 'shape': {tensor.shape!r}}}"
+    header = (
+        repr({"descr": code.replace("<i1", "|i1").replace("<u1", "|u1"), "fortran_order": False})[:-1]
+        + f", 'shape': {tensor.shape!r}}}"
+    )
     header += " " * (-(len(header) + 11) % 64) + "\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + tensor.data
 
 
-def difference(expected: Tensor, found: Tensor) -> Tuple[float, float]:
+def difference(expected: Tensor, found: Tensor) -> tuple[float, float]:
     """The largest absolute difference of two tensors, and the same over the largest magnitude expected.
 
     NaN and infinity agree with themselves only.

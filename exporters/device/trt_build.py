@@ -1,4 +1,4 @@
-"""Build an engine of the bundle's model with the TensorRT of this device: 8.5 to 11, by what it has, not by its number."""
+"""Build an engine with the TensorRT of this device: 8.5 to 11, by what it has, not by its number."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from . import trt_module
 from .adapters import vectors_of
@@ -27,7 +27,7 @@ class Plan:
         adapter: of the state; its vectors are in the engine in mode "load", elsewhere it does not matter.
     """
 
-    def __init__(self, folder: Folder, trt: Any, sm: str, adapter: Dict[str, Any]) -> None:
+    def __init__(self, folder: Folder, trt: Any, sm: str, adapter: dict[str, Any]) -> None:
         self.identity = {
             "module": str(trt.__name__),
             "version": str(trt.__version__),
@@ -46,7 +46,7 @@ class Plan:
         """Whether the engine was built."""
         return os.path.isfile(self.record_path) and os.path.isfile(self.path)
 
-    def record(self) -> Dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """What the engine was built with.
 
         Raises:
@@ -57,7 +57,7 @@ class Plan:
         with open(self.record_path, encoding="utf-8") as file:
             return dict(json.load(file))
 
-    def _others(self) -> List[str]:
+    def _others(self) -> list[str]:
         lines = []
         for name in sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else []:
             if name.endswith(".json"):
@@ -77,14 +77,15 @@ class Plan:
         return content
 
 
-def build(folder: Folder, options: Options, adapter: Dict[str, Any], force: bool = False) -> Plan:
+def build(folder: Folder, options: Options, adapter: dict[str, Any], force: bool = False) -> Plan:
     """Build the engine if it is not there yet, in one step: a cut of power leaves none or a whole one.
 
     Raises:
         BundleError: TensorRT refuses the model; with its own messages and, for the known ones, what to do.
     """
     trt = trt_module.load(options.runtime)
-    plan = Plan(folder, trt, options.sm or Cuda(options.library).sm(), adapter)
+    sm = f"{options.sm[:-1]}.{options.sm[-1]}" if options.sm else Cuda(options.library).sm()
+    plan = Plan(folder, trt, sm, adapter)
     if plan.exists() and not force:
         return plan
     os.makedirs(plan.folder, exist_ok=True)
@@ -105,7 +106,7 @@ def build(folder: Folder, options: Options, adapter: Dict[str, Any], force: bool
     return plan
 
 
-def model_path(folder: Folder, adapter: Dict[str, Any]) -> str:
+def model_path(folder: Folder, adapter: dict[str, Any]) -> str:
     """The ONNX model to build from; in mode "load" beside the vectors of the adapter, which are a file of it."""
     model = folder.manifest["model"]
     if folder.mode != "load" or adapter["name"] == folder.manifest["default"]:
@@ -117,7 +118,9 @@ def model_path(folder: Folder, adapter: Dict[str, Any]) -> str:
     for name in model["files"]:
         if name != model["vectors_file"]:
             _link(folder.file(name), os.path.join(place, name))
-    write_atomically(os.path.join(place, model["vectors_file"]), b"".join(vectors[name].data for name in model["order"]))
+    write_atomically(
+        os.path.join(place, model["vectors_file"]), b"".join(vectors[name].data for name in model["order"])
+    )
     return os.path.join(place, model["file"])
 
 
@@ -152,7 +155,7 @@ def _build(trt: Any, folder: Folder, options: Options, plan: Plan, path: str) ->
         config.clear_flag(trt.BuilderFlag.TF32)
     if options.sm and hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{options.sm.replace('.', '')}"), 0)
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{options.sm}"), 0)
     _set_profile(builder, config, choices["profiles"])
     if folder.mode == "refit":
         _mark(trt, network, config, list(folder.manifest["vectors"]))
@@ -168,7 +171,7 @@ def _build(trt: Any, folder: Folder, options: Options, plan: Plan, path: str) ->
     return content, notes
 
 
-def types_of(trt: Any, config: Any, manifest: Dict[str, Any]) -> Any:
+def types_of(trt: Any, config: Any, manifest: dict[str, Any]) -> Any:
     """The flags of the network, and what the user should know about the types that the engine will compute in.
 
     The types of the ONNX model are the engine's where TensorRT is strongly typed (10 and newer).  Before that it
@@ -198,7 +201,7 @@ def types_of(trt: Any, config: Any, manifest: Dict[str, Any]) -> Any:
     return flags, notes
 
 
-def _set_profile(builder: Any, config: Any, profiles: Dict[str, Any]) -> None:
+def _set_profile(builder: Any, config: Any, profiles: dict[str, Any]) -> None:
     if not profiles:
         return
     profile = builder.create_optimization_profile()
@@ -207,7 +210,7 @@ def _set_profile(builder: Any, config: Any, profiles: Dict[str, Any]) -> None:
     config.add_optimization_profile(profile)
 
 
-def _mark(trt: Any, network: Any, config: Any, names: List[str]) -> None:
+def _mark(trt: Any, network: Any, config: Any, names: list[str]) -> None:
     if not hasattr(trt.BuilderFlag, "REFIT_INDIVIDUAL"):
         raise BundleError(
             f"TensorRT {trt.__version__} can't refit single weights (10.2 and newer can, JetPack 6.1 and newer): make "
@@ -223,7 +226,7 @@ def _read_cache(config: Any, path: str) -> None:
     if os.path.isfile(path):
         with open(path, "rb") as file:
             content = file.read()
-    cache: Optional[Any] = config.create_timing_cache(content)
+    cache: Any | None = config.create_timing_cache(content)
     if cache is None and content:  # damaged: timings are measured again
         cache = config.create_timing_cache(b"")
     if cache is not None:

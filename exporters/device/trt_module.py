@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
-from typing import Any, Dict, List
+from typing import Any
 
 from .folder import BundleError
 
-_LOGGERS: Dict[str, Any] = {}
+_LOGGERS: dict[str, Any] = {}
 
 
 def load(name: str) -> Any:
@@ -17,6 +18,8 @@ def load(name: str) -> Any:
     Raises:
         BundleError: it is not there, or its libraries are not; says what to do.
     """
+    if name == "tensorrt_rtx" and importlib.util.find_spec(name) is None:
+        name = "tensorrt_rtx_bindings"  # the wheel alone, without the package that only renames it
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
@@ -27,8 +30,8 @@ def load(name: str) -> Any:
                 "This Python is in a virtual environment, which does not see JetPack's module in "
                 f"/usr/lib/python{version}/dist-packages: make it with python3 -m venv --system-site-packages"
                 if inside
-                else "On JetPack: sudo apt install python3-libnvinfer (the PyPI package of that name is not for Jetson), "
-                "and use the system's python3"
+                else "On JetPack: sudo apt install python3-libnvinfer (PyPI's package of that name is not for "
+                "Jetson), and use the system's python3"
             )
             raise BundleError(f"there is no Python module {name!r} for Python {version}. {where}") from None
         raise BundleError(
@@ -47,7 +50,7 @@ def logger(trt: Any, verbose: bool = False) -> Any:
 
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
-                self.errors: List[str] = []
+                self.errors: list[str] = []
                 self.verbose = False
 
             def log(self, severity: Any, message: str) -> None:
@@ -73,7 +76,7 @@ def monitor(trt: Any) -> Any:
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.phases: Dict[str, int] = {}
+            self.phases: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: Any, num_steps: int) -> None:
             self.phases[phase_name] = max(num_steps, 1)

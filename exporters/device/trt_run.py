@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 from . import trt_module
 from .adapters import Vectors
@@ -30,7 +30,7 @@ _DTYPES = {
 class Memory:
     """The memory of one input or output; shape inputs are read by the CPU."""
 
-    def __init__(self, cuda: Cuda, dtype: str, largest: Tuple[int, ...], host: bool) -> None:
+    def __init__(self, cuda: Cuda, dtype: str, largest: tuple[int, ...], host: bool) -> None:
         self.cuda, self.dtype, self.host = cuda, dtype, host
         size = max(math.prod(largest) * SIZES[dtype], 1)
         self.buffer = (ctypes.c_char * size)() if host else None
@@ -43,7 +43,7 @@ class Memory:
         elif data:
             self.cuda.upload(self.address, data)
 
-    def read(self, shape: Tuple[int, ...]) -> Tensor:
+    def read(self, shape: tuple[int, ...]) -> Tensor:
         """A tensor from the start."""
         size = math.prod(shape) * SIZES[self.dtype]
         data = ctypes.string_at(self.address, size) if self.host else self.cuda.download(self.address, size)
@@ -60,7 +60,7 @@ class TensorRT:
 
     label = "TensorRT"
 
-    def __init__(self, folder: Folder, options: Options, adapter: Dict[str, Any]) -> None:
+    def __init__(self, folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
         self.folder = folder
         self.trt = trt_module.load(options.runtime)
         self.log = trt_module.logger(self.trt, options.verbose)
@@ -77,19 +77,19 @@ class TensorRT:
         self.context = self.engine.create_execution_context()
         if self.context is None:
             raise BundleError("TensorRT can't make room for the engine:\n" + explained(self.log.errors))
-        self.inputs: Dict[str, Tuple[str, Tuple[int, ...]]] = {}
-        self.outputs: Dict[str, Tuple[str, Tuple[int, ...]]] = {}
+        self.inputs: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.outputs: dict[str, tuple[str, tuple[int, ...]]] = {}
         for index in range(self.engine.num_io_tensors):
             name = self.engine.get_tensor_name(index)
             known = (_DTYPES[self.engine.get_tensor_dtype(name).name], tuple(self.engine.get_tensor_shape(name)))
             is_input = self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT
             (self.inputs if is_input else self.outputs)[name] = known
-        self.memory: Dict[str, Memory] = {}
+        self.memory: dict[str, Memory] = {}
         self._reserve()
 
     def _reserve(self) -> None:
         """Memory for the largest shapes of the profile, once."""
-        self.ranges: Dict[str, List[Tuple[int, ...]]] = {}
+        self.ranges: dict[str, list[tuple[int, ...]]] = {}
         for name, (_, shape) in self.inputs.items():
             if -1 in shape:
                 self.ranges[name] = [tuple(one) for one in self.engine.get_tensor_profile_shape(name, 0)]
@@ -101,7 +101,7 @@ class TensorRT:
                 raise BundleError(f"the shape of output {name!r} depends on values, which this script does not support")
             self._place(name, dtype, shape)
 
-    def _place(self, name: str, dtype: str, largest: Tuple[int, ...]) -> None:
+    def _place(self, name: str, dtype: str, largest: tuple[int, ...]) -> None:
         host = self.engine.get_tensor_location(name) == self.trt.TensorLocation.HOST
         self.memory[name] = Memory(self.cuda, dtype, largest, host)
         if not self.context.set_tensor_address(name, self.memory[name].address):
@@ -131,7 +131,7 @@ class TensorRT:
         if not self.context.execute_async_v3(self.cuda.stream):
             raise BundleError("the engine failed:\n" + explained(self.log.errors))
 
-    def run(self, inputs: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs for inputs; vectors that are inputs stay as `set_vectors` left them."""
         for name, value in inputs.items():
             self.feed(name, value)
