@@ -161,11 +161,14 @@ def _build(trt: Any, folder: Folder, options: Options, plan: Plan, path: str) ->
         _mark(trt, network, config, list(folder.manifest["vectors"]))
     if hasattr(config, "progress_monitor") and (progress := trt_module.monitor(trt)) is not None:
         config.progress_monitor = progress
-    _read_cache(config, plan.cache_path)
+    cached = not trt.__name__.startswith("tensorrt_rtx")  # deprecated there, and does nothing
+    if cached:
+        _read_cache(config, plan.cache_path)
     try:
         content = builder.build_serialized_network(network, config)
     finally:
-        _write_cache(config, plan.cache_path)
+        if cached:
+            _write_cache(config, plan.cache_path)
     if content is None:
         raise BundleError("TensorRT could not build the engine:\n" + explained(log.errors))
     return content, notes
