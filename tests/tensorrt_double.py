@@ -395,10 +395,23 @@ def module(real, **faults):
             return [faults["missing"]] if "missing" in faults else []
 
         def refit_cuda_engine(self):
-            self.engine.vectors.update({name: np.array(weights.numpy()) for name, weights in self.found.items()})
+            for name, weights in self.found.items():
+                _, address, count = memory[id(weights)]
+                raw = ctypes.string_at(address, 4 * count)
+                self.engine.vectors[name] = np.frombuffer(raw, np.float32).copy()
             self.engine.open()
             return True
 
+    memory = {}
+
+    def weights(dtype, address, count):
+        # Weights.numpy() of the 10.3 and 10.13 bindings has strides of zero with NumPy 2: the address is read instead.
+        made = real.Weights(dtype, address, count)
+        assert made.size == count
+        memory[id(made)] = (made, address, count)
+        return made
+
+    made.Weights = weights
     for name, double in (("Builder", Builder), ("OnnxParser", Parser), ("Runtime", Runtime), ("Refitter", Refitter)):
         setattr(made, name, constructor(name, double))
     if hasattr(real, "init_libnvinfer_plugins"):
