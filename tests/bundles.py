@@ -61,6 +61,8 @@ def device(folder, module="commands"):
         del sys.modules[name]
     sys.path.insert(0, str(folder))
     try:
-        return importlib.import_module(f"onelora_device.{module}")
+        found = importlib.import_module(f"onelora_device.{module}")
+        importlib.import_module("onelora_device.ort_run")
+        return found
     finally:
         sys.path.remove(str(folder))

@@ -39,7 +39,7 @@ class Check(NamedTuple):
     @property
     def tells(self) -> bool:
         """Whether a model that ignores its adapter would have failed."""
-        return self.adapter.split(" ")[0] == BASE or self.effect > 2 * self.allowed
+        return self.effect > 2 * self.allowed
 
 
 def selftest(model: Deployed, tolerance: float | None = None) -> list[Check]:
