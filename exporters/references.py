@@ -16,7 +16,8 @@ from onelora_compile.exporters.runner import OnnxRunner
 
 _KINDS = {"float": np.float32, "double": np.float64, "float16": np.float16, "bool": np.bool_}
 
-Swaps = Mapping[str, Mapping[str, np.ndarray] | int | None]
+Swap = Mapping[str, np.ndarray] | Path | int | None
+Swaps = Mapping[str, Swap]
 
 
 def reference_cases(
@@ -28,7 +29,7 @@ def reference_cases(
         runner: the original model, before anything was done to it for TensorRT.
         profiles: ranges of the dynamic inputs.
         given: arrays by name for one case; None draws random ones: floats from a normal distribution, integers 0 and 1.
-        swaps: for each adapter, its vectors, or its id in a bank; None is the model as it is.
+        swaps: for each adapter, its vectors, its file, or its id in a bank; None is the model as it is.
 
     Raises:
         ConfigError: other inputs than the model's, or of shapes outside of the profiles.
@@ -46,7 +47,7 @@ def reference_cases(
 def _run(runner: OnnxRunner, inputs: Mapping[str, np.ndarray], swaps: Swaps) -> dict[str, Tensor]:
     tensors = {f"inputs/{name}": Tensor.of(value) for name, value in inputs.items()}
     for adapter, swap in swaps.items():
-        if isinstance(swap, int):
+        if isinstance(swap, (int, Path)):
             chosen = runner.with_adapter(swap)
         else:
             chosen = runner if swap is None else runner.with_vectors(dict(swap))
@@ -61,7 +62,8 @@ def _run(runner: OnnxRunner, inputs: Mapping[str, np.ndarray], swaps: Swaps) -> 
 
 
 def _draw(runner: OnnxRunner, profiles: Profiles, which: int) -> dict[str, np.ndarray]:
-    generator, drawn = np.random.default_rng(0), {}
+    generator = np.random.default_rng(0)
+    drawn: dict[str, np.ndarray] = {}
     for name, kind, shape in _inputs(runner):
         size = profiles[name][which] if name in profiles else shape
         if kind in ("float", "double", "float16"):
@@ -94,7 +96,7 @@ def _inputs(runner: OnnxRunner) -> list[tuple[str, str, tuple[Any, ...]]]:
     ]
 
 
-def default_swaps(runner: OnnxRunner, files: Mapping[str, Path]) -> dict[str, Mapping[str, np.ndarray] | int | None]:
+def default_swaps(runner: OnnxRunner, files: Mapping[str, Path]) -> dict[str, Swap]:
     """How to run the model with each adapter that a bundle of it has."""
     mode, shapes = runner.mode, runner.metadata.vectors
     if mode == "bank":
@@ -102,5 +104,4 @@ def default_swaps(runner: OnnxRunner, files: Mapping[str, Path]) -> dict[str, Ma
     if mode not in ("input", "load"):
         return {("folded" if mode == "fold" else "base"): None}
     base = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    others = {name: dict(runner.with_adapter(path)._vectors) for name, path in files.items()}
-    return {"default": None, "base": base, **others}
+    return {"default": None, "base": base, **files}

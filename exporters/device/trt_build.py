@@ -181,7 +181,8 @@ def types_of(trt: Any, config: Any, manifest: dict[str, Any]) -> Any:
     chooses: a 16-bit or 8-bit type of the model then has to be allowed, and float32 may still be taken.
     """
     networks, model = trt.NetworkDefinitionCreationFlag, manifest["model"]
-    flags, notes = 0, []
+    flags = 0
+    notes: list[str] = []
     if hasattr(networks, "EXPLICIT_BATCH"):
         flags |= 1 << int(networks.EXPLICIT_BATCH)
     weak = manifest["build"]["typing"] == "weak_fp16"

@@ -45,7 +45,7 @@ def logger(trt: Any, verbose: bool = False) -> Any:
     if trt.__name__ not in _LOGGERS:
         quiet = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
-        class Log(trt.ILogger):  # type: ignore[misc]
+        class Log(trt.ILogger):
             """Keeps errors for the message of an exception, and shows the rest on request."""
 
             def __init__(self) -> None:
@@ -71,7 +71,7 @@ def monitor(trt: Any) -> Any:
     if not hasattr(trt, "IProgressMonitor") or not sys.stderr.isatty():
         return None
 
-    class Progress(trt.IProgressMonitor):  # type: ignore[misc]
+    class Progress(trt.IProgressMonitor):
         """One line, overwritten."""
 
         def __init__(self) -> None:
