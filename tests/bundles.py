@@ -52,6 +52,7 @@ def _made(mode, jetpack):
 
 def fresh(mode, place, jetpack="6.2"):
     """A copy of a bundle to work on."""
+    Path(place).mkdir(exist_ok=True)
     return Path(shutil.copytree(_made(mode, jetpack), Path(place) / f"{mode}-{jetpack}"))
 
 

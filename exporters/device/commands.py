@@ -159,7 +159,7 @@ def _use(folder: Folder, options: Options, chosen: argparse.Namespace) -> None:
         if folder.mode != "bank":
             vectors_of(folder, adapter)
         _rebuild(folder, options, adapter)
-        folder.activate(adapter)
+        _activate(folder, adapter)
     print(f"in use: {adapter['name']}")
 
 
@@ -176,8 +176,7 @@ def _update(folder: Folder, options: Options, chosen: argparse.Namespace) -> Non
         _rebuild(folder, options, adapter)
         if not chosen.no_try:
             measure.smoke(Deployed(folder.path, options, adapter["name"]))
-        folder.activate(adapter)
-        folder.prune()
+        _activate(folder, adapter)
     print(f"in use: {adapter['name']}, SHA-256 {adapter['sha256']}; `rollback` goes back")
 
 
@@ -196,6 +195,15 @@ def _rebuild(folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
     """In mode "load" an adapter is part of the engine; the one in use stays until the other one is there."""
     if folder.mode == "load" and options.runtime != "onnxruntime":
         _build_for(folder, options, adapter)
+
+
+def _activate(folder: Folder, adapter: dict[str, Any]) -> None:
+    folder.activate(adapter)
+    folder.prune()
+    if folder.mode == "load":
+        from .trt_build import prune
+
+        prune(folder)
 
 
 def _refuse_fixed(folder: Folder) -> None:

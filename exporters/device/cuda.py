@@ -52,7 +52,9 @@ class Cuda:
             "cudaGraphInstantiateWithFlags": [ctypes.POINTER(pointer), pointer, ctypes.c_ulonglong],
             "cudaGraphLaunch": [pointer, pointer],
         }.items():
-            getattr(self._lib, name).argtypes = types
+            if (function := getattr(self._lib, name, None)) is None:
+                raise BundleError(f"{self._lib._name} has no {name}: CUDA 11.4 (JetPack 5) or newer is needed")
+            function.argtypes = types
         stream = pointer()
         self._call("cudaStreamCreate", ctypes.byref(stream))
         self.stream = int(stream.value or 0)

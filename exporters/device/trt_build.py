@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -106,6 +107,22 @@ def build(folder: Folder, options: Options, adapter: dict[str, Any], force: bool
     return plan
 
 
+def prune(folder: Folder) -> None:
+    """Remove engines of mode "load" whose adapter is neither in use nor the one before: each has the model's size."""
+    state = folder.state()
+    kept = {one["sha256"] for one in [state["adapter"], *state["previous"][:1]]}
+    place = folder.file("local", "engines")
+    for name in sorted(os.listdir(place)) if os.path.isdir(place) else []:
+        if not name.endswith(".json"):
+            continue
+        with open(os.path.join(place, name), encoding="utf-8") as file:
+            identity = json.load(file)["identity"]
+        if identity["model"] == folder.manifest["model"]["sha256"] and identity["adapter"] not in kept:
+            for path in (name, name[: -len("json")] + "plan"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(place, path))
+
+
 def model_path(folder: Folder, adapter: dict[str, Any]) -> str:
     """The ONNX model to build from; in mode "load" beside the vectors of the adapter, which are a file of it."""
     model = folder.manifest["model"]
@@ -138,11 +155,13 @@ def _build(trt: Any, folder: Folder, options: Options, plan: Plan, path: str) ->
     builder = trt.Builder(log)
     config = builder.create_builder_config()
     flags, notes = types_of(trt, config, folder.manifest)
+    notes += _meant_for(trt, folder)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(path):
         errors = [f"{parser.get_error(index)}" for index in range(parser.num_errors)]
-        raise BundleError("TensorRT can't read the model:\n" + explained(errors + log.errors))
+        hints = "".join(f"\n  -> {note}" for note in _meant_for(trt, folder))
+        raise BundleError("TensorRT can't read the model:\n" + explained(errors + log.errors) + hints)
     choices = folder.manifest["build"]
     workspace = options.workspace_mib or choices["workspace_mib"]
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace << 20)
@@ -203,6 +222,18 @@ def types_of(trt: Any, config: Any, manifest: dict[str, Any]) -> Any:
     if wanted:
         notes.append(f"TensorRT chooses types layer by layer among float32 and {', '.join(wanted)}: not each is 16 bit")
     return flags, notes
+
+
+def _meant_for(trt: Any, folder: Folder) -> list[str]:
+    """A hint if the bundle was made for another TensorRT than this one; it may fit all the same."""
+    device = folder.manifest["device"]
+    here = str(trt.__version__)
+    if trt.__name__ != "tensorrt" or here.split(".")[:2] == device["tensorrt"].split(".")[:2]:
+        return []
+    return [
+        f"the bundle was made for TensorRT {device['tensorrt']} (JetPack {device['jetpack']}), here is {here}: "
+        "if it does not build, make one with the device's --jetpack"
+    ]
 
 
 def _set_profile(builder: Any, config: Any, profiles: dict[str, Any]) -> None:

@@ -15,10 +15,12 @@ import onnxruntime
 import pytest
 import tensorrt_double
 import torch
+import zoo
 
 import onelora_compile as onelora
 from onelora_compile.checkpoint import read_adapter
 from onelora_compile.exporters import bundle, export_onnx
+from onelora_compile.testing import fill_vectors
 
 rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra tensorrt-rtx")
 
@@ -88,6 +90,17 @@ def test_load_builds_an_engine_for_each_adapter_with_its_weights(tmp_path):
         assert any(np.ascontiguousarray(row).tobytes() in content for row in rows)
         rows = [*(weight + np.expand_dims(wrong, axis)), *(weight + np.expand_dims(wrong, axis)).T]
         assert not any(np.ascontiguousarray(row).tobytes() in content for row in rows)
+
+
+def test_load_keeps_the_engines_in_use_and_before(tmp_path):
+    folder = bundles.fresh("load", tmp_path)
+    assert build(folder) == 0
+    for name, count in (("a", 2), ("b", 2), ("a", 2), ("base", 2)):
+        assert run(folder, "--runtime", "tensorrt_rtx", "use", name, "--sm", "86") == 0
+        assert len(plans(folder)) == count
+    times = {plan.name: plan.stat().st_mtime_ns for plan in plans(folder)}
+    assert run(folder, "--runtime", "tensorrt_rtx", "rollback", "--sm", "86") == 0
+    assert {plan.name: plan.stat().st_mtime_ns for plan in plans(folder)} == times  # nothing was built
 
 
 def _vector_of(model, node):
@@ -167,6 +180,15 @@ def test_what_nvidia_refuses_is_explained(tmp_path, capsys):
     assert "TensorRT can't read the model" in text
     assert "-> this TensorRT has no such operator" in text
     assert not plans(tmp_path / "b")
+
+
+def test_a_bundle_for_another_release_says_so(tmp_path, capsys, monkeypatch, cudart):
+    trt = tensorrt_double.module(rtx)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    for version, said in (("10.3.0", False), ("8.5.2", True)):
+        trt.__version__ = version
+        assert run(bundles.fresh("fold", tmp_path / version), "--libcudart", cudart, "build") == 0
+        assert ("made for TensorRT 10.3.0 (JetPack 6.2), here is 8.5.2" in capsys.readouterr().out) == said
 
 
 def test_missing_profile_is_explained(tmp_path, capsys):
@@ -398,3 +420,26 @@ def test_the_real_bindings_have_what_is_called(mode, version, tmp_path, wheels, 
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"calls {version}" in done.stdout
     assert "Builder.build_serialized_network" in done.stdout
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        return zoo.logits(self.model(**inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_nvidias_builder_takes_real_architectures(name, dtype, tmp_path):
+    model, inputs = zoo.MODELS[name]()
+    fill_vectors(onelora.adapt(model), 0.05)
+    for mode in ("fold", "load", "input"):
+        export_onnx(Logits(model), (), tmp_path / "m.onnx", kwargs=inputs, adapters=mode, dtype=dtype)
+        for jetpack in ("5.1", "6.2"):
+            report = bundle(tmp_path / "m.onnx", tmp_path / f"{mode}-{jetpack}", jetpack=jetpack)
+            assert all(check.passed for check in report.checks)
+            assert build(tmp_path / f"{mode}-{jetpack}") == 0
