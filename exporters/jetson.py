@@ -6,15 +6,12 @@ one built elsewhere does not load.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,29 +25,26 @@ from onelora_compile.checkpoint import metadata_of, read_adapter
 from onelora_compile.config import OneLoRAConfig
 from onelora_compile.errors import ConfigError, ExportError, StateError, require
 from onelora_compile.exporters import device
+from onelora_compile.exporters.bundle_manifest import adapter_entries, manifest_of, tolerances, types_text
 from onelora_compile.exporters.device.deployed import Deployed
-from onelora_compile.exporters.device.folder import FORMAT_VERSION, BundleError, Folder, sha256_of
+from onelora_compile.exporters.device.folder import BundleError, Folder, sha256_of
 from onelora_compile.exporters.device.measure import Check, selftest
 from onelora_compile.exporters.device.options import Options
 from onelora_compile.exporters.fit_tensorrt import Fitted, fit
 from onelora_compile.exporters.jetpacks import JetPack, jetpack_of
-from onelora_compile.exporters.modes import IDS
 from onelora_compile.exporters.profiles import Profiles, Shapes, profiles_of
 from onelora_compile.exporters.readme import readme
 from onelora_compile.exporters.references import default_swaps, reference_cases
 from onelora_compile.exporters.runner import OnnxRunner
 from onelora_compile.exporters.save_onnx import save_model
 from onelora_compile.exporters.trtexec import trtexec_script
+from onelora_compile.files import replacing_folder
 from onelora_compile.progress import steps
 from onelora_compile.text import Printable, bytes_text
-from onelora_compile.version import __version__
 
 PathLike = str | os.PathLike[str]
 
-# Largest difference on the device over the largest magnitude of an output.  float32 is computed in TF32 there, with 10
-# bits of mantissa.  Not measured on a device: `selftest --tolerance` takes another one.
-_ON_DEVICE = {"float32": 5e-3, "float16": 2e-2, "bfloat16": 5e-2, "int8": 1e-1}
-# The same in ONNX Runtime here, where only the form of the model changed.
+# Largest difference over the largest magnitude of an output in ONNX Runtime here, where only the form changed.
 _HERE = {"float32": 1e-4, "float16": 1e-2}
 _BUILT = "(built)"  # the adapter whose values an engine for refit is built with
 
@@ -148,7 +142,8 @@ def bundle(
     """
     start, target, source = time.perf_counter(), jetpack_of(jetpack), Path(onnx)
     _check_choices(target, weak_fp16, workspace_mib, optimization_level)
-    with steps(f"bundle {Path(out).name}", 4, progress) as step, _replacing_folder(Path(out)) as folder:
+    _check_free(Path(out))
+    with steps(f"bundle {Path(out).name}", 4, progress) as step, replacing_folder(Path(out)) as folder:
         step("fit the model")
         fitted = fit(source, target, swap)
         profiles = profiles_of(fitted.model, shapes)
@@ -159,25 +154,16 @@ def bundle(
         written = save_model(fitted.model, folder / "model.onnx", apart=apart)
         _write_adapters(folder, fitted, files)
         step("reference")
-        reference: list[dict[str, str]] = []
-        if selftest:
-            require("onnxruntime", "onnx", "make reference tensors (or pass selftest=False)")
-            runner = OnnxRunner(source)
-            swaps = default_swaps(runner, files) | ({_BUILT: built} if built else {})
-            for case, content in reference_cases(runner, profiles, inputs, swaps).items():
-                name = f"reference/{case}.safetensors"
-                (folder / "reference").mkdir(exist_ok=True)
-                (folder / name).write_bytes(content)
-                reference.append({"case": case, "file": name})
-        manifest = _manifest(fitted, target, source, profiles, written, reference)
+        reference = _write_reference(folder, source, profiles, inputs, files, built) if selftest else []
+        manifest = manifest_of(fitted, target, source, written, reference)
         manifest["build"] = {
             "typing": "weak_fp16" if weak_fp16 else "model",
             "workspace_mib": workspace_mib,
             "optimization_level": optimization_level,
             "profiles": profiles,
         }
-        manifest["tolerance"] = _tolerances(fitted, weak_fp16)
-        manifest["adapters"], manifest["default"] = _entries(folder, fitted, files)
+        manifest["tolerance"] = tolerances(fitted, weak_fp16)
+        manifest["adapters"], manifest["default"] = adapter_entries(folder, fitted, files)
         _write_programs(folder, manifest, fitted, target, profiles, weak_fp16)
         step("check")
         checks = _checked(folder, fitted) if selftest else []
@@ -189,7 +175,7 @@ def bundle(
         mode=fitted.mode,
         adapters=[entry["name"] for entry in manifest["adapters"]],
         opset_version=fitted.model.opset_imports[""],
-        types=_types_text(fitted, target, weak_fp16),
+        types=types_text(fitted, target, weak_fp16),
         notes=fitted.notes,
         checks=checks,
         seconds=time.perf_counter() - start,
@@ -235,6 +221,26 @@ def _template(fitted: Fitted) -> dict[str, np.ndarray]:
     return built
 
 
+def _write_reference(
+    folder: Path,
+    source: Path,
+    profiles: Profiles,
+    inputs: Mapping[str, Any] | None,
+    files: Mapping[str, Path],
+    built: Mapping[str, np.ndarray],
+) -> list[dict[str, str]]:
+    """What the original computes with every adapter; the manifest's list of the files."""
+    require("onnxruntime", "onnx", "make reference tensors (or pass selftest=False)")
+    runner, written = OnnxRunner(source), []
+    swaps = default_swaps(runner, files) | ({_BUILT: built} if built else {})
+    (folder / "reference").mkdir()
+    for case, content in reference_cases(runner, profiles, inputs, swaps).items():
+        name = f"reference/{case}.safetensors"
+        (folder / name).write_bytes(content)
+        written.append({"case": case, "file": name})
+    return written
+
+
 def _write_adapters(folder: Path, fitted: Fitted, files: Mapping[str, Path]) -> None:
     if not fitted.values:
         return
@@ -246,72 +252,6 @@ def _write_adapters(folder: Path, fitted: Fitted, files: Mapping[str, Path]) -> 
     own = folder / "adapters" / "default.safetensors"
     save_file(tensors, own, metadata_of(config, fitted.metadata.fingerprints))
     own.chmod(0o644)
-
-
-def _entries(folder: Path, fitted: Fitted, files: Mapping[str, Path]) -> tuple[list[dict[str, str]], str]:
-    """The adapters of the manifest, and the name of the first one in use."""
-    if fitted.mode in ("fold", "base"):
-        name = "folded" if fitted.mode == "fold" else "base"
-        return [{"name": name, "file": "", "sha256": fitted.metadata.sha256}], name
-    if fitted.mode == "bank":
-        names = [*fitted.metadata.adapters, "base"]
-        return [{"name": name, "file": "", "sha256": ""} for name in names], names[0]
-    entries = [{"name": "base", "file": "", "sha256": ""}]
-    for name in ("default", *files):
-        file = f"adapters/{name}.safetensors"
-        entries.insert(-1, {"name": name, "file": file, "sha256": sha256_of(str(folder / file))})
-    return entries, "default"
-
-
-def _manifest(
-    fitted: Fitted,
-    jetpack: JetPack,
-    source: Path,
-    profiles: Profiles,
-    written: Sequence[Path],
-    reference: list[dict[str, str]],
-) -> dict[str, Any]:
-    sums = [f"{path.name} {sha256_of(str(path))}" for path in written]
-    first = next((str(v.name) for v in fitted.model.graph.inputs if v.name != IDS), "")
-    metadata = fitted.metadata
-    swappable = bool(fitted.values)
-    return {
-        "format": "onelora-bundle",
-        "format_version": FORMAT_VERSION,
-        "producer": f"onelora-compile {__version__}",
-        "device": {
-            "jetpack": jetpack.version,
-            "l4t": jetpack.l4t,
-            "tensorrt": jetpack.tensorrt,
-            "python": jetpack.python,
-            "sm": list(jetpack.sm),
-        },
-        "model": {
-            "file": "model.onnx",
-            "files": [path.name for path in written],
-            "vectors_file": next((path.name for path in written if path.suffix == ".vectors"), ""),
-            "order": list(fitted.values),
-            "sha256": hashlib.sha256("\n".join(sums).encode()).hexdigest(),
-            "source_sha256": sha256_of(str(source)),
-            "mode": fitted.mode,
-            "opset": fitted.model.opset_imports[""],
-            "dtypes": fitted.dtypes,
-            "quantized": fitted.quantized,
-            "batch_input": first,
-        },
-        "vectors": {name: list(metadata.vectors[name]) for name in metadata.vectors} if swappable else {},
-        "fingerprints": {n: one.to_json() for n, one in metadata.fingerprints.items()} if swappable else {},
-        "bank": list(metadata.adapters) if fitted.mode == "bank" else [],
-        "reference": reference,
-    }
-
-
-def _tolerances(fitted: Fitted, weak_fp16: bool) -> dict[str, float]:
-    narrow = [name for name in _ON_DEVICE if name in fitted.dtypes] + (["float16"] if weak_fp16 else [])
-    narrow += ["int8"] if fitted.quantized else []
-    allowed = max((_ON_DEVICE[name] for name in narrow), default=_ON_DEVICE["float32"])
-    outputs = fitted.model.graph.outputs
-    return {str(v.name): allowed if v.dtype and v.dtype.is_floating_point() else 0.0 for v in outputs}
 
 
 def _write_programs(
@@ -336,7 +276,7 @@ def _write_programs(
         fitted.mode,
     )
     (folder / "trtexec.sh").write_text(script, encoding="utf-8")
-    (folder / "README.md").write_text(readme(manifest, _types_text(fitted, jetpack, weak_fp16)), encoding="utf-8")
+    (folder / "README.md").write_text(readme(manifest, types_text(fitted, jetpack, weak_fp16)), encoding="utf-8")
     for name in ("trtexec.sh", "build_and_run.py"):
         (folder / name).chmod(0o755)
     found = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -345,19 +285,6 @@ def _write_programs(
         for path in found
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
-def _types_text(fitted: Fitted, jetpack: JetPack, weak_fp16: bool) -> str:
-    main = fitted.dtypes[0] if fitted.dtypes else "float32"
-    if weak_fp16:
-        return "TensorRT chooses float32 or float16 for each layer"
-    if jetpack.strongly_typed:
-        return f"{main}, as the model has it" + (
-            ": for float16 export with dtype=torch.float16" if main == "float32" and not fitted.quantized else ""
-        )
-    if main == "float32" and not fitted.quantized:
-        return "float32: for float16 export with dtype=torch.float16, or pass weak_fp16=True"
-    return f"{main} allowed, TensorRT {jetpack.tensorrt} may take float32 for some layers"
 
 
 def _checked(folder: Path, fitted: Fitted) -> list[Check]:
@@ -378,33 +305,9 @@ def _checked(folder: Path, fitted: Fitted) -> list[Check]:
     return checks
 
 
-@contextlib.contextmanager
-def _replacing_folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder beside `out` that becomes `out` when the block ends well.
-
-    An old bundle is moved away and removed after: killed between two renames, it is found beside.
-    """
-    out = Path(os.path.abspath(out))
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"the folder {out.parent} does not exist")
+def _check_free(out: Path) -> None:
+    """Only a bundle is replaced, and none that a device, or this machine, has added to."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "manifest.json").is_file())):
         raise StateError(f"{out} is there and is no bundle: give another name")
     if (out / "local").exists():
         raise StateError(f"{out} is a bundle that was built or updated in its place: remove it, or give another name")
-    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    beside.mkdir()
-    try:
-        yield beside
-        for path in beside.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        if out.exists():
-            old = out.with_name(f".{out.name}.{secrets.token_hex(4)}.old")
-            os.replace(out, old)
-            os.replace(beside, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

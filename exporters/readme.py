@@ -45,7 +45,7 @@ def readme(manifest: dict[str, Any], types: str) -> str:
         ]
     lines += [
         "",
-        "From Python (`model.refresh()` takes over what `update` put in use meanwhile):",
+        "From Python, with this folder in PYTHONPATH (`model.refresh()` takes over what `update` did meanwhile):",
         "",
         "```python",
         "from onelora_device import Deployed",

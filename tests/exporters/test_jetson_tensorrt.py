@@ -92,6 +92,23 @@ def test_load_builds_an_engine_for_each_adapter_with_its_weights(tmp_path):
         assert not any(np.ascontiguousarray(row).tobytes() in content for row in rows)
 
 
+def test_load_in_half_precision_leaves_neither_the_weight_nor_the_vector(tmp_path):
+    model = fill_vectors(onelora.adapt(zoo.TinyViT()), 0.3)
+    export_onnx(model, (torch.randn(2, 16, 12),), tmp_path / "m.onnx", adapters="load", dtype=torch.float16)
+    bundle(tmp_path / "m.onnx", tmp_path / "b")
+    assert build(tmp_path / "b") == 0
+    content = plans(tmp_path / "b")[0].read_bytes()
+    weight = model.blocks[0].qkv.weight.detach().half()
+    vector = onelora.vectors(model)["blocks.0.qkv"].detach()
+
+    def held(matrix):
+        return any(np.ascontiguousarray(row).tobytes() in content for row in [*matrix.numpy(), *matrix.numpy().T])
+
+    assert held((weight.float() + vector[:, None]).half())
+    assert not held(weight)
+    assert vector.numpy().tobytes() not in content
+
+
 def test_load_keeps_the_engines_in_use_and_before(tmp_path):
     folder = bundles.fresh("load", tmp_path)
     assert build(folder) == 0
