@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from typing import Any, Dict
+from typing import Any, Dict, NamedTuple
 
 from .folder import BundleError, Folder
 from .tensors import Tensor, TensorError, read_safetensors
@@ -97,32 +97,55 @@ def _check_names(path: str, found: set[str], known: set[str], saved: set[str]) -
         )
 
 
-def _fingerprints(metadata: dict[str, str], path: str) -> dict[str, Any]:
+class Fingerprint(NamedTuple):
+    """What is known of a base weight: as in onelora_compile/fingerprint.py."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    norm: float
+    sketch: tuple[float, ...]
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Fingerprint:
+        """Read what `to_json` of the package wrote.
+
+        Raises:
+            ValueError: not such values.
+        """
+        try:
+            raw = base64.b64decode(fields["sketch"], validate=True)
+            sketch = struct.unpack(f"<{_WIDTH * _WIDTH}f", raw)
+            rows, columns = (int(size) for size in fields["shape"])
+            norm, dtype = float(fields["norm"]), fields["dtype"]
+        except (KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
+            raise ValueError(f"no fingerprint: {error!r}") from None
+        if not all(map(math.isfinite, (norm, *sketch))) or norm < 0 or not isinstance(dtype, str):
+            raise ValueError("no fingerprint: not finite, or without a dtype")
+        return cls((rows, columns), dtype, norm, sketch)
+
+    def distance(self, other: Fingerprint) -> float:
+        """Estimated Frobenius distance over the larger norm."""
+        if self.shape != other.shape:
+            return math.inf
+        scale = max(self.norm, other.norm)
+        gap = math.sqrt(sum((a - b) ** 2 for a, b in zip(self.sketch, other.sketch)))
+        return gap / _WIDTH / scale if scale else 0.0
+
+
+def _fingerprints(metadata: dict[str, str], path: str) -> dict[str, Fingerprint]:
     try:
         found = json.loads(metadata["fingerprints"])
-        return {str(name): (fields, _sketch(fields)) for name, fields in found.items()}
-    except (KeyError, ValueError, TypeError, AttributeError, struct.error, RecursionError) as error:
+        return {str(name): Fingerprint.of(fields) for name, fields in found.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path}: damaged metadata: {error!r}") from None
 
 
-def _sketch(fields: dict[str, Any]) -> tuple[float, ...]:
-    raw = base64.b64decode(fields["sketch"], validate=True)
-    sketch = struct.unpack(f"<{_WIDTH * _WIDTH}f", raw)
-    if not all(map(math.isfinite, sketch)) or not math.isfinite(fields["norm"]):
-        raise ValueError("a fingerprint that is not finite")
-    return sketch
-
-
-def _check_base(path: str, found: dict[str, Any], known: dict[str, Any]) -> None:
+def _check_base(path: str, found: dict[str, Fingerprint], known: dict[str, Any]) -> None:
     wrong = []
     for name, fields in known.items():
-        other, sketch = found[name]
-        distance = math.inf
-        if list(fields["shape"]) == list(other["shape"]):
-            scale = max(fields["norm"], other["norm"])
-            gap = math.sqrt(sum((a - b) ** 2 for a, b in zip(_sketch(fields), sketch)))
-            distance = gap / _WIDTH / scale if scale else 0.0
-        if distance > max(TOLERANCE.get(str(one["dtype"]), TOLERANCE_OTHER) for one in (fields, other)):
+        here, other = Fingerprint.of(fields), found[name]
+        distance = here.distance(other)
+        if distance > max(TOLERANCE.get(one.dtype, TOLERANCE_OTHER) for one in (here, other)):
             wrong.append(f"{name} (differs by {distance:.1%})")
     if wrong:
         raise BundleError(f"{path} was trained on another base: {_shortened(wrong)}")

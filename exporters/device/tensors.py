@@ -148,7 +148,7 @@ def read_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, {str(key): str(value) for key, value in metadata.items()}
     except TensorError as error:
         raise TensorError(f"{path} is damaged or cut short: {error}") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise TensorError(f"{path} is not a safetensors file, or is damaged: {error!r}") from None
 
 

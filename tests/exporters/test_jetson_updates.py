@@ -141,6 +141,43 @@ def test_every_flipped_bit_is_refused_with_the_senders_hash(tmp_path):
     assert call(folder, "update", place, "--sha256", digest.upper(), "--no-try") == 0
 
 
+def test_no_damage_is_a_traceback(tmp_path):
+    # Without the sender's hash a flipped bit of a vector is a vector; anything else is an error of one line.
+    folder, whole = bundles.fresh("input", tmp_path), (bundles.sources() / "new.safetensors").read_bytes()
+    adapters, place = bundles.device(folder, "adapters"), tmp_path / "damaged.safetensors"
+    bundle = adapters.Folder(str(folder))
+    header = 8 + int.from_bytes(whole[:8], "little")
+    generator, accepted = np.random.default_rng(0), 0
+    for position in range(0, header, 3):
+        damaged = bytearray(whole)
+        damaged[position] = generator.integers(256)
+        place.write_bytes(damaged)
+        try:
+            adapters.read_adapter(str(place), bundle)
+            accepted += 1
+        except adapters.BundleError:
+            pass
+    assert accepted < header / 3
+
+
+@pytest.mark.parametrize("missing", ["shape", "dtype", "norm", "sketch"])
+@pytest.mark.parametrize("value", [None, [], "x", float("inf"), {}])
+def test_fingerprints_that_are_none(missing, value, tmp_path, capsys):
+    source = bundles.sources() / "new.safetensors"
+    with safe_open(source, framework="pt") as file:
+        prints = json.loads(file.metadata()["fingerprints"])
+    if value is None:
+        del prints["head"][missing]
+    else:
+        prints["head"][missing] = value
+    path = changed(source, tmp_path / "made.safetensors", fingerprints=json.dumps(prints))
+    folder = bundles.fresh("input", tmp_path)
+    code = call(folder, "update", path, "--no-try")
+    # A dtype that is not known has the tolerance of quantised weights, as in the package.
+    assert code == (0 if (missing, value) == ("dtype", "x") else 1)
+    assert "Traceback" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
