@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import BaseMismatchError, ConfigError, ExportError, OneLoRAError, require
 from onelora_compile.exporters.branch import Branches, into_zero_points
-from onelora_compile.exporters.load_onnx import load_model, read_tensor
+from onelora_compile.exporters.load_onnx import as_torch, load_model, read_tensor
 from onelora_compile.exporters.match_onnx import Matches, Place, match_weights
 from onelora_compile.exporters.metadata import Metadata, digest
 from onelora_compile.exporters.onnx_weights import Use, Weight, weights_of
@@ -119,30 +120,22 @@ def fold_onnx(
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
     model = load_model(base)
     external = any(_external(value) for value in model.graph.initializers.values())
-    with counting(f"fold {base.name}", progress) as count:
-        matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
-        _check(matches, file, base, on_unmatched)
-        folder = _Folder(model, file)
-        try:
+    try:
+        with counting(f"fold {base.name}", progress) as count, _one_thread():
+            matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
+            _check(matches, file, base, on_unmatched)
+            folder = _Folder(model, file)
             for weight, placed in folder.by_weight(matches):
                 folder.fold(weight, placed)
             replaced = _replace_saved(model, file)
-        except OneLoRAError:
-            raise
-        except (ValueError, KeyError, AttributeError, AssertionError, IndexError, TypeError) as error:
-            raise ExportError(f"{base} is laid out in a way that fold_onnx can't follow: {error!r}") from error
-        held = {name: float32(vector) for name, vector in file.vectors.items() if name in folder.done}
-        metadata = Metadata(
-            mode="fold",
-            vectors={name: vector.shape for name, vector in held.items()},
-            fingerprints={name: file.fingerprints[name] for name in held},
-            adapters=() if isinstance(adapter, AdapterFile) else (Path(adapter).name.removesuffix(".safetensors"),),
-            sha256=digest(held),
-            producer=f"onelora-compile {__version__}, from {base.name} by {model.producer_name or 'an unknown tool'}",
-        )
-        model.metadata_props.update(metadata.to_props())
-        count.start("write", len(model.graph.initializers))
-        files = save_model(model, out, external_data=external or None, written=count.step)
+            name = "" if isinstance(adapter, AdapterFile) else Path(adapter).name.removesuffix(".safetensors")
+            model.metadata_props.update(_metadata(model, base, file, folder.done, name).to_props())
+            count.start("write", len(model.graph.initializers))
+            files = save_model(model, out, external_data=external or None, written=count.step)
+    except (OneLoRAError, OSError):
+        raise
+    except Exception as error:  # a foreign model may break any expectation, of ours and of onnx_ir
+        raise ExportError(f"{base} is damaged, or laid out in a way that can't be followed: {error!r}") from error
     return FoldReport(
         files=files,
         bytes=sum(one.stat().st_size for one in files),
@@ -150,6 +143,31 @@ def fold_onnx(
         skipped=matches.unmatched,
         replaced=replaced,
         seconds=time.perf_counter() - start,
+    )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The work is bound by memory and disk: on two busy cores, two threads took six times the processor time of one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _metadata(
+    model: onnx_ir.Model, base: Path, file: AdapterFile, folded: Iterable[str], adapter_name: str
+) -> Metadata:
+    held = {name: float32(file.vectors[name]) for name in folded}
+    return Metadata(
+        mode="fold",
+        vectors={name: vector.shape for name, vector in held.items()},
+        fingerprints={name: file.fingerprints[name] for name in held},
+        adapters=(adapter_name,) if adapter_name else (),
+        sha256=digest(held),
+        producer=f"onelora-compile {__version__}, from {base.name} by {model.producer_name or 'an unknown tool'}",
     )
 
 
@@ -219,15 +237,14 @@ class _Folder:
             value.const_value = tensor
 
     def _folded(self, weight: Weight, source: Any, placed: list[tuple[str, Place]], name: str) -> Any:
-        stored = _torch(read_tensor(source))
+        stored = as_torch(read_tensor(source))
         matrix = stored.reshape(weight.shape)
         for vector, place in placed:
             part = slice(place.start, place.start + place.rows)
             block = matrix[:, part] if place.transposed else matrix[part]
             values = self.file.vectors[vector].flatten() * place.factor
-            folded, loss = fold_weight(block, values, (0,) if place.transposed else (1,), measured=_MEASURED)
-            block.copy_(folded)
-            self.losses[vector] = loss
+            dims = (0,) if place.transposed else (1,)
+            _, self.losses[vector] = fold_weight(block, values, dims, measured=_MEASURED, out=block)
         return self.ir.Tensor(_numpy(stored), dtype=source.dtype, shape=source.shape, name=name)
 
     def _redirect(self, weight: Weight, uses: Sequence[Use], tensor: Any, name: str) -> None:
@@ -241,7 +258,9 @@ class _Folder:
                 copy = self.ir.node(node.op_type, [before, *node.inputs[1:]], node.attributes, domain=node.domain)
                 assert node.graph is not None
                 node.graph.insert_before(node, copy)
-                copy.outputs[0].dtype, copy.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+                copy.outputs[0].shape = node.outputs[0].shape
+                if node.outputs[0].dtype is not None:  # foreign models need not say it
+                    copy.outputs[0].dtype = node.outputs[0].dtype
                 before = copy.outputs[0]
             use.op.replace_input_with(use.position, before)
 
@@ -261,9 +280,8 @@ class _Folder:
         self.how |= dict.fromkeys((name for name, _ in placed), how)
 
 
-_MEASURED = (
-    1 << 16
-)  # entries of a weight on which the rounding is measured: the report must not cost more than the fold
+# Entries of a weight on which the rounding is measured: the report must not cost more than the fold.
+_MEASURED = 1 << 16
 
 
 def _by_uses(placed: list[tuple[str, Place]]) -> list[tuple[tuple[Use, ...], list[tuple[str, Place]]]]:
@@ -284,7 +302,7 @@ def _replace_saved(model: onnx_ir.Model, file: AdapterFile) -> list[str]:
         if held is None or tensor is None or tuple(tensor.shape) != tuple(value.shape):
             missing.append(name)
         else:
-            stored = value.to(_torch(np.zeros(0, dtype=tensor.dtype.numpy())).dtype)
+            stored = value.to(as_torch(np.zeros(0, dtype=tensor.dtype.numpy())).dtype)
             held.const_value = ir.Tensor(_numpy(stored.contiguous()), dtype=tensor.dtype, shape=tensor.shape, name=name)
     if missing:
         raise ExportError(
@@ -296,13 +314,6 @@ def _replace_saved(model: onnx_ir.Model, file: AdapterFile) -> list[str]:
 
 def _external(value: onnx_ir.Value) -> bool:
     return hasattr(value.const_value, "location")
-
-
-def _torch(array: np.ndarray) -> torch.Tensor:
-    """A tensor of the array's memory; numpy itself has no bfloat16."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
