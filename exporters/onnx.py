@@ -23,6 +23,7 @@ from onelora_compile.adapter import adapted_part, adapted_weights, undo_adapt, u
 from onelora_compile.checkpoint import AdapterFile, check_base, load_adapter, read_adapter
 from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, OneLoRAError, StateError, require
 from onelora_compile.exporters.freeze import Place, freeze
+from onelora_compile.exporters.lower_opset import lower_opset
 from onelora_compile.exporters.metadata import Metadata, digest
 from onelora_compile.exporters.modes import MODES, Mode, Vectors, place_vectors
 from onelora_compile.exporters.operators import float32, translations
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from onelora_compile.passes.fold_vectors import FoldResult
 
+OLDEST, NEWER = 17, 18  # what torch.onnx writes begins at NEWER; the one before is rewritten here
 _PLACES: dict[str, Place] = {"fold": "folded", "load": "weight", "input": "activation", "bank": "activation"}
 
 
@@ -125,7 +127,7 @@ def export_onnx(
             "input": graph inputs with the trained values as defaults; ONNX Runtime adapters, another one per call.
             "bank": tables of several adapters, chosen for each row of the batch by the input `adapter_ids` [batch].
         dynamic_shapes: as in `torch.export.export`; a dimension may be a name: `{"x": {0: "batch"}}`.
-        opset_version: None is the exporter's recommended one.
+        opset_version: None is the exporter's recommended one; 17 is the oldest.
         dtype: convert to float16 or bfloat16 on the way; folded weights are rounded once. Inputs are of that dtype too.
         bank: adapter files, for "bank"; the id of each is its place. The model may be adapted or not.
         verify: run the file on the example inputs, compare with eager, and fail beyond the dtype's tolerance; vectors
@@ -147,6 +149,8 @@ def export_onnx(
         raise ConfigError(f"adapters={adapters!r} is not one of {', '.join(map(repr, MODES))}")
     if bool(bank) != (adapters == "bank"):
         raise ConfigError("adapters='bank' needs bank=[files], and only that takes it")
+    if opset_version is not None and opset_version < OLDEST:
+        raise ConfigError(f"opset_version={opset_version}: {OLDEST} is the oldest that a model can be written in")
     mode: Mode = adapters  # type: ignore[assignment]
     args = args if isinstance(args, (tuple, list)) else (args,)
     require("onnxscript", "onnx", "export to ONNX")
@@ -173,6 +177,7 @@ def export_onnx(
             if adapters != "fold"
             else list(folded.losses)
         )
+        _in_opset(ir_model, opset_version)
         metadata = Metadata(
             mode=adapters if held else "base",
             vectors={name: held[name].shape for name in used},
@@ -290,7 +295,7 @@ def _converted(program: ExportedProgram, opset_version: int | None, dynamic_shap
         try:
             converted = torch.onnx.export(
                 program,
-                opset_version=opset_version,
+                opset_version=opset_version and max(opset_version, NEWER),
                 dynamic_shapes=dynamic_shapes,
                 dynamo=True,
                 verbose=False,
@@ -300,6 +305,14 @@ def _converted(program: ExportedProgram, opset_version: int | None, dynamic_shap
             raise ExportError(f"torch.onnx can't convert the captured program: {error}") from error
     assert converted is not None
     return converted.model
+
+
+def _in_opset(model: onnx_ir.Model, opset_version: int | None) -> None:
+    """Hold the model to the opset that was asked for: torch.onnx may write another one without a word."""
+    if opset_version is not None and opset_version < NEWER:
+        lower_opset(model, opset_version)
+    if opset_version not in (None, found := model.opset_imports[""]):
+        raise ExportError(f"opset_version={opset_version} was asked for, torch.onnx wrote {found}")
 
 
 @contextlib.contextmanager

@@ -168,6 +168,19 @@ def test_opset_and_report(tmp_path):
         assert part in str(report)
 
 
+@pytest.mark.parametrize("mode", ["fold", "input"])
+def test_the_oldest_opset_is_written_and_older_ones_are_refused(mode, tmp_path):
+    base, inputs = zoo.MODELS["gpt2"]()
+    model = fill_vectors(onelora.adapt(base))
+    report = export_onnx(Logits(model), (), tmp_path / "a.onnx", inputs, adapters=mode, opset_version=17)
+    assert report.opset_version == 17 == onnx.load(tmp_path / "a.onnx").opset_import[0].version
+    onnx.checker.check_model(str(tmp_path / "a.onnx"))
+    for wrong, error in ((16, onelora.ConfigError), (99, onelora.ExportError)):
+        with pytest.raises(error, match=f"{wrong}"):
+            export_onnx(Logits(model), (), tmp_path / "b.onnx", inputs, opset_version=wrong)
+    assert not (tmp_path / "b.onnx").exists()
+
+
 def test_unused_vectors_are_reported(tmp_path):
     class Net(zoo.MLP):
         def forward(self, x):
