@@ -60,6 +60,11 @@ _KNOWN: tuple[tuple[str, str], ...] = (
         "The weights beside the model are missing or damaged: copy its other files too",
     ),
     (
+        r"input has type Int32 but must have type",
+        "The bias is quantised to int32, which TensorRT does not read: quantise with onnxruntime's "
+        "extra_options={'QuantizeBias': False}",
+    ),
+    (
         r"INT8 .*(flag|enabled)|calibrator",
         "A quantised model needs precision='int8' on a TensorRT without strong typing",
     ),
@@ -84,11 +89,12 @@ def engine_error(what: str, api: Api, details: Sequence[str] = (), *, refit: boo
     advice = [help_ for pattern, help_ in _KNOWN if re.search(pattern, text)]
     if refit and re.search(_REFIT_ON_CPU, text):
         advice.append("A refittable engine can be built only where the GPU is")
-    elif re.search(_NO_GPU, text):
+    elif re.search(_NO_GPU, text) and not advice and not details:
         advice.append(
             "There is no GPU (or its driver is too old): name target='sm_86' to build for a device that is elsewhere"
             if api.capabilities
             else "TensorRT builds engines on the device that runs them: run this there, or build with TensorRT-RTX"
         )
-    shown = "; ".join(" ".join(one.split()) for one in said[-5:])
+    telling = [one for one in said if not re.search(_NO_GPU, one)] or said  # without a GPU every error says so too
+    shown = "; ".join(" ".join(one.split()) for one in telling[-5:])
     return ExportError(f"{what}: {api.title} says: {shown}" + "".join(f". {one}" for one in dict.fromkeys(advice)))

@@ -142,7 +142,10 @@ def fold_onnx(
         )
         model.metadata_props.update(metadata.to_props())
         count.start("write", len(model.graph.initializers))
-        files = save_model(model, out, external_data=external or None, written=count.step)
+        try:
+            files = save_model(model, out, external_data=external or None, written=count.step)
+        except Exception as error:  # what folding raises arrives wrapped by onnx_ir, which writes the tensors
+            raise _own(error) or error from None
     return FoldReport(
         files=files,
         bytes=sum(one.stat().st_size for one in files),
@@ -292,6 +295,13 @@ def _replace_saved(model: onnx_ir.Model, file: AdapterFile) -> list[str]:
             "hold by these names: load the adapter into the PyTorch model and export that"
         )
     return list(file.saved)
+
+
+def _own(error: BaseException | None) -> OneLoRAError | None:
+    """This package's error among the causes of one."""
+    while error is not None and not isinstance(error, OneLoRAError):
+        error = error.__cause__
+    return error
 
 
 def _external(value: onnx_ir.Value) -> bool:

@@ -201,9 +201,9 @@ def _serialized(api: Api, loaded: Any, engine: Path) -> Any:
     if keep is None or not hasattr(loaded, "create_serialization_config"):
         plan = loaded.serialize()
     else:
-        config = loaded.create_serialization_config()
-        config.set_flag(keep)
-        plan = loaded.serialize_with_config(config)
+        serialization = loaded.create_serialization_config()
+        serialization.set_flag(keep)
+        plan = loaded.serialize_with_config(serialization)
     if plan is None:
         raise engine_error(f"{engine} can't be written", api, refit=True)
     return plan

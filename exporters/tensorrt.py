@@ -341,10 +341,10 @@ def _dims(model: onnx_ir.Model, network: Any) -> dict[str, Dims]:
 
 def _add_profiles(builder: Any, config: Any, profiles: Sequence[Profile]) -> None:
     for profile in profiles:
-        one = builder.create_optimization_profile()
+        optimization_profile = builder.create_optimization_profile()
         for name, (low, usual, high) in profile.items():
-            one.set_shape(name, low, usual, high)
-        config.add_optimization_profile(one)
+            optimization_profile.set_shape(name, low, usual, high)
+        config.add_optimization_profile(optimization_profile)
 
 
 def _mark_refittable(api: Api, network: Any, config: Any, model: Prepared) -> None:

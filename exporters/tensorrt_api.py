@@ -110,10 +110,10 @@ def find_api(flavour: str = "auto", cross: bool = False) -> Api:
         for name in FLAVOURS[one]:
             try:
                 return _api(one, name)
-            except ModuleNotFoundError as error:
-                reasons.append(f"{name} is not installed" if error.name == name else f"{name}: {error}")
-            except (ImportError, OSError) as error:  # its libraries, or a library that they need, do not load
-                reasons.append(f"{name} is installed and does not load: {error}")
+            except ModuleNotFoundError as missing:
+                reasons.append(f"{name} is not installed" if missing.name == name else f"{name}: {missing}")
+            except (ImportError, OSError) as broken:  # its libraries, or a library that they need, do not load
+                reasons.append(f"{name} is installed and does not load: {broken}")
     raise MissingExtraError(f"no TensorRT here ({'; '.join(reasons)}). {_advice(order)}")
 
 
