@@ -23,7 +23,7 @@ from onelora_compile.exporters.engine_profiles import Dims, Profile, profiles_of
 from onelora_compile.exporters.engine_progress import building
 from onelora_compile.exporters.manifest import Manifest, Tensor, l4t_release, system
 from onelora_compile.exporters.tensorrt_api import Api, find_api
-from onelora_compile.files import replacing
+from onelora_compile.files import check_writable, replacing
 from onelora_compile.merge import FoldLoss
 from onelora_compile.text import Printable, bytes_text, shortened
 
@@ -139,6 +139,7 @@ def build_engine(
         In every case nothing was written, and an old engine is as it was.
     """
     onnx, engine = Path(onnx), Path(engine)
+    check_writable(engine)  # now, not after minutes of building
     targets = _targets(target)
     api = find_api(flavour, cross=bool(targets))
     _check_targets(api, targets)

@@ -27,7 +27,9 @@ MODES = ("fold", "load", "input", "bank")
 OPTIONS = {"flavour": "rtx", "target": "sm_86", "progress": False}
 DEFAULT = [("hf_vit", "fold"), ("bert", "load"), ("gpt2", "bank"), ("dit", "input")]
 CASES = [
-    pytest.param(name, mode, dtype, marks=() if dtype == torch.float16 and (name, mode) in DEFAULT else pytest.mark.slow)
+    pytest.param(
+        name, mode, dtype, marks=() if dtype == torch.float16 and (name, mode) in DEFAULT else pytest.mark.slow
+    )
     for name in engines.MODELS
     for mode in MODES
     for dtype in (torch.float32, torch.float16)
