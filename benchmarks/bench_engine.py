@@ -1,8 +1,8 @@
 """What does TensorRT's compiler make of each mode: kernels, bytes and seconds of a build; and one input or many?
 
 Built by TensorRT-RTX for SM 8.6 without a GPU: nothing is run.  Kernels are counted in the text of the plan.  Forms:
-base, fold and bank are export_onnx's modes; load has W + b 1ᵀ in the graph, both constant; inputs has one input for each
-vector; packed has all vectors in one input that is split; constants has the same graph with vectors as constants.
+base, fold and bank are export_onnx's modes; load has W + b 1ᵀ in the graph, both constant; inputs has one input for
+each vector; packed has all vectors in one input that is split; constants has that graph with vectors as constants.
 """
 
 from __future__ import annotations
