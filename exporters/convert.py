@@ -70,7 +70,7 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
             assert model is not None
             beside.write_bytes(b"".join(values[name].astype("<f4").tobytes() for name in model.vectors))
         else:
-            tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
+            tensors = {name: torch.from_numpy(np.array(value)) for name, value in values.items()}
             if file is None:
                 assert model is not None
                 file = AdapterFile(_config(model), tensors, {}, dict(model.fingerprints), model.producer)

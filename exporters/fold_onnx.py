@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,33 +119,24 @@ def fold_onnx(
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
     model = load_model(base)
     external = any(_external(value) for value in model.graph.initializers.values())
-    with counting(f"fold {base.name}", progress) as count:
-        matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
-        _check(matches, file, base, on_unmatched)
-        folder = _Folder(model, file)
-        try:
+    try:
+        with counting(f"fold {base.name}", progress) as count:
+            matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
+            _check(matches, file, base, on_unmatched)
+            folder = _Folder(model, file)
             for weight, placed in folder.by_weight(matches):
                 folder.fold(weight, placed)
             replaced = _replace_saved(model, file)
-        except OneLoRAError:
-            raise
-        except (ValueError, KeyError, AttributeError, AssertionError, IndexError, TypeError) as error:
-            raise ExportError(f"{base} is laid out in a way that fold_onnx can't follow: {error!r}") from error
-        held = {name: float32(vector) for name, vector in file.vectors.items() if name in folder.done}
-        metadata = Metadata(
-            mode="fold",
-            vectors={name: vector.shape for name, vector in held.items()},
-            fingerprints={name: file.fingerprints[name] for name in held},
-            adapters=() if isinstance(adapter, AdapterFile) else (Path(adapter).name.removesuffix(".safetensors"),),
-            sha256=digest(held),
-            producer=f"onelora-compile {__version__}, from {base.name} by {model.producer_name or 'an unknown tool'}",
-        )
-        model.metadata_props.update(metadata.to_props())
-        count.start("write", len(model.graph.initializers))
-        try:
+            name = "" if isinstance(adapter, AdapterFile) else Path(adapter).name.removesuffix(".safetensors")
+            model.metadata_props.update(_metadata(model, base, file, folder.done, name).to_props())
+            count.start("write", len(model.graph.initializers))
             files = save_model(model, out, external_data=external or None, written=count.step)
-        except Exception as error:  # what folding raises arrives wrapped by onnx_ir, which writes the tensors
-            raise _own(error) or error from None
+    except (OneLoRAError, OSError):
+        raise
+    except Exception as error:  # a foreign model may break any expectation, of ours and of onnx_ir
+        if own := _own(error):  # raised while a tensor was written, and wrapped by onnx_ir
+            raise own from None
+        raise ExportError(f"{base} is damaged, or laid out in a way that can't be followed: {error!r}") from error
     return FoldReport(
         files=files,
         bytes=sum(one.stat().st_size for one in files),
@@ -153,6 +144,20 @@ def fold_onnx(
         skipped=matches.unmatched,
         replaced=replaced,
         seconds=time.perf_counter() - start,
+    )
+
+
+def _metadata(
+    model: onnx_ir.Model, base: Path, file: AdapterFile, folded: Iterable[str], adapter_name: str
+) -> Metadata:
+    held = {name: float32(file.vectors[name]) for name in folded}
+    return Metadata(
+        mode="fold",
+        vectors={name: vector.shape for name, vector in held.items()},
+        fingerprints={name: file.fingerprints[name] for name in held},
+        adapters=(adapter_name,) if adapter_name else (),
+        sha256=digest(held),
+        producer=f"onelora-compile {__version__}, from {base.name} by {model.producer_name or 'an unknown tool'}",
     )
 
 
@@ -244,7 +249,9 @@ class _Folder:
                 copy = self.ir.node(node.op_type, [before, *node.inputs[1:]], node.attributes, domain=node.domain)
                 assert node.graph is not None
                 node.graph.insert_before(node, copy)
-                copy.outputs[0].dtype, copy.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+                copy.outputs[0].shape = node.outputs[0].shape
+                if node.outputs[0].dtype is not None:  # foreign models need not say it
+                    copy.outputs[0].dtype = node.outputs[0].dtype
                 before = copy.outputs[0]
             use.op.replace_input_with(use.position, before)
 
@@ -264,9 +271,8 @@ class _Folder:
         self.how |= dict.fromkeys((name for name, _ in placed), how)
 
 
-_MEASURED = (
-    1 << 16
-)  # entries of a weight on which the rounding is measured: the report must not cost more than the fold
+# Entries of a weight on which the rounding is measured: the report must not cost more than the fold.
+_MEASURED = 1 << 16
 
 
 def _by_uses(placed: list[tuple[str, Place]]) -> list[tuple[tuple[Use, ...], list[tuple[str, Place]]]]:

@@ -61,24 +61,32 @@ class Matches:
 
 def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint]) -> Matches:
     """Find the weight of each vector; every weight is read once."""
+    groups = _grouped(prints)
     found: dict[str, list[Place]] = {name: [] for name in prints}
-    nearest: dict[str, float] = {}
     every = []
     for weight in weights:
         every.append(weight)
-        for name, place, distance in _places(weight, prints):
-            if place is None:
-                nearest[name] = min(distance, nearest.get(name, np.inf))
-            else:
-                found[name].append(place)
+        for name, place in _places(weight, groups):
+            found[name].append(place)
+    nearest = {
+        name: float(distance)
+        for group in groups
+        for name, distance in zip(group.names, group.nearest, strict=True)
+        if not found[name] and np.isfinite(distance)
+    }
     chosen: dict[str, list[Place]] = {}
     unmatched: dict[str, str] = {}
+    at: dict[tuple[int, int], set[str]] = {}  # weight and first row -> the vectors that fit there
+    for name, places in found.items():
+        for place in places:
+            at.setdefault((id(place.weight), place.start), set()).add(name)
     for name, places in found.items():
         own = [dataclasses.replace(place, uses=_linear(place.weight)) for place in places if _linear(place.weight)]
         if not own:
             unmatched[name] = _reason(name, places, nearest)
             continue
-        twins = [other for other in found if other != name and _overlap(own, found[other])]
+        there = set[str]().union(*(at[id(place.weight), place.start] for place in own))
+        twins = [other for other in found if other in there and other != name] if len(there) > 1 else []
         decided = _decided(name, own, twins)
         if decided is None:
             where = ", ".join(place.weight.name for place in own)
@@ -90,28 +98,63 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint]) 
     return Matches(chosen, unmatched, [weight for weight in every if id(weight) not in taken], nearest)
 
 
-def _places(weight: Weight, prints: Mapping[str, Fingerprint]) -> Iterable[tuple[str, Place | None, float]]:
-    """Each vector whose fingerprint fits the weight somewhere; with None and the distance where only the size fits."""
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The fingerprints of one shape, as arrays: thousands of vectors are compared with thousands of weights.
+
+    Attributes:
+        shape: (out_features, in_features).
+        names: of the vectors.
+        sketches: float64 [vectors, 16].
+        norms: Frobenius norms [vectors].
+        tolerances: by the dtypes that the fingerprints were taken in [vectors].
+        nearest: the smallest distance to a weight of this shape so far [vectors]; changed as weights are read.
+    """
+
+    shape: tuple[int, int]
+    names: list[str]
+    sketches: np.ndarray
+    norms: np.ndarray
+    tolerances: np.ndarray
+    nearest: np.ndarray
+
+
+def _grouped(prints: Mapping[str, Fingerprint]) -> list[_Group]:
+    by_shape: dict[tuple[int, int], list[str]] = {}
+    for name, one in prints.items():
+        by_shape.setdefault(one.shape, []).append(name)
+    groups = []
+    for shape, names in by_shape.items():
+        known = [prints[name] for name in names]
+        sketches = np.stack([one.sketch.astype(np.float64) for one in known])
+        tolerances = np.array([TOLERANCE.get(one.dtype, 0.25) for one in known])
+        norms = np.array([one.norm for one in known])
+        groups.append(_Group(shape, names, sketches, norms, tolerances, np.full(len(names), np.inf)))
+    return groups
+
+
+def _places(weight: Weight, groups: Sequence[_Group]) -> Iterable[tuple[str, Place]]:
+    """Each vector whose fingerprint fits the weight somewhere."""
     tolerance = TOLERANCE.get(weight.dtype, _QUANTIZED.get(weight.dtype, 0.25))
     numbers: np.ndarray | None = None
     for transposed in (False, True):
         out, columns = weight.shape[::-1] if transposed else weight.shape
-        fitting = {name: one for name, one in prints.items() if one.shape[1] == columns and one.shape[0] <= out}
+        fitting = [group for group in groups if group.shape[1] == columns and group.shape[0] <= out]
         if not fitting:
             continue
         if numbers is None:
             numbers = weight.read()
         wide = np.ascontiguousarray(numbers.T) if transposed and numbers.size < 1 << 16 else None
         projected = _projected(wide if wide is not None else numbers, transposed and wide is None)
-        for name, known in fitting.items():
-            allowed = max(tolerance, TOLERANCE.get(known.dtype, 0.25))
-            start, factor, distance = _best(projected, known)
-            if distance <= allowed:
-                exact = abs(factor - 1) <= max(allowed, 1e-4)
-                place = Place(weight, transposed, start, known.shape[0], 1.0 if exact else factor, ())
-                yield name, place, distance
-            elif known.shape[0] == out:
-                yield name, None, distance
+        for group in fitting:
+            starts, factors, distances = _best(projected, group)
+            if group.shape[0] == out:
+                np.minimum(group.nearest, distances, out=group.nearest)
+            allowed = np.maximum(tolerance, group.tolerances)
+            for index in np.flatnonzero(distances <= allowed):
+                exact = abs(factors[index] - 1) <= max(allowed[index], 1e-4)
+                factor = 1.0 if exact else float(factors[index])
+                yield group.names[index], Place(weight, transposed, int(starts[index]), group.shape[0], factor, ())
 
 
 def _projected(numbers: np.ndarray, transposed: bool) -> np.ndarray:
@@ -126,40 +169,34 @@ def _projected(numbers: np.ndarray, transposed: bool) -> np.ndarray:
     return sum(part.astype(np.float64) for part in parts) if transposed else np.concatenate(parts).astype(np.float64)
 
 
-def _best(projected: np.ndarray, known: Fingerprint) -> tuple[int, float, float]:
-    """Where the sketch fits best: first row, factor, distance."""
-    rows = known.shape[0]
+def _best(projected: np.ndarray, known: _Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each sketch fits best: first row, factor, distance; arrays [vectors]."""
+    count, rows = len(known.names), known.shape[0]
+    starts, factors, distances = np.zeros(count, dtype=int), np.ones(count), np.full(count, np.inf)
     step = int(np.gcd(len(projected), rows))  # q, k and v of a packed weight start at multiples of it
     if len(projected) // step > _PARTS:
-        return 0, 1.0, float("inf")
-    left, sketch = signs(rows, 0), known.sketch.astype(np.float64)
-    best = (0, 1.0, float("inf"))
-    square = float(sketch @ sketch)
+        return starts, factors, distances
+    left, sketches, norms = signs(rows, 0), known.sketches, known.norms
+    squares = np.square(sketches).sum(1)
     for start in range(0, len(projected) - rows + 1, step):
         found = (left.T @ projected[start : start + rows]).flatten()
-        if not square:  # a base of zeros
-            if not found.any():
-                return start, 1.0, 0.0
-            continue
-        factor = float(found @ sketch) / square
-        if not np.isfinite(factor) or factor == 0:
-            continue
-        distance = float(np.linalg.norm(found - factor * sketch)) / 4 / (abs(factor) * known.norm)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # bases of zeros, damaged weights
+            factor = sketches @ found / squares
+            distance = np.linalg.norm(found - factor[:, None] * sketches, axis=1) / 4 / (np.abs(factor) * norms)
+            plain = np.linalg.norm(found - sketches, axis=1) / 4 / norms
+        distance = np.where(np.isfinite(distance), distance, np.inf)
         # A factor costs nothing only where the fit without it is no better.
-        plain = float(np.linalg.norm(found - sketch)) / 4 / known.norm
-        if plain <= max(distance * 2, 1e-5):
-            factor, distance = 1.0, plain
-        if distance < best[2]:
-            best = (start, factor, distance)
-    return best
+        as_it_is = plain <= np.maximum(distance * 2, 1e-5)
+        factor, distance = np.where(as_it_is, 1.0, factor), np.where(as_it_is, plain, distance)
+        distance[squares == 0] = np.inf if found.any() else 0.0  # a base of zeros
+        better = distance < distances
+        starts[better], factors[better], distances[better] = start, factor[better], distance[better]
+    factors[squares == 0] = 1.0
+    return starts, factors, distances
 
 
 def _linear(weight: Weight) -> tuple[Use, ...]:
     return tuple(use for use in weight.uses if use.linear)
-
-
-def _overlap(places: Sequence[Place], others: Sequence[Place]) -> bool:
-    return any(a.weight is b.weight and a.start == b.start for a in places for b in others)
 
 
 def _decided(name: str, places: Sequence[Place], twins: Sequence[str]) -> list[Place] | None:

@@ -28,7 +28,9 @@ IDS = "adapter_ids"  # name of the input of a bank
 Vectors = Mapping[str, np.ndarray]
 
 
-def place_vectors(model: onnx_ir.Model, mode: Mode, vectors: Vectors, bank: Sequence[Vectors] = ()) -> list[str]:
+def place_vectors(
+    model: onnx_ir.Model, mode: Mode, vectors: Vectors, bank: Sequence[Vectors] = (), part: str = ""
+) -> list[str]:
     """Replace the project's operators in a converted model, in place.
 
     Args:
@@ -36,6 +38,7 @@ def place_vectors(model: onnx_ir.Model, mode: Mode, vectors: Vectors, bank: Sequ
         mode: where the vectors are.
         vectors: float32 values of the modes "load" and "input".
         bank: for mode "bank": the vectors of each adapter.
+        part: of the exported model, which the names of vectors are relative to.
 
     Returns:
         The names of the vectors that the model uses.
@@ -45,6 +48,9 @@ def place_vectors(model: onnx_ir.Model, mode: Mode, vectors: Vectors, bank: Sequ
     """
     lowering = Lowering(model.graph)
     marks = [node for node in model.graph.all_nodes() if node.domain == DOMAIN and node.op_type == "Vector"]
+    for node in marks:
+        if part:
+            node.attributes.add(lowering.ir.AttrString("name", _name(node).removeprefix(f"{part}.")))
     names = list(dict.fromkeys(_name(node) for node in marks))
     if mode == "bank":
         _Bank(lowering, bank).place(marks)

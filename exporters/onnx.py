@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from onelora_compile.adapter import adapted_weights, unwrap, vectors
+from onelora_compile.adapter import adapted_part, adapted_weights, unwrap, vectors
 from onelora_compile.checkpoint import AdapterFile, check_base, read_adapter
 from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, OneLoRAError, StateError, require
 from onelora_compile.exporters.freeze import Place, freeze
@@ -157,15 +157,22 @@ def export_onnx(
         raise StateError(f"adapters={adapters!r} needs an adapted model: call adapt or load_adapter before")
     with steps(f"export {path.name}", 4, progress) as step:
         step("read the base")
-        prints = {name: fingerprint_of(target) for name, target in adapted_weights(root).items()}
-        held = {name: float32(vector) for name, vector in vectors(root).items()}
-        banked = _read_bank(root, bank)
+        # By the names that the adapter file has, also where the adapted model is exported inside a wrapper.
+        part, adapted = adapted_part(root)
+        prints = {name: fingerprint_of(target) for name, target in adapted_weights(adapted).items()}
+        held = {name: float32(vector) for name, vector in vectors(adapted).items()}
+        banked = _read_bank(adapted, bank)
         step("capture")
         given, given_kwargs = _cast((tuple(args), dict(kwargs or {})), dtype)
         program, folded = _captured(root, given, given_kwargs, dynamic_shapes, adapters, dtype)
+        folded = _inside(folded, part)
         step("convert to ONNX")
         ir_model = _converted(program, opset_version, dynamic_shapes)
-        used = place_vectors(ir_model, mode, held, list(banked.values())) if adapters != "fold" else list(folded.losses)
+        used = (
+            place_vectors(ir_model, mode, held, list(banked.values()), part)
+            if adapters != "fold"
+            else list(folded.losses)
+        )
         metadata = Metadata(
             mode=adapters if held else "base",
             vectors={name: held[name].shape for name in used},
@@ -258,6 +265,13 @@ def _captured(
         raise ExportError(f"torch.export can't capture {type(root).__name__}: {error}") from error
 
 
+def _inside(result: FoldResult, part: str) -> FoldResult:
+    """By the names that vectors have in a part of the model."""
+    start = f"{part}." if part else ""
+    losses = {name.removeprefix(start): loss for name, loss in result.losses.items()}
+    return dataclasses.replace(result, losses=losses, unused=[name.removeprefix(start) for name in result.unused])
+
+
 def _converted(program: ExportedProgram, opset_version: int | None, dynamic_shapes: Any) -> onnx_ir.Model:
     with _quiet():
         try:
@@ -278,12 +292,14 @@ def _converted(program: ExportedProgram, opset_version: int | None, dynamic_shap
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's own chatter: what matters of it comes back as an error or in the report."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.checkpoint import AdapterFile, read_adapter
-from onelora_compile.errors import ExportError, StateError, require
+from onelora_compile.errors import ExportError, OneLoRAError, StateError, require
+from onelora_compile.exporters.load_onnx import load_model, read_tensor
 from onelora_compile.exporters.metadata import Metadata
 from onelora_compile.exporters.modes import IDS
 from onelora_compile.exporters.operators import float32
@@ -28,8 +29,8 @@ Adapter = str | os.PathLike[str] | AdapterFile | None
 class OnnxRunner:
     """A model in ONNX Runtime, and the adapter that its calls use.
 
-    Threads may call one runner at the same time; `use` is for all of them.  For threads with different adapters give
-    `run(..., adapter=...)`, or `with_adapter`, which shares the weights wherever the mode allows it.
+    Threads may call one runner at the same time; `use` is for all of them.  For threads with different adapters take
+    `with_adapter`, which shares the session wherever the mode allows it.
 
     Args:
         path: a model written by `export_onnx` or `fold_onnx`.
@@ -110,7 +111,7 @@ class OnnxRunner:
         """
         try:
             return list(self.session.run(None, self.feed(inputs, adapter_ids)))
-        except ExportError:
+        except OneLoRAError:
             raise
         except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
             raise ExportError(f"ONNX Runtime can't run {self.path}: {error}") from error
@@ -135,6 +136,28 @@ class OnnxRunner:
         elif adapter_ids is not None:
             raise StateError(f"{self.path} is no bank (its mode is {self.mode!r}): adapter_ids means nothing to it")
         return feed
+
+    def bind(self, binding: onnxruntime.IOBinding, adapter_ids: Sequence[int] | np.ndarray | None = None) -> None:
+        """Bind the adapter in use to an IOBinding of `session`, for which ONNX Runtime ignores its own active adapters.
+
+        Args:
+            binding: its data inputs and outputs are the caller's. After another `use` bind again.
+            adapter_ids: for a bank, the adapter of each row of the batch that is bound.
+
+        Raises:
+            StateError: a bank without ids, or ids without a bank.
+            ExportError: ids that the bank does not have.
+        """
+        runtime = require("onnxruntime", "onnx", "run an ONNX model")
+        if (self.mode == "bank") != (adapter_ids is not None):
+            raise StateError(f"{self.path} is of mode {self.mode!r}: a bank, and only that, is bound with adapter_ids")
+        if self.mode == "bank":
+            binding.bind_cpu_input(IDS, self._checked_ids(np.asarray(adapter_ids, dtype=np.int64)))
+        elif self.mode == "input":
+            # All of them: what an earlier adapter bound would stay.
+            for name, value in (self._vectors or self._defaults()).items():
+                # Not bind_cpu_input, which does not know inputs that have a default.
+                binding.bind_ortvalue_input(name, runtime.OrtValue.ortvalue_from_numpy(value))
 
     def with_adapter(self, adapter: Adapter | int) -> OnnxRunner:
         """Another runner of the same model with an adapter of its own; for modes "input" and "bank" one session."""
@@ -162,6 +185,11 @@ class OnnxRunner:
         if name not in names:
             raise ExportError(f"{self.path} has no adapter {name!r}; it has {', '.join(names)}")
         return names.index(name)
+
+    def _defaults(self) -> dict[str, np.ndarray]:
+        """The vectors that a model of mode "input" was exported with."""
+        held = load_model(self.path).graph.initializers
+        return {name: read_tensor(held[name].const_value) for name in self.metadata.vectors}
 
     def _set(self, vectors: dict[str, np.ndarray]) -> None:
         if self.mode == "load":

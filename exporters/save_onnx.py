@@ -57,9 +57,17 @@ def save_model(
         if external_data:
             data = _fresh(path, "data")
             undo.callback(data.unlink, missing_ok=True)
-            onnx_ir.external_data.unload_from_model(
-                model, path.parent, data.name, size_threshold_bytes=256, callback=lambda *_: written()
-            )
+            try:
+                onnx_ir.external_data.unload_from_model(
+                    model, path.parent, data.name, size_threshold_bytes=256, callback=lambda *_: written()
+                )
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                # numpy says how many numbers it could not write, and not why.
+                raise OSError(
+                    f"can't write {data}: {error}; the disk is full, or a file may not be so large"
+                ) from error
             flush(data)
             files.append(data)
         if apart:

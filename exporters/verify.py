@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from onelora_compile.adapter import vectors
+from onelora_compile.adapter import adapted_part, vectors
 from onelora_compile.errors import ExportError, require
 from onelora_compile.exporters.freeze import evaluating
 from onelora_compile.exporters.runner import OnnxRunner
@@ -74,9 +75,10 @@ class Verification(Printable):
 
 
 def verify(
-    artifact: str | os.PathLike[str],
-    reference: str | os.PathLike[str] | nn.Module,
+    artifact: str | os.PathLike[str] | OnnxRunner,
+    reference: str | os.PathLike[str] | OnnxRunner | nn.Module,
     inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     *,
     sizes: Mapping[str, int] | None = None,
     seed: int = 0,
@@ -84,33 +86,53 @@ def verify(
     """Compare an ONNX model with another one, or with a model in eager, on the same inputs.
 
     Args:
-        artifact: the file to check.
-        reference: what is right: a file, or a module, which gets the inputs in the artifact's order.
+        artifact: the file to check, or a runner of it with an adapter in use.
+        reference: what is right: a file, a runner, or a module.
         inputs: arrays or tensors in the order of the artifact's inputs, or by name; None draws random ones: floats from
             a normal distribution, integers 0 and 1, so that they do as token ids and as masks.
+        kwargs: what follows `inputs` in the artifact, by the names of the module's arguments.
         sizes: of dynamic dimensions by name, for random inputs; 4 for those that are not named.
         seed: of random inputs.
 
     Raises:
         ExportError: a file can't be run, or the two have other inputs or outputs.
     """
-    runner = OnnxRunner(artifact)
-    if inputs is None:
+    runner = artifact if isinstance(artifact, OnnxRunner) else OnnxRunner(artifact)
+    if inputs is None and kwargs is None:
         inputs = _random(runner, dict(sizes or {}), seed)
     names = runner.input_names
-    if not isinstance(inputs, Mapping) and len(inputs) != len(names):
-        raise ExportError(f"the ONNX model takes {len(names)} inputs {names}; {len(inputs)} were given")
-    given = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(names, inputs, strict=True))
+    if isinstance(inputs, Mapping):
+        given = dict(inputs)
+    else:
+        values = [value for value in pytree.tree_leaves((inputs, dict(kwargs or {}))) if value is not None]
+        if len(values) != len(names):
+            raise ExportError(f"the ONNX model takes {len(names)} inputs {names}; {len(values)} were given")
+        given = dict(zip(names, values, strict=True))
     arrays = {name: _array(value) if isinstance(value, Tensor) else np.asarray(value) for name, value in given.items()}
     if isinstance(reference, nn.Module):
-        with evaluating(reference):
-            expected = _tensors(reference(*(torch.as_tensor(np.array(arrays[name])) for name in names)))
+        expected = _eager(reference, arrays if isinstance(inputs, Mapping) else inputs or (), kwargs)
     else:
-        other = OnnxRunner(reference)
-        expected = [torch.from_numpy(np.asarray(value)) for value in other.run(list(arrays.values()))]
+        other = reference if isinstance(reference, OnnxRunner) else OnnxRunner(reference)
+        if len(other.input_names) != len(arrays):
+            raise ExportError(f"{artifact} takes the inputs {names}, the reference {other.input_names}")
+        # By position: tools rename inputs.
+        expected = [torch.from_numpy(np.asarray(value)) for value in other.run([arrays[name] for name in names])]
     actual = [torch.from_numpy(np.asarray(value)) for value in runner.run(arrays)]
     shapes = {name: tuple(np.shape(value)) for name, value in arrays.items()}
     return Verification(compare_all(expected, actual, runner.output_names), shapes)
+
+
+def _eager(module: nn.Module, inputs: Sequence[Any] | Mapping[str, Any], kwargs: Mapping[str, Any] | None) -> Any:
+    """Outputs of a module; inputs by name where its forward has those names, else in order."""
+    with evaluating(module):
+        if not isinstance(inputs, Mapping):
+            given, named = pytree.tree_map(torch.as_tensor, (tuple(inputs), dict(kwargs or {})))
+            return _tensors(module(*given, **named))
+        tensors = {name: torch.as_tensor(np.array(value)) for name, value in inputs.items()}
+        parameters = inspect.signature(module.forward).parameters
+        any_name = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+        by_name = any_name or set(parameters) >= set(tensors)
+        return _tensors(module(**tensors) if by_name else module(*tensors.values()))
 
 
 def _random(runner: OnnxRunner, sizes: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
@@ -182,7 +204,7 @@ def _scenarios(
     runner: OnnxRunner, model: nn.Module, bank: Sequence[Mapping[str, np.ndarray]]
 ) -> Iterator[tuple[str, OnnxRunner, dict[str, Tensor]]]:
     """What to compare: how to call it, the runner, and the parameters of the model for it."""
-    held = vectors(model)
+    held = vectors(adapted_part(model)[1])
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
 
     def with_values(values: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -228,6 +228,15 @@ def adapted_weights(root: nn.Module) -> dict[str, Target]:
     return {target.key(name): target for name, module in named_modules(root) for target in targets_of(module)}
 
 
+def adapted_part(root: nn.Module) -> tuple[str, nn.Module]:
+    """The module that was given to `adapt`, with its name in the model: the part of a wrapper whose names files have.
+
+    The model itself, named "", where it was given to `adapt`, or where several parts of it were.
+    """
+    parts = [(name, module) for name, module in named_modules(root) if vars(module).get(_STATE)]
+    return parts[0] if len(parts) == 1 else ("", root)
+
+
 def was_adapted(root: nn.Module) -> bool:
     """Whether the model or a part of it is adapted, or was until `detach` or `merge`."""
     return any(is_adapted(module) or _STATE in vars(module) for module in root.modules())

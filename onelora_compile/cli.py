@@ -116,17 +116,32 @@ def convert(
 @app.command()
 def verify(
     artifact: Annotated[Path, typer.Argument(help="The ONNX model to check.")],
-    reference: Annotated[Path, typer.Argument(help="The ONNX model that is right.")],
+    reference: Annotated[str, typer.Argument(help="What is right: an ONNX model, or module:function as in export.")],
+    adapter: Annotated[Path | None, typer.Option(help="Adapter to use in both, wherever it can be swapped.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="Size of a dynamic dimension: batch=8.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random inputs for two ONNX models.")] = 0,
 ) -> None:
-    """Compare two ONNX models on random inputs; exit code 1 if they differ by more than rounding."""
+    """Compare an ONNX model with another one or with a model in eager; exit code 1 if more than rounding differs."""
+    from onelora_compile.checkpoint import load_adapter
+    from onelora_compile.exporters import OnnxRunner
     from onelora_compile.exporters import verify as compare
 
     try:
         sizes = {name: int(value) for name, _, value in (one.partition("=") for one in size or [])}
     except ValueError as error:
         raise ConfigError(f"--size takes a name and a number, for example batch=8: {error}") from None
-    found = compare(artifact, reference, sizes=sizes)
+
+    def runner(path: Path) -> OnnxRunner:
+        found = OnnxRunner(path)
+        return found.with_adapter(adapter) if adapter and found.mode in ("load", "input", "bank") else found
+
+    if Path(reference).is_file() or ":" not in reference:
+        found = compare(runner(artifact), runner(Path(reference)), sizes=sizes, seed=seed)
+    else:
+        model, args, kwargs = _load_target(reference)
+        if adapter:
+            load_adapter(model, adapter)
+        found = compare(runner(artifact), model, args if isinstance(args, (tuple, list)) else (args,), kwargs)
     Console().print(found)
     if not found.passed:
         raise typer.Exit(1)

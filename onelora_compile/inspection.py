@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from onelora_compile.checkpoint import AdapterFile, read_adapter
-from onelora_compile.errors import AdapterFileError, MissingExtraError, require
-from onelora_compile.exporters.manifest import Manifest, manifest_path
-from onelora_compile.exporters.tensorrt_api import TITLES, find_api
+from onelora_compile.errors import MissingExtraError
 from onelora_compile.text import bytes_text
 from onelora_compile.version import __version__
+
+if TYPE_CHECKING:
+    from onelora_compile.exporters.metadata import Metadata
 
 
 def inspect_file(path: Path) -> RenderableType:
     """A table of what an adapter file, an ONNX model or an engine holds.
 
     Raises:
-        AdapterFileError: none of these, or damaged.
-        ExportError: the manifest of an engine is damaged, or of another engine.
+        AdapterFileError: no adapter file, or damaged.
+        ExportError: no ONNX model or manifest of an engine, or damaged, or of another engine.
         FileNotFoundError: there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    if manifest_path(path).is_file() or path.suffix in (".engine", ".plan", ".trt"):
+    if path.with_name(f"{path.name}.json").is_file() or path.suffix in (".engine", ".plan", ".trt"):
         return _engine_table(path)
     return _onnx_table(path) if path.suffix == ".onnx" else _adapter_table(path, read_adapter(path))
 
@@ -53,28 +54,35 @@ def _adapter_table(path: Path, file: AdapterFile) -> RenderableType:
 
 
 def _onnx_table(path: Path) -> RenderableType:
-    ir = require("onnx_ir", "onnx", "inspect an ONNX model")
-    try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
-        raise AdapterFileError(f"{path} is not an ONNX model, or is damaged: {error}") from error
+    from onelora_compile.exporters.load_onnx import load_model
+    from onelora_compile.exporters.metadata import Metadata
+
+    model = load_model(path)
+    metadata = Metadata.from_props(model.metadata_props, str(path))
     table = Table(title=f"{path}: ONNX model", show_header=False)
-    props = model.metadata_props
-    files = {path} | {path.parent / v.const_value.location for v in model.graph.initializers.values() if _external(v)}
+    table.add_column()
+    table.add_column(overflow="fold")
+    held: Any = model.graph.initializers.values()
+    files = {path} | {path.parent / v.const_value.location for v in held if _external(v)}
     table.add_row("size", bytes_text(sum(file.stat().st_size for file in files if file.is_file())))
     table.add_row("files", ", ".join(sorted(file.name for file in files)))
     table.add_row("opset", ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in model.opset_imports.items()))
-    table.add_row("inputs", "\n".join(map(_value_text, model.graph.inputs)))
+    table.add_row("inputs", "\n".join(_value_text(v) for v in model.graph.inputs if v.name not in metadata.vectors))
     table.add_row("outputs", "\n".join(map(_value_text, model.graph.outputs)))
     table.add_row("nodes", str(len(model.graph)))
-    table.add_row("adapter", _mode_text(props))
-    table.add_row(
-        "written by", props.get("onelora.producer") or f"{model.producer_name} {model.producer_version or ''}"
-    )
-    return table
+    table.add_row("adapter", _mode_text(metadata, recorded="onelora.mode" in model.metadata_props))
+    if metadata.adapters:
+        numbered = enumerate(metadata.adapters) if metadata.mode == "bank" else (("", a) for a in metadata.adapters)
+        table.add_row("adapters", "\n".join(f"{number} {name}".strip() for number, name in numbered))
+    tool = f"{model.producer_name or 'unknown'} {model.producer_version or ''}"
+    table.add_row("written by", metadata.producer or tool)
+    return Group(table, _vectors_table(metadata)) if metadata.vectors else table
 
 
 def _engine_table(path: Path) -> RenderableType:
+    from onelora_compile.exporters.manifest import Manifest
+    from onelora_compile.exporters.tensorrt_api import TITLES
+
     manifest = Manifest.read(path)
     manifest.check_file(path)
     table = Table(title=f"{path}: engine of {TITLES.get(manifest.flavour, '')} {manifest.version}", show_header=False)
@@ -110,17 +118,23 @@ def _value_text(value: object) -> str:
     return f"{value.name}: {value.dtype} {value.shape}".replace("[", r"\[")  # type: ignore[attr-defined]
 
 
-def _mode_text(props: dict[str, str]) -> str:
-    mode = props.get("onelora.mode")
-    if mode is None:
+def _mode_text(metadata: Metadata, recorded: bool) -> str:
+    if not recorded:
         return "none recorded"
-    try:
-        vectors = json.loads(props.get("onelora.vectors", "{}"))
-        count = f"{len(vectors)} vectors"
-    except ValueError:
-        count = "vectors not readable"
-    digest = props.get("onelora.adapter_sha256", "")
-    return "none (exported from a base)" if mode == "base" else f"mode {mode!r}, {count}, sha256 {digest[:16]}"
+    if metadata.mode == "base":
+        return "none (exported from a base)"
+    return f"mode {metadata.mode!r}, {len(metadata.vectors)} vectors, sha256 {metadata.sha256[:16]}"
+
+
+def _vectors_table(metadata: Metadata) -> Table:
+    table = Table(title="vectors, and the base weights that they belong to")
+    for column in ("vector", "shape", "base weight", "base dtype", "norm of W"):
+        table.add_column(column, overflow="fold")
+    for name, shape in metadata.vectors.items():
+        base = metadata.fingerprints.get(name)
+        about = (str(list(base.shape)), base.dtype, f"{base.norm:.4g}") if base is not None else ("-", "-", "-")
+        table.add_row(name, str(list(shape)), *about)
+    return table
 
 
 def doctor_table() -> Table:
@@ -156,13 +170,15 @@ def doctor_table() -> Table:
         found = _version(name)
         missing = f"optional: pip install 'onelora-compile[{extra}]'" if extra else "optional"
         table.add_row(name, found or "not installed", use if found else f"{missing} ({use})".replace("[", r"\["))
-    for flavour, title in TITLES.items():
+    for flavour, title in (("tensorrt", "TensorRT"), ("rtx", "TensorRT-RTX")):
         table.add_row(title, *_tensorrt(flavour))
     return table
 
 
 def _tensorrt(flavour: str) -> tuple[str, str]:
     """What is found of a TensorRT, and what it can."""
+    from onelora_compile.exporters.tensorrt_api import find_api
+
     try:
         api = find_api(flavour)
     except MissingExtraError as error:

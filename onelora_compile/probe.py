@@ -6,7 +6,6 @@ whether it does, how it stores its weight, and the fingerprint of that weight.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -97,7 +96,9 @@ def base_effect(module: nn.Module, x: Tensor) -> Tensor:
 
     plain = module
     if is_adapted(module):
-        plain = copy.copy(module)  # shares the weight
+        # Shares the weight. Not copy.copy: parametrised modules refuse it.
+        plain = object.__new__(type(module))
+        plain.__dict__.update(module.__dict__)
         plain._parameters = dict(module._parameters)
         remove(plain)
     return effect(plain, x) - effect(plain, torch.zeros(1, x.shape[1]))

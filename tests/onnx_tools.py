@@ -73,7 +73,21 @@ def ort_fused(main, args, path):
     from onnxruntime.transformers.optimizer import optimize_model
 
     torchscript(main, args, path)
-    optimize_model(str(path), "bert", num_heads=3, hidden_size=48).save_model_to_file(str(path))
+    # Level 0: what ONNX Runtime 1.32's own graph optimizers write of a BERT, it does not load again.
+    optimize_model(str(path), "bert", num_heads=3, hidden_size=48, opt_level=0).save_model_to_file(str(path))
+    return path
+
+
+def ort_attention(main, args, path):
+    """q, k and v packed into the weight of com.microsoft.Attention."""
+    import onnx_ir
+    from onnxscript import optimizer
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+    model = onnx_ir.load(dynamo_plain(main, args, path))
+    optimizer.optimize(model)
+    optimize_for_ort(model)
+    onnx_ir.save(model, path)
     return path
 
 
@@ -87,10 +101,9 @@ def ort_basic(main, args, path):
 
 
 def half(main, args, path):
-    from onnxconverter_common import float16
+    from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    model = float16.convert_float_to_float16(onnx.load(torchscript(main, args, path)), keep_io_types=True)
-    onnx.save(model, path)
+    onnx.save(convert_float_to_float16(onnx.load(torchscript(main, args, path)), keep_io_types=True), path)
     return path
 
 
@@ -150,7 +163,18 @@ def int4_dequantized(main, args, path):
 
 PLAIN = {
     f.__name__: f
-    for f in (dynamo, dynamo_plain, torchscript, torchscript_plain, slim, simplified, ort_fused, ort_basic, half)
+    for f in (
+        dynamo,
+        dynamo_plain,
+        torchscript,
+        torchscript_plain,
+        slim,
+        simplified,
+        ort_fused,
+        ort_attention,
+        ort_basic,
+        half,
+    )
 }
 QUANTIZED = {f.__name__: f for f in (int8_dynamic, int8_qdq, int8_operators, int4_operators, int4_dequantized)}
 

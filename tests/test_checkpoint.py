@@ -344,3 +344,15 @@ def test_load_does_not_evaluate_the_files_patterns(saved):
 def test_config_round_trip():
     config = onelora.OneLoRAConfig(["a", "b"], "c.*", ["head"], True, torch.bfloat16)
     assert onelora.OneLoRAConfig.from_json(config.to_json()) == config
+
+
+def test_an_adapter_of_a_parametrised_weight_is_saved_and_loaded(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+
+    model = fill_vectors(onelora.adapt(make()), 0.5)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    again = onelora.load_adapter(make(), tmp_path / "a.safetensors")
+    x = torch.randn(2, 4)
+    assert torch.equal(again(x), model(x))

@@ -206,13 +206,15 @@ def test_failed_verification_leaves_the_old_file(external, tmp_path, monkeypatch
     export_onnx(model, (x,), path, external_data=external)
     before = {file: (tmp_path / file).read_bytes() for file in os.listdir(tmp_path)}
 
-    def wrong(weight, vector, dims):
+    def wrong(weight, vector, *rest):
         from onelora_compile.merge import fold_weight
 
-        return fold_weight(weight, vector * 1.1, dims)
+        return fold_weight(weight, vector * 1.1, *rest)
 
     monkeypatch.setattr("onelora_compile.passes.fold_vectors.fold_weight", wrong)
-    with pytest.raises(onelora.ExportError, match=r"differs from MLP: output .* is allowed; nothing was written"):
+    with pytest.raises(
+        onelora.ExportError, match=r"differs from MLP with its vectors: output .* is allowed; nothing was written"
+    ):
         export_onnx(model, (x,), path, external_data=external)
     assert {file: (tmp_path / file).read_bytes() for file in os.listdir(tmp_path)} == before
 
