@@ -58,7 +58,8 @@ def _profile(inputs: Mapping[str, Dims], dynamic: Mapping[str, Dims], shapes: Ma
         example = tuple(tuple(size if isinstance(size, int) else n for size in dims) for n in (1, 8, 32))
         raise ConfigError(
             f"dynamic inputs need the smallest, the usual and the largest shape; missing for {listed}. "
-            f"For example shapes={{{name!r}: {example}}}, or by dimension: shapes={{'batch': (1, 8, 32)}}"
+            f"For example shapes={{{name!r}: {example}}}, or by dimension: shapes={{'batch': (1, 8, 32)}}, "
+            "--shape batch=1,8,32 on the command line"
         )
     # A static input needs no profile; naming one is harmless and was checked.
     return {name: one for name, one in profile.items() if name in dynamic}

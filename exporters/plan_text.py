@@ -29,10 +29,12 @@ def kernels(plan: Any) -> list[str]:
 
 
 def holds(plan: Any, array: np.ndarray) -> bool:
-    """Whether a constant's bytes stand in a plan as they are, or transposed where it is a matrix.
+    """Whether a constant's bytes stand in a plan: as they are, transposed, or row by row in a matrix packed of several.
 
-    Only for arrays of a few hundred bytes or more: shorter ones may be there by accident.
+    Only for rows of some ten bytes or more: shorter ones may be there by accident.
     """
     raw = bytes(plan)
     forms = [array, array.T] if array.ndim == 2 else [array]
-    return any(np.ascontiguousarray(one).tobytes() in raw for one in forms)
+    if any(np.ascontiguousarray(one).tobytes() in raw for one in forms):
+        return True
+    return array.ndim == 2 and any(all(np.ascontiguousarray(row).tobytes() in raw for row in one) for one in forms)

@@ -77,8 +77,7 @@ def check_bytes(model, manifest, plan, dtype, base_dtype):
         folded += holds(plan, engines.numbers(merged, dtype))
         vectors += holds(plan, engines.numbers(vector, torch.float32)) or holds(plan, engines.numbers(vector, dtype))
     if manifest.mode == "fold":
-        # Some weights the compiler packs or rearranges; those that stand as they are have their vector in them.
-        assert folded >= len(manifest.vectors) / 2
+        assert folded == len(manifest.vectors)
         assert vectors == 0
     else:
         assert folded == 0
