@@ -74,8 +74,12 @@ class Prepared:
 
 
 @contextlib.contextmanager
-def prepared(onnx: Path, mode: str | None, adapter: Any, progress: bool = False) -> Iterator[Prepared]:
+def prepared(
+    onnx: Path, mode: str | None, adapter: Any, scratch: Path | None = None, progress: bool = False
+) -> Iterator[Prepared]:
     """Yield the model for an engine of a mode, with an adapter's vectors in it.
+
+    A base that is folded first is written to a folder in `scratch`, which is gone afterwards.
 
     Raises:
         ConfigError: an unknown mode, or one that can't be built from this model; the message says from which.
@@ -94,7 +98,7 @@ def prepared(onnx: Path, mode: str | None, adapter: Any, progress: bool = False)
             "adapters='load' or 'input'"
         )
     if adapter is not None and metadata.mode == "base":
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
             folded = Path(folder) / onnx.name
             report = fold_onnx(onnx, adapter, folded, progress=progress)
             losses = {name: one.loss for name, one in report.folded.items() if one.loss is not None}

@@ -18,7 +18,8 @@ from typing import Any
 from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters.engine_adapters import hash_files
-from onelora_compile.exporters.metadata import Metadata
+from onelora_compile.exporters.metadata import Metadata, digest
+from onelora_compile.exporters.operators import float32
 from onelora_compile.exporters.tensorrt_api import TITLES, Api
 from onelora_compile.files import replacing
 from onelora_compile.fingerprint import Fingerprint
@@ -67,24 +68,24 @@ class Manifest:
 
     flavour: str
     version: str
-    targets: tuple[str, ...]
-    device: str
-    system: str
-    l4t: str
-    engine_sha256: str
+    mode: str
     onnx: str
     onnx_sha256: str
-    mode: str
-    adapter: str
-    adapter_sha256: str
-    adapters: tuple[str, ...]
-    vectors: Mapping[str, tuple[int, ...]]
-    fingerprints: Mapping[str, Fingerprint]
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]
-    precision: str
-    flags: Mapping[str, Any]
+    system: str
+    targets: tuple[str, ...] = ()
+    device: str = ""
+    l4t: str = ""
+    engine_sha256: str = ""
+    adapter: str = ""
+    adapter_sha256: str = ""
+    adapters: tuple[str, ...] = ()
+    vectors: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    fingerprints: Mapping[str, Fingerprint] = dataclasses.field(default_factory=dict)
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...] = ()
+    precision: str = ""
+    flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     initial: str = ""
     producer: str = f"onelora-compile {__version__}"
 
@@ -142,7 +143,10 @@ class Manifest:
         path = engine.with_name(self.initial)
         if not self.initial or not path.is_file():
             raise ExportError(f"{path}, the vectors that {engine} starts with, is missing: copy it with the engine")
-        return read_adapter(path)
+        file = read_adapter(path)
+        if digest({name: float32(vector) for name, vector in file.vectors.items()}) != self.adapter_sha256:
+            raise ExportError(f"{path} does not hold the vectors that {engine} was built with: copy both again")
+        return file
 
     def check_file(self, engine: Path) -> None:
         """Whether the engine is the one that this manifest was written for.

@@ -129,7 +129,10 @@ def load_engine(api: Api, engine: Path, manifest: Manifest) -> Any:
     Raises:
         ExportError: TensorRT refuses it.
     """
-    runtime = api.trt.Runtime(api.logger)
+    try:
+        runtime = api.trt.Runtime(api.logger)
+    except (TypeError, RuntimeError) as error:  # how the binding says that the library gave nothing
+        raise engine_error(f"{engine} can't be loaded ({error})", api) from error
     loaded = runtime.deserialize_cuda_engine(engine.read_bytes())
     if loaded is None:
         raise engine_error(f"{engine} can't be loaded", api)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -15,20 +15,27 @@ from safetensors.torch import save_file
 
 from onelora_compile.checkpoint import AdapterFile, metadata_of, read_adapter
 from onelora_compile.config import OneLoRAConfig
-from onelora_compile.errors import ConfigError, ExportError, require
 from onelora_compile.exporters.engine_adapters import Prepared, hash_files, prepared
 from onelora_compile.exporters.engine_errors import engine_error
-from onelora_compile.exporters.engine_precision import Typing, precision_notes, precision_text, typing_of
-from onelora_compile.exporters.engine_profiles import Dims, Profile, profiles_of
+from onelora_compile.exporters.engine_network import (
+    add_profiles,
+    check_inputs,
+    check_refit,
+    dims_of,
+    mark_refittable,
+    new_builder,
+    new_network,
+    parse,
+)
+from onelora_compile.exporters.engine_options import Options, check_targets, target_here, targets_of
+from onelora_compile.exporters.engine_precision import precision_notes, precision_text, typing_of
+from onelora_compile.exporters.engine_profiles import profiles_of
 from onelora_compile.exporters.engine_progress import building
 from onelora_compile.exporters.manifest import Manifest, Tensor, l4t_release, system
 from onelora_compile.exporters.tensorrt_api import Api, find_api
 from onelora_compile.files import check_writable, replacing
 from onelora_compile.merge import FoldLoss
 from onelora_compile.text import Printable, bytes_text, shortened
-
-if TYPE_CHECKING:
-    import onnx_ir
 
 PathLike = str | os.PathLike[str]
 
@@ -140,60 +147,46 @@ def build_engine(
     """
     onnx, engine = Path(onnx), Path(engine)
     check_writable(engine)  # now, not after minutes of building
-    targets = _targets(target)
+    targets = targets_of(target)
     api = find_api(flavour, cross=bool(targets))
-    _check_targets(api, targets)
+    check_targets(api, targets)
     api.messages.clear()
     start = time.perf_counter()
-    with prepared(onnx, adapters, adapter, progress) as model:
+    with prepared(onnx, adapters, adapter, engine.parent, progress) as model:
         if model.mode == "refit":
-            _check_refit(api)
+            check_refit(api)
         typing = typing_of(api, model.model, precision)
-        builder = api.trt.Builder(api.logger)
-        network = _network(api, builder, typing)
+        builder = new_builder(api)
+        network = new_network(api, builder, typing)
         parser = api.trt.OnnxParser(network, api.logger)
-        _parse(api, parser, model, onnx)
-        _check_inputs(network, model, onnx)
-        profiles = profiles_of(_dims(model.model, network), shapes)
+        parse(api, parser, model, onnx)
+        check_inputs(network, model, onnx)
+        profiles = profiles_of(dims_of(model.model, network), shapes)
         config = builder.create_builder_config()
-        options = _Options(api, builder, config)
+        options = Options(api, builder, config)
         options.targets(targets)
         options.workspace(workspace)
         options.optimization_level(optimization_level)
         options.dla(dla_core)
+        options.timing_cache(timing_cache)
         for flag in typing.flags:
             config.set_flag(api.flag("BuilderFlag", flag))
-        _add_profiles(builder, config, profiles)
+        add_profiles(builder, config, profiles)
         if model.mode == "refit":
-            _mark_refittable(api, network, config, model)
-        cache = options.timing_cache(timing_cache)
+            mark_refittable(api, network, config, model)
         parsed = time.perf_counter()
         with building(api, config, f"build {engine.name}", progress):
             plan = builder.build_serialized_network(network, config)
         built = time.perf_counter()
-        if cache is not None and timing_cache is not None:
-            _save_cache(config, Path(timing_cache))
+        options.save_timing_cache()
         if plan is None:
             raise engine_error(f"{onnx} can't be built into an engine", api, refit=model.mode == "refit")
         tf32 = bool(config.get_flag(api.trt.BuilderFlag.TF32))
         notes = [*options.notes, *precision_notes(model.model, typing)]
         initial = _initial(model, adapter, onnx)
-        manifest = Manifest(
-            flavour=api.flavour,
-            version=api.version,
-            targets=targets or _here(api),
-            device=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-            system=system(),
-            l4t=l4t_release(),
-            engine_sha256="",
-            onnx=onnx.name,
-            onnx_sha256=model.sha256,
-            mode=model.mode,
-            adapter=_adapter_name(model, adapter),
-            adapter_sha256=model.metadata.sha256,
-            adapters=model.metadata.adapters if model.mode == "bank" else (),
-            vectors=model.metadata.vectors,
-            fingerprints=model.metadata.fingerprints,
+        manifest = dataclasses.replace(
+            _manifest(api, model, onnx, adapter),
+            targets=targets or target_here(api),
             inputs=_tensors(network.num_inputs, network.get_input),
             outputs=_tensors(network.num_outputs, network.get_output),
             profiles=tuple(profiles),
@@ -201,17 +194,35 @@ def build_engine(
             flags=options.recorded | ({"precision": list(typing.flags)} if typing.flags else {}),
             initial=f"{engine.name}.safetensors" if initial is not None else "",
         )
-        losses = model.losses
     files, manifest = write_engine(engine, plan, manifest, initial)
     return EngineReport(
         files=files,
         bytes=engine.stat().st_size,
         manifest=manifest,
-        losses=losses,
+        losses=model.losses,
         notes=notes,
         warnings=list(dict.fromkeys(api.messages.warnings)),
         parse_seconds=parsed - start,
         build_seconds=built - parsed,
+    )
+
+
+def _manifest(api: Api, model: Prepared, onnx: Path, adapter: Any) -> Manifest:
+    """What is known before the network is."""
+    return Manifest(
+        flavour=api.flavour,
+        version=api.version,
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        system=system(),
+        l4t=l4t_release(),
+        onnx=onnx.name,
+        onnx_sha256=model.sha256,
+        mode=model.mode,
+        adapter=_adapter_name(model, adapter),
+        adapter_sha256=model.metadata.sha256,
+        adapters=model.metadata.adapters if model.mode == "bank" else (),
+        vectors=model.metadata.vectors,
+        fingerprints=model.metadata.fingerprints,
     )
 
 
@@ -241,119 +252,6 @@ def write_engine(
     return files, manifest
 
 
-def _targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
-    given = [] if target is None else [target] if isinstance(target, str) else list(target)
-    found = []
-    for one in given:
-        digits = str(one).lower().removeprefix("sm").lstrip("_").replace(".", "")
-        if not digits.isdecimal():
-            raise ConfigError(f"target={one!r} is not of the form 'sm_86'")
-        found.append(f"sm_{digits}")
-    return tuple(dict.fromkeys(found))
-
-
-def _check_targets(api: Api, targets: tuple[str, ...]) -> None:
-    if api.capabilities:
-        if unknown := [one for one in targets if one not in api.capabilities]:
-            raise ConfigError(
-                f"{api.title} builds for {', '.join(api.capabilities)}, not for {', '.join(unknown)}. Engines for "
-                "Jetson "
-                "(sm_72, sm_87, sm_110) and for data centres are built on the device, by its own TensorRT; sm_86 is "
-                "the "
-                "nearest to try a model for Orin with"
-            )
-    elif targets and (here := _here(api)) != targets:
-        found = f"the GPU here is {here[0]}" if here else "no GPU was found here"
-        raise ConfigError(
-            f"{api.title} builds for the GPU at hand only, and target={list(targets)} was asked for; {found}. Build "
-            "there, "
-            "or with flavour='rtx' for GPUs that TensorRT-RTX supports"
-        )
-
-
-def _here(api: Api) -> tuple[str, ...]:
-    """The target of the GPU at hand, where the engine is for that one."""
-    if api.capabilities or not torch.cuda.is_available():
-        return ()
-    return ("sm_{}{}".format(*torch.cuda.get_device_capability()),)
-
-
-def _check_refit(api: Api) -> None:
-    has = api.flag("BuilderFlag", "REFIT_INDIVIDUAL") is not None
-    if not has or not hasattr(api.trt.INetworkDefinition, "mark_weights_refittable"):
-        raise ConfigError(
-            f"adapters='refit' needs TensorRT 10.2 or newer, which can make single weights refittable; {api.title} "
-            "can't, "
-            "and with all weights refittable an engine is slower and may be wrong. Use adapters='input': it swaps "
-            "without "
-            "refit on every version"
-        )
-
-
-def _network(api: Api, builder: Any, typing: Typing) -> Any:
-    names = ["EXPLICIT_BATCH"] + (["STRONGLY_TYPED"] if typing.strong else [])  # the first is gone in TensorRT 11
-    flags = [api.flag("NetworkDefinitionCreationFlag", name) for name in names]
-    return builder.create_network(sum(1 << int(flag) for flag in flags if flag is not None))
-
-
-def _parse(api: Api, parser: Any, model: Prepared, onnx: Path) -> None:
-    path = str(model.path)
-    if model.changed:
-        ir: Any = require("onnx_ir", "onnx", "read an ONNX model")
-        parsed = parser.parse(
-            ir.to_proto(model.model).SerializeToString(), path
-        )  # path: external weights are beside it
-    else:
-        parsed = parser.parse_from_file(path)
-    if not parsed:
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        raise engine_error(f"{onnx} can't be read", api, [_parser_text(error) for error in errors])
-
-
-def _parser_text(error: Any) -> str:
-    where = ""
-    if hasattr(error, "node_name"):  # not in 8.x
-        where = f"node {error.node_name() or error.node()} ({error.node_operator()}): "
-    elif error.node() >= 0:
-        where = f"node {error.node()}: "
-    return f"{where}{error.code().name}: {error.desc()}"
-
-
-def _check_inputs(network: Any, model: Prepared, onnx: Path) -> None:
-    """Whether the vectors arrived as inputs: where they did not, the engine would drop adapters in silence."""
-    names = {network.get_input(index).name for index in range(network.num_inputs)}
-    if model.mode == "input" and (missing := sorted(set(model.vectors) - names)):
-        raise ExportError(f"{onnx}: TensorRT did not take the vectors {shortened(missing)} as inputs")
-
-
-def _dims(model: onnx_ir.Model, network: Any) -> dict[str, Dims]:
-    """Of each input of the network; the names of dynamic dimensions are the ONNX model's."""
-    known = {value.name: value.shape for value in model.graph.inputs}
-    found: dict[str, Dims] = {}
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        sizes, named = list(tensor.shape), known.get(tensor.name)
-        names = ["?"] * len(sizes) if named is None else [getattr(size, "value", size) or "?" for size in named]
-        found[tensor.name] = tuple(
-            str(name) if size < 0 else int(size) for size, name in zip(sizes, names, strict=True)
-        )
-    return found
-
-
-def _add_profiles(builder: Any, config: Any, profiles: Sequence[Profile]) -> None:
-    for profile in profiles:
-        optimization_profile = builder.create_optimization_profile()
-        for name, (low, usual, high) in profile.items():
-            optimization_profile.set_shape(name, low, usual, high)
-        config.add_optimization_profile(optimization_profile)
-
-
-def _mark_refittable(api: Api, network: Any, config: Any, model: Prepared) -> None:
-    config.set_flag(api.flag("BuilderFlag", "REFIT_INDIVIDUAL"))
-    if refused := [name for name in model.vectors if not network.mark_weights_refittable(name)]:
-        raise ExportError(f"{api.title} can't make the vectors {shortened(refused)} refittable; use adapters='input'")
-
-
 def _tensors(count: int, get: Any) -> tuple[Tensor, ...]:
     return tuple(Tensor(one.name, one.dtype.name, tuple(one.shape)) for one in map(get, range(count)))
 
@@ -372,74 +270,3 @@ def _initial(model: Prepared, adapter: Any, onnx: Path) -> AdapterFile | None:
     config = file.config if file is not None else OneLoRAConfig(target_modules=list(model.vectors))
     tensors = {name: torch.from_numpy(vector.copy()) for name, vector in model.vectors.items()}
     return AdapterFile(config, tensors, {}, dict(model.metadata.fingerprints), f"from {onnx.name}")
-
-
-def _save_cache(config: Any, path: Path) -> None:
-    """Also after a build that failed: what was timed is timed."""
-    if (cache := config.get_timing_cache()) is not None:
-        with replacing(path) as beside, open(beside, "wb") as stream:
-            stream.write(cache.serialize())
-
-
-class _Options:
-    """Sets the options of a builder, and records what was set."""
-
-    def __init__(self, api: Api, builder: Any, config: Any) -> None:
-        self.api = api
-        self.builder = builder
-        self.config = config
-        self.recorded: dict[str, Any] = {}
-        self.notes: list[str] = []
-
-    def targets(self, targets: Sequence[str]) -> None:
-        if targets and self.api.capabilities:
-            self.config.num_compute_capabilities = len(targets)
-            for index, one in enumerate(targets):
-                capability = self.api.flag("ComputeCapability", one.replace("sm_", "SM"))
-                self.config.set_compute_capability(capability, index)
-
-    def workspace(self, limit: int | None) -> None:
-        if limit is None:
-            return
-        if limit <= 0:
-            raise ConfigError(f"workspace={limit} is not a number of bytes")
-        self.config.set_memory_pool_limit(self.api.trt.MemoryPoolType.WORKSPACE, limit)
-        self.recorded["workspace"] = limit
-
-    def optimization_level(self, level: int | None) -> None:
-        if level is None:
-            return
-        if not 0 <= level <= 5:
-            raise ConfigError(f"optimization_level={level} is not between 0 and 5")
-        if not hasattr(self.config, "builder_optimization_level"):
-            raise ConfigError(f"{self.api.title} has no optimization_level: it came with TensorRT 8.6")
-        self.config.builder_optimization_level = level
-        self.recorded["optimization_level"] = level
-
-    def dla(self, core: int | None) -> None:
-        if core is None:
-            return
-        count = self.builder.num_DLA_cores
-        if not 0 <= core < count:
-            found = f"this device has {count}" if count else "this device has none"
-            raise ConfigError(f"dla_core={core}: {found}. Deep learning accelerators are in Xavier and Orin modules")
-        self.config.default_device_type = self.api.trt.DeviceType.DLA
-        self.config.DLA_core = core
-        self.config.set_flag(self.api.trt.BuilderFlag.GPU_FALLBACK)
-        self.recorded["dla_core"] = core
-
-    def timing_cache(self, path: PathLike | None) -> Any:
-        """The cache in use, None without one."""
-        if path is None:
-            return None
-        if self.api.flavour == "rtx":  # has the calls, which do nothing
-            self.notes.append("TensorRT-RTX has no timing cache: timing_cache was ignored")
-            return None
-        data = Path(path).read_bytes() if Path(path).is_file() else b""
-        cache = self.config.create_timing_cache(data)
-        if cache is None or not self.config.set_timing_cache(cache, False):
-            self.notes.append(f"{path} is a timing cache of another device or version: a new one was begun")
-            cache = self.config.create_timing_cache(b"")
-            self.config.set_timing_cache(cache, False)
-        self.recorded["timing_cache"] = os.fspath(path)
-        return cache

@@ -14,10 +14,10 @@ from torch import nn
 import onelora_compile as onelora
 from onelora_compile.exporters import build_engine, export_onnx, fold_onnx
 from onelora_compile.exporters.engine_adapters import prepared
+from onelora_compile.exporters.engine_network import new_network, parse
 from onelora_compile.exporters.engine_precision import Typing
 from onelora_compile.exporters.manifest import Manifest
 from onelora_compile.exporters.plan_text import holds, kernels
-from onelora_compile.exporters.tensorrt import _network, _parse
 from onelora_compile.exporters.tensorrt_api import find_api
 from onelora_compile.testing import fill_vectors
 
@@ -89,7 +89,7 @@ def test_vectors_of_a_model_with_defaults_would_be_constants(tmp_path):
     """What build_engine is there to prevent: TensorRT itself takes inputs with a default for constants."""
     path, _ = engines.linear(tmp_path, "input")
     api = find_api("rtx")
-    network = _network(api, api.trt.Builder(api.logger), Typing(True, ()))
+    network = new_network(api, api.trt.Builder(api.logger), Typing(True, ()))
     assert api.trt.OnnxParser(network, api.logger).parse_from_file(str(path))
     assert [network.get_input(i).name for i in range(network.num_inputs)] == ["input"]
     report = build_engine(path, tmp_path / "m.engine", shapes={"batch": (1, 4, 8)}, **OPTIONS)
@@ -127,8 +127,8 @@ def test_every_vector_of_a_template_can_be_made_refittable(name, tmp_path):
     api = find_api("rtx")
     with prepared(path, "refit", None) as template:
         assert template.mode == "refit"
-        network = _network(api, api.trt.Builder(api.logger), Typing(True, ()))
-        _parse(api, api.trt.OnnxParser(network, api.logger), template, path)
+        network = new_network(api, api.trt.Builder(api.logger), Typing(True, ()))
+        parse(api, api.trt.OnnxParser(network, api.logger), template, path)
         assert set(template.vectors) <= set(onelora.vectors(model))
         assert len(template.vectors) == zoo.SITES[name]
         for vector in template.vectors:

@@ -123,6 +123,11 @@ def test_no_profile_in_nvidias_words(half):
     assert "Give shapes= for the dynamic inputs" in str(engine_error("m.onnx", api))
 
 
+def test_a_workspace_that_is_too_small(single, tmp_path):
+    match = r"no tactics to implement the operation within workspace limit.*Give a larger workspace="
+    refused(onelora.ExportError, match, single, tmp_path, workspace=1, **BATCH)
+
+
 def test_float32_for_turing(single, tmp_path):
     match = r"FP32 GEMM is not supported.* export the model with dtype=torch.float16"
     refused(onelora.ExportError, match, single, tmp_path, target="sm_75", **BATCH)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.exporters import EngineRunner, OnnxRunner, build_engine, engine_runner, refit_engine
+from onelora_compile.exporters import EngineRunner, OnnxRunner, build_engine, refit_engine
 from onelora_compile.exporters.device_memory import ALIGNMENT, CudaMemory, TorchMemory
-from onelora_compile.exporters.engine_runner import adapter_id, feed_of, offsets_of, vectors_to_feed
+from onelora_compile.exporters.engine_feed import DTYPES, adapter_id, feed_of, offsets_of, vectors_to_feed
 from onelora_compile.exporters.manifest import Manifest
 from onelora_compile.testing import fill_vectors
 
@@ -83,6 +83,13 @@ def test_start_vectors_that_were_not_copied(built, tmp_path):
         vectors_to_feed(manifest(built, "input"), tmp_path / "input.engine", None)
 
 
+def test_start_vectors_of_another_build(built, tmp_path):
+    found = manifest(built, "input")
+    (tmp_path / "input.engine.safetensors").write_bytes((built / "other.safetensors").read_bytes())
+    with pytest.raises(onelora.ExportError, match="does not hold the vectors that"):
+        vectors_to_feed(found, tmp_path / "input.engine", None)
+
+
 def test_ids_of_a_bank(built):
     engine, found = built / "bank.engine", manifest(built, "bank")
     assert [adapter_id(found, engine, one) for one in (None, "linear", "x/linear.safetensors", 0, -1)] == [
@@ -121,7 +128,7 @@ def test_inputs_that_do_not_fit(inputs, ids, error, match, built):
 def test_every_dtype_of_a_graph_has_a_torch_dtype():
     trt = pytest.importorskip("tensorrt_rtx_bindings")
     packed = {"FP8", "INT4", "FP4", "E8M0"}  # not of inputs and outputs that torch has
-    assert set(trt.DataType.__members__) - packed == set(engine_runner._DTYPES)
+    assert set(trt.DataType.__members__) - packed == set(DTYPES)
 
 
 def test_cuda_python_without_a_gpu():
