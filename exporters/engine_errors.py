@@ -15,8 +15,7 @@ from onelora_compile.exporters.tensorrt_api import Api
 _KNOWN: tuple[tuple[str, str], ...] = (
     (
         r"Target GPU SM \d+ is not supported|Compute capability is invalid",
-        "This release has no kernels for this GPU. JetPack 7.2 on Orin needs TensorRT 10.16 of JetPack, not the one "
-        "for "
+        "This release has no kernels for this GPU. JetPack 7.2 on Orin needs TensorRT 10.16 of JetPack, not the one for "
         "Arm servers",
     ),
     (
@@ -34,10 +33,13 @@ _KNOWN: tuple[tuple[str, str], ...] = (
         "desktop and add swap",
     ),
     (
+        r"no tactics to implement the operation within workspace limit",
+        "Give a larger workspace=",
+    ),
+    (
         r"Could not find any implementation",
-        "Mostly memory or refit: try a larger workspace=, static shapes, optimization_level=2, adapters='input' in "
-        "place "
-        "of 'refit'",
+        "Mostly memory or refit: try a larger workspace=, static shapes, optimization_level=2, adapters='input' in the "
+        "place of 'refit'",
     ),
     (
         r"no optimization profile has been defined",
@@ -46,14 +48,12 @@ _KNOWN: tuple[tuple[str, str], ...] = (
     (
         r"Plugin not found|No importer registered|[Uu]nsupported ONNX opset|UNSUPPORTED_NODE",
         "This TensorRT has no such operator: it may be of a newer opset than it reads. Export with a lower "
-        "opset_version= "
-        "(17 for TensorRT 8.6, 20 for 10.3)",
+        "opset_version= (17 for TensorRT 8.6, 20 for 10.3)",
     ),
     (
         r"must have (the )?same (input )?types?",
         "Engines are strongly typed, so the dtypes of an operator's inputs must agree in the ONNX: whatever cast the "
-        "model "
-        "left a mix; export it with dtype=torch.float16 instead",
+        "model left a mix; export it with dtype=torch.float16 instead",
     ),
     (
         r"importInitializers|external data|Failed to open file",
