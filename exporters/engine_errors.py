@@ -15,8 +15,8 @@ from onelora_compile.exporters.tensorrt_api import Api
 _KNOWN: tuple[tuple[str, str], ...] = (
     (
         r"Target GPU SM \d+ is not supported|Compute capability is invalid",
-        "This release has no kernels for this GPU. JetPack 7.2 on Orin needs TensorRT 10.16 of JetPack, not the one for "
-        "Arm servers",
+        "This release has no kernels for this GPU. JetPack 7.2 on Orin needs TensorRT 10.16 of JetPack, not the one "
+        "for Arm servers",
     ),
     (
         r"FP32 GEMM is not supported",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import BaseMismatchError, ConfigError, ExportError, OneLoRAError, require
 from onelora_compile.exporters.branch import Branches, into_zero_points
-from onelora_compile.exporters.load_onnx import load_model, read_tensor
+from onelora_compile.exporters.load_onnx import as_torch, load_model, read_tensor
 from onelora_compile.exporters.match_onnx import Matches, Place, match_weights
 from onelora_compile.exporters.metadata import Metadata, digest
 from onelora_compile.exporters.onnx_weights import Use, Weight, weights_of
@@ -120,7 +121,7 @@ def fold_onnx(
     model = load_model(base)
     external = any(_external(value) for value in model.graph.initializers.values())
     try:
-        with counting(f"fold {base.name}", progress) as count:
+        with counting(f"fold {base.name}", progress) as count, _one_thread():
             matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
             _check(matches, file, base, on_unmatched)
             folder = _Folder(model, file)
@@ -145,6 +146,17 @@ def fold_onnx(
         replaced=replaced,
         seconds=time.perf_counter() - start,
     )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The work is bound by memory and disk: on two busy cores, two threads took six times the processor time of one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _metadata(
@@ -227,15 +239,14 @@ class _Folder:
             value.const_value = tensor
 
     def _folded(self, weight: Weight, source: Any, placed: list[tuple[str, Place]], name: str) -> Any:
-        stored = _torch(read_tensor(source))
+        stored = as_torch(read_tensor(source))
         matrix = stored.reshape(weight.shape)
         for vector, place in placed:
             part = slice(place.start, place.start + place.rows)
             block = matrix[:, part] if place.transposed else matrix[part]
             values = self.file.vectors[vector].flatten() * place.factor
-            folded, loss = fold_weight(block, values, (0,) if place.transposed else (1,), measured=_MEASURED)
-            block.copy_(folded)
-            self.losses[vector] = loss
+            dims = (0,) if place.transposed else (1,)
+            _, self.losses[vector] = fold_weight(block, values, dims, measured=_MEASURED, out=block)
         return self.ir.Tensor(_numpy(stored), dtype=source.dtype, shape=source.shape, name=name)
 
     def _redirect(self, weight: Weight, uses: Sequence[Use], tensor: Any, name: str) -> None:
@@ -293,7 +304,7 @@ def _replace_saved(model: onnx_ir.Model, file: AdapterFile) -> list[str]:
         if held is None or tensor is None or tuple(tensor.shape) != tuple(value.shape):
             missing.append(name)
         else:
-            stored = value.to(_torch(np.zeros(0, dtype=tensor.dtype.numpy())).dtype)
+            stored = value.to(as_torch(np.zeros(0, dtype=tensor.dtype.numpy())).dtype)
             held.const_value = ir.Tensor(_numpy(stored.contiguous()), dtype=tensor.dtype, shape=tensor.shape, name=name)
     if missing:
         raise ExportError(
@@ -312,13 +323,6 @@ def _own(error: BaseException | None) -> OneLoRAError | None:
 
 def _external(value: onnx_ir.Value) -> bool:
     return hasattr(value.const_value, "location")
-
-
-def _torch(array: np.ndarray) -> torch.Tensor:
-    """A tensor of the array's memory; numpy itself has no bfloat16."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

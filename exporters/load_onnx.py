@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from onelora_compile.errors import ExportError, require
 
@@ -54,6 +55,13 @@ def read_tensor(tensor: Any) -> np.ndarray:
     with open(tensor.path, "rb") as file:
         file.seek(tensor.offset or 0)
         return np.fromfile(file, dtype, tensor.size).reshape(tuple(tensor.shape))
+
+
+def as_torch(array: np.ndarray) -> torch.Tensor:
+    """A tensor of the array's memory; numpy itself has no bfloat16."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _check(tensor: Any, path: Path) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
+import torch
 
+from onelora_compile.exporters.load_onnx import as_torch
 from onelora_compile.exporters.onnx_weights import Use, Weight
 from onelora_compile.fingerprint import TOLERANCE, Fingerprint, signs
 
@@ -137,7 +138,11 @@ def _places(weight: Weight, groups: Sequence[_Group]) -> Iterable[tuple[str, Pla
     """Each vector whose fingerprint fits the weight somewhere."""
     tolerance = TOLERANCE.get(weight.dtype, _QUANTIZED.get(weight.dtype, 0.25))
     numbers: np.ndarray | None = None
-    for transposed in (False, True):
+    square, found = weight.shape[0] == weight.shape[1], False
+    usual = any(use.op.op_type == "MatMul" and len(use.nodes) == 1 for use in weight.uses)
+    for transposed in (usual, not usual):
+        if square and found:
+            break  # it can't be its transpose too
         out, columns = weight.shape[::-1] if transposed else weight.shape
         fitting = [group for group in groups if group.shape[1] == columns and group.shape[0] <= out]
         if not fitting:
@@ -153,20 +158,21 @@ def _places(weight: Weight, groups: Sequence[_Group]) -> Iterable[tuple[str, Pla
             allowed = np.maximum(tolerance, group.tolerances)
             for index in np.flatnonzero(distances <= allowed):
                 exact = abs(factors[index] - 1) <= max(allowed[index], 1e-4)
-                factor = 1.0 if exact else float(factors[index])
+                factor, found = 1.0 if exact else float(factors[index]), True
                 yield group.names[index], Place(weight, transposed, int(starts[index]), group.shape[0], factor, ())
 
 
 def _projected(numbers: np.ndarray, transposed: bool) -> np.ndarray:
-    """W R [out_features, 4] of a weight, stored transposed or not, float64."""
-    dtype = np.float64 if numbers.dtype == np.float64 else np.float32
-    right: Any = signs(numbers.shape[0 if transposed else 1], 1).astype(dtype)
+    """W R [out_features, 4] of a weight, stored transposed or not, float64; float32 sums over chunks of rows."""
+    dtype = torch.float64 if numbers.dtype == np.float64 else torch.float32
+    right = torch.from_numpy(signs(numbers.shape[0 if transposed else 1], 1)).to(dtype)
     step = max(1, (1 << 22) // max(1, numbers.shape[1]))
     parts = []
     for begin in range(0, numbers.shape[0], step):
-        chunk = numbers[begin : begin + step].astype(dtype, copy=False)
+        chunk = as_torch(numbers[begin : begin + step]).to(dtype)
         parts.append((right[begin : begin + step].T @ chunk).T if transposed else chunk @ right)
-    return sum(part.astype(np.float64) for part in parts) if transposed else np.concatenate(parts).astype(np.float64)
+    found = torch.stack(parts).double().sum(0) if transposed else torch.cat(parts).double()
+    return np.ascontiguousarray(found.numpy())
 
 
 def _best(projected: np.ndarray, known: _Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -138,7 +138,10 @@ class Lowering:
         assert node.graph is not None
         self.typed(value, old).shape = old.shape
         if old.is_graph_output():
-            value.name, old.name = old.name, f"{old.name}_replaced"
+            # The base's output is what the update is added to; without one it is called as the operator's was.
+            base = node.inputs[0] if node.op_type == "AddRank1" else None
+            own = base if base is not None and base.producer() is not None and not base.is_graph_output() else old
+            value.name, own.name = own.name, f"{own.name}_replaced"
         old.replace_all_uses_with(value, replace_graph_outputs=True)
         node.graph.remove(node, safe=True)
 

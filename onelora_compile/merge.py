@@ -105,6 +105,7 @@ def fold_weight(
     dims: Sequence[int] = (1,),
     stored_dtype: torch.dtype | None = None,
     measured: int = _MEASURED,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, FoldLoss]:
     """W + b 1ᵀ with one rounding, and what it lost.
 
@@ -112,6 +113,7 @@ def fold_weight(
     [out_features] by default; the result is a new tensor like weight.
     Dtype: float32 arithmetic (float64 for a float64 weight or vector), stored in `stored_dtype`, the weight's by
     default.  The loss is measured on `measured` entries, in evenly spaced rows.
+    `out` takes the result in the place of a new tensor, and may be the weight itself.
     Raises: MergeError where the weight is not floating point, or the result overflows its dtype.
     Source: arXiv 2503.08333, section 3.2, merging.
     """
@@ -125,15 +127,25 @@ def fold_weight(
     for dim in sorted(dims):
         update = update.unsqueeze(dim)
     update = update.expand(weight.shape)
-    stored = (weight.to(dtype) + update).to(stored_dtype or weight.dtype)
-    if not torch.isfinite(stored).all() and torch.isfinite(weight).all():
-        raise MergeError(f"W + b 1ᵀ does not fit {stored.dtype}: convert the model to bfloat16 or float32 first")
     rows = slice(None, None, max(1, -(-weight.numel() // measured)))
-    return stored, _loss(weight[rows], stored[rows], update[rows])
+    before, was_finite = weight[rows].double(), _finite(weight)
+    if out is not None and out.dtype == dtype == weight.dtype:
+        stored = torch.add(weight, update, out=out)
+    else:
+        stored = (weight.to(dtype) + update).to(stored_dtype or weight.dtype)
+        stored = stored if out is None else out.copy_(stored)
+    if was_finite and not _finite(stored):
+        raise MergeError(f"W + b 1ᵀ does not fit {stored.dtype}: convert the model to bfloat16 or float32 first")
+    return stored, _loss(before, stored[rows], update[rows])
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite: their sum tells in one pass, but for one that overflows by itself."""
+    return bool(tensor.sum(dtype=accumulation_dtype(tensor.dtype)).isfinite() or tensor.isfinite().all())
 
 
 def _loss(weight: Tensor, stored: Tensor, update: Tensor) -> FoldLoss:
-    exact = weight.double() + update.double()
+    exact = weight + update.double()
     asked = update != 0
     moved, still = asked.sum().item(), (asked & (stored == weight.to(stored.dtype))).sum().item()
     size = update.double().norm().item()  # Frobenius norm of b 1ᵀ

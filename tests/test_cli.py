@@ -9,6 +9,7 @@ import zoo
 from typer.testing import CliRunner
 
 import onelora_compile as onelora
+from onelora_compile.checkpoint import read_adapter
 from onelora_compile.cli import app
 from onelora_compile.testing import fill_vectors
 
@@ -25,6 +26,15 @@ def onelora_command(*args, cwd=None):
 
 def run(*args):
     return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
+
+
+def run_in(folder, *args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delitem(sys.modules, "mymodels", raising=False)
+        result = run(*args)
+        patch.delitem(sys.modules, "mymodels", raising=False)
+    return result
 
 
 @pytest.fixture
@@ -46,7 +56,7 @@ def project(tmp_path):
 
 def test_help_names_every_command():
     text = run("--help").output
-    for command in ("demo", "inspect", "export", "engine", "refit", "doctor"):
+    for command in ("demo", "inspect", "export", "fold", "convert", "verify", "engine", "refit", "doctor"):
         assert command in text
     assert run().exit_code in (0, 2)
     assert run("--version").output.strip() == onelora.__version__
@@ -71,8 +81,53 @@ def test_export_and_inspect_the_model(project):
     assert done.returncode == 0, done.stderr
     assert "passed" in done.stdout
     result = run("inspect", project / "m.onnx")
-    for part in ("ONNX model", "mode 'fold', 2 vectors", "opset", "input: FLOAT [2,4]"):
+    parts = ("ONNX model", "mode 'fold', 2 vectors", "opset", "input: FLOAT [2,4]", "base weights", "[3, 4]", "float32")
+    for part in parts:
         assert part in result.output
+
+
+def test_fold_a_base_and_verify_it_against_eager_and_another_file(project):
+    assert run_in(project, "export", "mymodels:make", "-o", "base.onnx").exit_code == 0
+    done = run_in(project, "fold", "base.onnx", "a.safetensors", "-o", "folded.onnx")
+    assert done.exit_code == 0, done.output
+    assert "folded 2 vectors into folded.onnx" in done.output
+    result = run_in(project, "inspect", "folded.onnx")
+    for part in ("mode 'fold', 2 vectors", "a", "from base.onnx by pytorch"):
+        assert part in result.output
+    assert run_in(project, "verify", "folded.onnx", "mymodels:make", "--adapter", "a.safetensors").exit_code == 0
+    failed = run_in(project, "verify", "folded.onnx", "base.onnx")
+    assert failed.exit_code == 1
+    assert "FAILED" in failed.output
+    assert run_in(project, "fold", "base.onnx", "a.safetensors", "-o", "base.onnx").exit_code == 0  # in place
+    assert run_in(project, "verify", "folded.onnx", "base.onnx").exit_code == 0
+
+
+@pytest.mark.parametrize("mode", ["load", "input", "bank"])
+def test_export_in_each_mode_convert_and_verify(project, mode):
+    chosen = ("--bank", "a.safetensors") if mode == "bank" else ("--adapter", "a.safetensors")
+    done = run_in(project, "export", "mymodels:make", "-o", "m.onnx", "--adapters", mode, *chosen)
+    assert done.exit_code == 0, done.output
+    shown = run_in(project, "inspect", "m.onnx").output
+    for part in (f"mode '{mode}', 2 vectors", "[3, 4]", *(["0 a"] if mode == "bank" else [])):
+        assert part in shown
+    assert "FLOAT [3]" not in shown  # inputs are those that a call must give
+    assert run_in(project, "verify", "m.onnx", "mymodels:make", "--adapter", "a.safetensors").exit_code == 0
+    if mode == "bank":
+        return
+    for name in ("b.onnx_adapter", "b.vectors"):
+        done = run_in(project, "convert", "a.safetensors", "-o", name, "--like", "m.onnx")
+        assert done.exit_code == 0, done.output
+        assert run_in(project, "convert", name, "-o", "back.safetensors", "--like", "m.onnx").exit_code == 0
+        old, new = (read_adapter(project / one).vectors for one in ("a.safetensors", "back.safetensors"))
+        assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_half_precision_export(project):
+    assert (
+        run_in(project, "export", "mymodels:make", "-o", "h.onnx", "--adapter", "a.safetensors", "--half").exit_code
+        == 0
+    )
+    assert "FLOAT16" in run_in(project, "inspect", "h.onnx").output
 
 
 @pytest.mark.parametrize(
@@ -86,6 +141,14 @@ def test_export_and_inspect_the_model(project):
         (("export", "mymodels:wrong", "-o", "m.onnx"), "must return (model, args)"),
         (("export", "mymodels:make", "-o", "no/m.onnx"), "does not exist"),
         (("export", "mymodels:make", "-o", "m.onnx", "--adapter", "b"), "there is no adapter file b"),
+        (("export", "mymodels:make", "-o", "m.onnx", "--adapters", "bank"), "adapters='bank' needs bank=[files]"),
+        (("export", "mymodels:make", "-o", "m.onnx", "--adapters", "load"), "needs an adapted model"),
+        (("fold", "a.safetensors", "a.safetensors", "-o", "m.onnx"), "not an ONNX model"),
+        (("fold", "no.onnx", "a.safetensors", "-o", "m.onnx"), "there is no file no.onnx"),
+        (("convert", "a.safetensors", "-o", "m.onnx"), "the ending names the format"),
+        (("convert", "a.safetensors", "-o", "a.vectors"), "give the ONNX model"),
+        (("verify", "m.onnx", "mymodels:make"), "m.onnx"),
+        (("verify", "a.onnx", "b.onnx", "--size", "batch"), "--size takes a name and a number"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_one(project, args, message):

@@ -358,6 +358,19 @@ def test_weights_that_are_read_directly(tmp_path):
         export_onnx(model, (x,), tmp_path / "m.onnx", adapters="bank", bank=[tmp_path / "a.safetensors"])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_and_inputs_are_called_as_those_of_the_base(mode, tmp_path):
+    base, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(2, 6)
+    export_onnx(base, (x,), tmp_path / "base.onnx")
+    model = fill_vectors(onelora.adapt(base), 0.1)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    bank = [tmp_path / "a.safetensors"] if mode == "bank" else ()
+    export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode, bank=bank)
+    plain, adapted = OnnxRunner(tmp_path / "base.onnx"), OnnxRunner(tmp_path / "m.onnx")
+    assert adapted.output_names == plain.output_names
+    assert adapted.input_names == plain.input_names
+
+
 def test_metadata_tells_where_a_model_comes_from(tmp_path):
     case = Case("bert", tmp_path)
     export_onnx(Main(case.base), (), tmp_path / "base.onnx", case.inputs)
