@@ -1,13 +1,30 @@
 """EngineRunner: what needs no GPU here; engines themselves where there is one."""
 
+import dataclasses
+import hashlib
+import json
+import shutil
+import types
+
 import engines
 import numpy as np
+import onnx_ir
+import ort_engine
 import pytest
+import tensorrt_bindings
 import torch
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.exporters import EngineRunner, OnnxRunner, build_engine, refit_engine
+from onelora_compile.exporters import (
+    EngineRunner,
+    OnnxRunner,
+    build_engine,
+    engine_runner,
+    refit,
+    refit_engine,
+    tensorrt_api,
+)
 from onelora_compile.exporters.device_memory import ALIGNMENT, CudaMemory, TorchMemory
 from onelora_compile.exporters.engine_feed import DTYPES, adapter_id, feed_of, offsets_of, vectors_to_feed
 from onelora_compile.exporters.manifest import Manifest
@@ -136,6 +153,180 @@ def test_cuda_python_without_a_gpu():
         pytest.skip("there is a GPU")
     with pytest.raises((ImportError, onelora.ExportError)):
         CudaMemory()
+
+
+# ONNX Runtime in the place of the engine: what is fed, where it lies and what is read, on the CPU.
+
+
+@pytest.fixture
+def stand_in(built, tmp_path, monkeypatch):
+    """Runners and refits of the engines in a folder run their ONNX models."""
+
+    class Memory(TorchMemory):
+        def target(self):
+            return "sm_86"
+
+    for file in built.iterdir():
+        shutil.copy(file, tmp_path)
+    engine = tmp_path / "input.engine"
+    raw = json.loads((tmp_path / "input.engine.json").read_text())
+    vectors = [one for one in raw["inputs"] if one["name"] in raw["vectors"]]
+    start = onelora.read_adapter(tmp_path / "input.engine.safetensors").vectors
+    plan = b"".join(value.numpy().tobytes() for _, value in sorted(start.items()))
+    raw |= {"mode": "refit", "inputs": [one for one in raw["inputs"] if one not in vectors]}
+    raw |= {"initial": "refit.engine.safetensors", "engine_sha256": hashlib.sha256(plan).hexdigest()}
+    (tmp_path / "refit.engine.json").write_text(json.dumps(raw))
+    (tmp_path / "refit.engine").write_bytes(plan)
+    shutil.copy(tmp_path / "input.engine.safetensors", tmp_path / "refit.engine.safetensors")
+
+    def load(path):
+        found = Manifest.read(path)
+        weights = {}
+        if found.mode == "refit":
+            numbers = np.frombuffer(path.read_bytes(), np.float32)
+            weights = dict(zip(sorted(found.vectors), np.split(numbers, len(found.vectors)), strict=True))
+        return ort_engine.Engine(path.parent / found.onnx, found, weights)
+
+    api = dataclasses.replace(tensorrt_api.find_api("rtx"))
+    monkeypatch.setattr(engine_runner, "device_memory", lambda which: Memory(torch.device("cpu")))
+    monkeypatch.setattr(engine_runner, "load_engine", lambda api, path, found: load(path))
+    monkeypatch.setattr(refit, "load_engine", lambda api, path, found: load(path))
+    trt = types.SimpleNamespace(__version__=api.version, Refitter=ort_engine.Refitter, Weights=lambda value: value)
+    changed = dataclasses.replace(api, trt=trt)
+    monkeypatch.setattr(engine_runner, "find_api", lambda flavour: changed)
+    monkeypatch.setattr(refit, "find_api", lambda flavour: changed)
+    monkeypatch.setattr(ort_engine.Refitter, "merged", {})
+    assert engine.is_file()
+    return tmp_path
+
+
+def test_the_stand_in_has_real_names_only():
+    record = json.loads(tensorrt_bindings.RECORD.read_text())
+    for ours, theirs in ((ort_engine.Engine, "ICudaEngine"), (ort_engine.Context, "IExecutionContext")):
+        own = {name for name in vars(ours) if not name.startswith("_")}
+        assert all(own <= set(version[theirs]) for version in record.values())
+    own = {name for name in vars(ort_engine.Refitter) if not name.startswith("_")} - {"merged"}
+    assert all(own <= set(version["Refitter"]) for version in record.values())
+
+
+@pytest.mark.parametrize("mode", ["fold", "input", "bank", "refit"])
+def test_a_runner_feeds_and_reads(mode, stand_in):
+    reference = OnnxRunner(stand_in / f"linear-{'input' if mode == 'refit' else mode}.onnx")
+    runner = EngineRunner(stand_in / f"{mode}.engine")
+    assert runner.input_names == ["input"]
+    for batch in (4, 1, 8, 8, 3):
+        x = np.random.default_rng(batch).normal(size=(batch, 64)).astype(np.float16)
+        (got,), (expected,) = runner.run([x]), reference.run([x])
+        assert got.dtype == np.float16
+        assert np.array_equal(got, expected)
+        (tensor,) = runner.run({"input": torch.from_numpy(x)})
+        assert torch.equal(tensor, torch.from_numpy(expected))
+    with pytest.raises(onelora.ExportError, match=r"'input' of \[9, 64\] is not in its profile"):
+        runner.run([np.zeros((9, 64), np.float16)])
+
+
+@pytest.mark.parametrize("mode", ["input", "refit"])
+def test_a_runner_swaps(mode, stand_in):
+    reference = OnnxRunner(stand_in / "linear-input.onnx")
+    runner = EngineRunner(stand_in / f"{mode}.engine")
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float16)
+    before, seen = None, []
+    for adapter in (None, stand_in / "other.safetensors", None, stand_in / "other.safetensors"):
+        runner.use(adapter)
+        reference.use(adapter)
+        (got,), (expected,) = runner.run([x]), reference.run([x])
+        assert np.array_equal(got, expected)
+        addresses = dict(runner._context.addresses)
+        assert before in (None, addresses)  # what a CUDA graph has captured stays where it is
+        before = addresses
+        seen.append(got)
+    assert not np.array_equal(seen[0], seen[1])
+    assert np.array_equal(seen[0], seen[2])
+    # What a graph replays: the same launch, the new vectors.
+    runner.use(None)
+    runner.launch()
+    raw = runner._memory.download(runner._buffers[runner.output_names[0]][1], seen[0].nbytes)
+    assert np.array_equal(raw.view(torch.float16).reshape(seen[0].shape).numpy(), seen[0])
+
+
+def test_contexts_with_adapters_of_their_own(stand_in):
+    runner = EngineRunner(stand_in / "input.engine")
+    second = runner.with_adapter(stand_in / "other.safetensors")
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float16)
+    first = runner.run([x])[0]
+    assert not np.array_equal(second.run([x])[0], first)
+    assert np.array_equal(runner.run([x])[0], first)
+    assert second.engine is runner.engine
+    assert not set(runner._context.addresses.values()) & set(second._context.addresses.values())
+
+    bank = EngineRunner(stand_in / "bank.engine", "linear")
+    base = bank.with_adapter(None)
+    rows = bank.run([x], adapter_ids=[0, -1, -1, 0])[0]
+    assert np.array_equal(rows[[0, 3]], bank.run([x])[0][[0, 3]])
+    assert np.array_equal(rows[[1, 2]], base.run([x])[0][[1, 2]])
+
+    refitted = EngineRunner(stand_in / "refit.engine")
+    other = refitted.with_adapter(None)
+    with pytest.raises(onelora.StateError, match=r"2 runners share .* use one runner, or an engine of mode 'input'"):
+        refitted.use(stand_in / "other.safetensors")
+    with pytest.raises(onelora.StateError, match="one adapter for all its contexts"):
+        refitted.with_adapter(stand_in / "other.safetensors")
+    del other
+    refitted.use(stand_in / "other.safetensors")
+    with pytest.raises(onelora.StateError, match="are in its weights"):
+        EngineRunner(stand_in / "fold.engine").use(stand_in / "other.safetensors")
+    with pytest.raises(onelora.StateError, match="is no bank"):
+        runner.use(0)
+
+
+def test_an_engine_for_another_gpu(stand_in, monkeypatch):
+    memory = TorchMemory(torch.device("cpu"))
+    monkeypatch.setattr(memory, "target", lambda: "sm_120")
+    monkeypatch.setattr(engine_runner, "device_memory", lambda which: memory)
+    with pytest.raises(onelora.StateError, match="it was built for sm_86, this GPU is sm_120"):
+        EngineRunner(stand_in / "fold.engine")
+
+
+@pytest.mark.parametrize("out", [None, "new.engine"])
+def test_a_refitted_file(out, stand_in):
+    source = stand_in / "refit.engine"
+    target = stand_in / out if out else source
+    before = source.read_bytes()
+    report = refit_engine(source, stand_in / "other.safetensors", None if out is None else target)
+    assert (report.vectors, report.bytes, report.base_weights) == (1, 192, [])
+    assert "vectors set" in str(report)
+    assert (source.read_bytes() == before) == (out is not None)
+    found = Manifest.read(target)
+    found.check_file(target)
+    assert found.adapter == "other"
+    vector = onelora.read_adapter(stand_in / "other.safetensors").vectors["0"]
+    assert target.read_bytes() == vector.numpy().tobytes()  # absolute values
+    assert torch.equal(found.initial_adapter(target).vectors["0"], vector)
+    reference = OnnxRunner(stand_in / "linear-input.onnx", stand_in / "other.safetensors")
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float16)
+    assert np.array_equal(EngineRunner(target).run([x])[0], reference.run([x])[0])
+
+
+def test_weights_that_were_merged_with_a_vector(stand_in, monkeypatch):
+    """TensorRT may ask for weights that it merged with ours: they get the base's values, or it is an error."""
+    model = onnx_ir.load(stand_in / "linear-input.onnx")
+    other = next(name for name, value in model.graph.initializers.items() if value.dtype == onnx_ir.DataType.FLOAT16)
+    monkeypatch.setattr(ort_engine.Refitter, "merged", {"0": other})
+    before = (stand_in / "refit.engine").read_bytes()
+    with pytest.raises(onelora.ExportError, match=rf"merged vectors with other weights, {other}, .* give onnx="):
+        refit_engine(stand_in / "refit.engine", stand_in / "other.safetensors")
+    with pytest.raises(onelora.ExportError, match="is not the model that"):
+        refit_engine(stand_in / "refit.engine", stand_in / "other.safetensors", onnx=stand_in / "linear-fold.onnx")
+    monkeypatch.setattr(ort_engine.Refitter, "merged", {"0": "unknown"})
+    with pytest.raises(onelora.ExportError, match="has no weights unknown"):
+        refit_engine(stand_in / "refit.engine", stand_in / "other.safetensors", onnx=stand_in / "linear-input.onnx")
+    assert (stand_in / "refit.engine").read_bytes() == before
+    monkeypatch.setattr(ort_engine.Refitter, "merged", {"0": other})
+    report = refit_engine(
+        stand_in / "refit.engine", stand_in / "other.safetensors", onnx=stand_in / "linear-input.onnx"
+    )
+    assert report.base_weights == [other]
+    assert "set to the base's values" in str(report)
 
 
 # With a GPU: engines against ONNX Runtime on the CPU.
