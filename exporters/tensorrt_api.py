@@ -18,6 +18,7 @@ from onelora_compile.errors import ConfigError, MissingExtraError
 
 FLAVOURS = {"tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 TITLES = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
+_HARMLESS = ("has Int64 binding",)  # said of every input of token ids
 _KEPT = 2000  # messages; a large build writes hundreds of thousands
 
 
@@ -46,8 +47,9 @@ class Messages:
 
     @property
     def warnings(self) -> list[str]:
-        """The texts of warnings, in order."""
-        return [text for severity, text in self._important if severity == "WARNING"]
+        """The texts of warnings that a user can do something about, in order."""
+        said = [text for severity, text in self._important if severity == "WARNING"]
+        return [text for text in said if not any(one in text for one in _HARMLESS)]
 
     def __contains__(self, part: str) -> bool:
         return any(part in text for text in self._last) or any(part in text for _, text in self._important)

@@ -269,7 +269,7 @@ def test_a_failed_build_leaves_the_old_engine(half, tmp_path):
 def test_no_tensorrt_at_all(half, tmp_path, monkeypatch):
     import sys
 
-    tensorrt_api._api.cache_clear()
+    monkeypatch.setattr(tensorrt_api, "_api", tensorrt_api._api.__wrapped__)
     for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(onelora.MissingExtraError, match=r"pip install 'onelora-compile\[tensorrt-rtx\]'"):
