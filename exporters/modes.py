@@ -36,7 +36,7 @@ def place_vectors(
     Args:
         model: holds `onelora::` operators; standard ones only afterwards.
         mode: where the vectors are.
-        vectors: float32 values of the modes "load" and "input".
+        vectors: float32 values of the modes "load" and "input"; for "bank" their shapes count.
         bank: for mode "bank": the vectors of each adapter.
         part: of the exported model, which the names of vectors are relative to.
 
@@ -53,7 +53,7 @@ def place_vectors(
             node.attributes.add(lowering.ir.AttrString("name", _name(node).removeprefix(f"{part}.")))
     names = list(dict.fromkeys(_name(node) for node in marks))
     if mode == "bank":
-        _Bank(lowering, bank).place(marks)
+        _Bank(lowering, vectors, bank).place(marks)
     else:
         for name in names:
             _rename(model.graph, name)
@@ -85,10 +85,11 @@ def _rename(graph: onnx_ir.Graph, name: str) -> None:
 class _Bank:
     """The tables of a bank: one for each update, since what an update reads may be a part of a vector."""
 
-    def __init__(self, lowering: Lowering, bank: Sequence[Vectors]) -> None:
+    def __init__(self, lowering: Lowering, known: Vectors, bank: Sequence[Vectors]) -> None:
         self.lowering = lowering
         self.ir = lowering.ir
         self.graph = lowering.graph
+        self.known = known
         self.bank = bank
         self.gathered: dict[onnx_ir.Value, onnx_ir.Value] = {}
 
@@ -146,12 +147,8 @@ class _Bank:
     def _table(self, vector: onnx_ir.Value, name: str) -> onnx_ir.Value:
         """[adapters + 1, *vector] of what an update reads, the last row zero."""
         inside = [node for node in _ancestors(vector) if node.outputs[0] not in self.vectors]
-        known = next(iter(self.bank))
-        rows = []
-        for values in self.bank:
-            whole = values.get(name)
-            rows.append(self._part(vector, inside, whole if whole is not None else np.zeros_like(known[name])))
-        rows.append(np.zeros_like(rows[0]))
+        zeros = np.zeros_like(self.known[name])  # of an adapter that leaves this linear out, and of the base
+        rows = [self._part(vector, inside, values.get(name, zeros)) for values in (*self.bank, {})]
         own, taken = name, self.graph.initializers
         while own in taken:
             own += "_"

@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from onelora_compile.adapter import adapted_part, adapted_weights, unwrap, vectors
-from onelora_compile.checkpoint import AdapterFile, check_base, read_adapter
+from onelora_compile.adapter import adapted_part, adapted_weights, undo_adapt, unwrap, vectors
+from onelora_compile.checkpoint import AdapterFile, check_base, load_adapter, read_adapter
 from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, OneLoRAError, StateError, require
 from onelora_compile.exporters.freeze import Place, freeze
 from onelora_compile.exporters.metadata import Metadata, digest
@@ -127,7 +127,7 @@ def export_onnx(
         dynamic_shapes: as in `torch.export.export`; a dimension may be a name: `{"x": {0: "batch"}}`.
         opset_version: None is the exporter's recommended one.
         dtype: convert to float16 or bfloat16 on the way; folded weights are rounded once. Inputs are of that dtype too.
-        bank: adapter files, for "bank"; the id of each is its place.
+        bank: adapter files, for "bank"; the id of each is its place. The model may be adapted or not.
         verify: run the file on the example inputs, compare with eager, and fail beyond the dtype's tolerance; vectors
             that can be swapped are compared with other values too.
         external_data: keep the weights in `<path>.data`; None does so from 1.9 GB on.
@@ -153,9 +153,9 @@ def export_onnx(
     if verify:
         require("onnxruntime", "onnx", "verify the export (or pass verify=False)")
     root, path, start = unwrap(model), Path(path), time.perf_counter()
-    if adapters != "fold" and not adapted_weights(root):
+    if adapters != "fold" and not bank and not adapted_weights(root):
         raise StateError(f"adapters={adapters!r} needs an adapted model: call adapt or load_adapter before")
-    with steps(f"export {path.name}", 4, progress) as step:
+    with steps(f"export {path.name}", 4, progress) as step, _carrying(root, bank):
         step("read the base")
         # By the names that the adapter file has, also where the adapted model is exported inside a wrapper.
         part, adapted = adapted_part(root)
@@ -203,6 +203,19 @@ def export_onnx(
         parity=parity[0] if parity else None,
         seconds=time.perf_counter() - start,
     )
+
+
+@contextlib.contextmanager
+def _carrying(root: nn.Module, bank: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
+    """A model that nobody adapted carries the adapter of a bank with most vectors while it is exported."""
+    if not bank or adapted_weights(root):
+        yield
+        return
+    load_adapter(root, max(bank, key=lambda path: len(read_adapter(path).vectors)))
+    try:
+        yield
+    finally:
+        undo_adapt(root)
 
 
 def _read_bank(root: nn.Module, files: Sequence[str | os.PathLike[str]]) -> dict[str, Vectors]:

@@ -137,8 +137,8 @@ def release(root: nn.Module, state: AdapterState) -> None:
 
 
 def undo_adapt(root: nn.Module) -> None:
-    """As if `adapt` had not been called; for vectors that are still zeros."""
-    release(root, state_of(root, "undo"))
+    """As if `adapt` had not been called: `detach`, and the next compiled call adapts the model again."""
+    detach(root)
     delattr(root, _STATE)
 
 

@@ -343,6 +343,30 @@ def test_a_bank_refuses_what_it_can_not_choose_by_row(tmp_path):
     assert not (tmp_path / "m.onnx").exists()
 
 
+def test_a_bank_of_a_model_that_is_not_adapted_and_of_adapters_of_different_layers(tmp_path):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(4, 6)
+    expected, files = [base(x)], []
+    for seed, targets in enumerate((["2"], ["0", "2"], ["0"])):
+        config = onelora.OneLoRAConfig(target_modules=targets)
+        model = fill_vectors(onelora.adapt(copy.deepcopy(base), config), 0.5, seed=seed)
+        files.append(tmp_path / f"{seed}.safetensors")
+        onelora.save_adapter(model, files[-1])
+        expected.append(model(x))
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in base.parameters()]
+    report = export_onnx(base, (x,), tmp_path / "m.onnx", adapters="bank", bank=files)
+    assert report.vectors == 2
+    assert {name: value.tolist() for name, value in base.state_dict().items()} == {
+        k: v.tolist() for k, v in before.items()
+    }
+    assert [parameter.requires_grad for parameter in base.parameters()] == flags
+    assert onelora.vectors(base) == {}
+    outputs = OnnxRunner(tmp_path / "m.onnx").run([x.numpy()], adapter_ids=[-1, 0, 1, 2])[0]
+    for row, one in enumerate(expected):
+        np.testing.assert_allclose(outputs[row], one[row].detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
 def test_weights_that_are_read_directly(tmp_path):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(24, 2, 48, dropout=0.0, batch_first=True)
