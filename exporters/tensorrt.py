@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import save_file
 
@@ -87,9 +88,9 @@ class EngineReport(Printable):
         if one.flags:
             table.add_row("options", ", ".join(f"{name} {value}" for name, value in one.flags.items()))
         for note in self.notes:
-            table.add_row("note", note)
+            table.add_row("note", escape(note))
         if self.warnings:
-            table.add_row("NVIDIA warns", shortened(self.warnings, 3))
+            table.add_row("NVIDIA warns", escape(shortened(self.warnings, 3)))
         table.add_row("time", f"read {self.parse_seconds:.1f} s, build {self.build_seconds:.1f} s")
         return table
 

@@ -1,5 +1,6 @@
 """build_engine with NVIDIA's real parser and builder, on a machine without a GPU."""
 
+import dataclasses
 import json
 
 import engines
@@ -231,6 +232,14 @@ def test_manifest_report_and_reproducible_bytes(tmp_path):
     build_engine(path, tmp_path / "n.engine", **OPTIONS, shapes={"batch": (1, 2, 4)})
     build_engine(path, tmp_path / "m.engine", **OPTIONS, shapes={"batch": (1, 2, 4)})
     assert (tmp_path / "m.engine").read_bytes() == (tmp_path / "n.engine").read_bytes() != before
+
+
+def test_a_report_shows_what_nvidia_warns_of(tmp_path):
+    path, _ = engines.linear(tmp_path)
+    report = build_engine(path, tmp_path / "m.engine", shapes={"batch": (1, 2, 4)}, **OPTIONS)
+    said = dataclasses.replace(report, warnings=["[runtime.cpp::read::1] [/odd] text"], notes=["[x] y"])
+    assert "[runtime.cpp::read::1] [/odd] text" in str(said)
+    assert "[x] y" in str(said)
 
 
 def test_external_weights_of_a_changed_model(tmp_path):
