@@ -3,6 +3,7 @@
 from onelora_compile.exporters.convert import convert_adapter
 from onelora_compile.exporters.engine_runner import EngineRunner
 from onelora_compile.exporters.fold_onnx import FoldReport, fold_onnx
+from onelora_compile.exporters.jetson import BundleReport, bundle
 from onelora_compile.exporters.onnx import ExportReport, export_onnx
 from onelora_compile.exporters.refit import RefitReport, refit_engine
 from onelora_compile.exporters.runner import OnnxRunner
@@ -10,6 +11,7 @@ from onelora_compile.exporters.tensorrt import EngineReport, build_engine
 from onelora_compile.exporters.verify import Parity, Verification, verify
 
 __all__ = [
+    "BundleReport",
     "EngineReport",
     "EngineRunner",
     "ExportReport",
@@ -19,6 +21,7 @@ __all__ = [
     "RefitReport",
     "Verification",
     "build_engine",
+    "bundle",
     "convert_adapter",
     "export_onnx",
     "fold_onnx",

@@ -102,6 +102,40 @@ def fold(
 
 
 @app.command()
+def bundle(
+    model: Annotated[Path, typer.Argument(help="The ONNX model, of any mode.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    jetpack: Annotated[str, typer.Option(help="Of the device: 5.1, 6.0, 6.1, 6.2, 7.0, 7.1 or 7.2.")] = "6.2",
+    adapter: Annotated[list[Path] | None, typer.Option(help="An adapter to pack; give it once for each.")] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option(help="Range of a dynamic input: x=1x3:4x3:8x3 (smallest, best, largest).")
+    ] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Arrays for the self-test, a .npz; random ones without.")] = None,
+    swap: Annotated[str, typer.Option(help="auto, or refit: vectors of mode input become refittable.")] = "auto",
+    weak_fp16: Annotated[bool, typer.Option("--weak-fp16", help="Let TensorRT choose float16 by layer.")] = False,
+    workspace_mib: Annotated[int, typer.Option(help="Memory for one kernel while building on the device.")] = 512,
+    selftest: Annotated[bool, typer.Option(help="Store reference tensors and check the bundle.")] = True,
+) -> None:
+    """Write a folder that builds, tests, runs and updates a model on an NVIDIA Jetson, with what JetPack ships."""
+    from onelora_compile.exporters import bundle as write_bundle
+    from onelora_compile.exporters.profiles import parse_shapes
+
+    report = write_bundle(
+        model,
+        output,
+        jetpack=jetpack,
+        adapters=adapter or (),
+        shapes=parse_shapes(shapes or ()),
+        inputs=_load_arrays(inputs),
+        swap=swap,
+        weak_fp16=weak_fp16,
+        workspace_mib=workspace_mib,
+        selftest=selftest,
+    )
+    Console().print(report)
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="An adapter: .safetensors, .onnx_adapter or .vectors.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; its ending names the format.")],
@@ -210,6 +244,18 @@ def doctor() -> None:
     from onelora_compile.inspection import doctor_table
 
     Console().print(doctor_table())
+
+
+def _load_arrays(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, AttributeError, EOFError) as error:
+        raise ConfigError(f"{path} is not a .npz file of arrays: {error}") from None
 
 
 def _load_target(target: str) -> tuple[Any, Any, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,37 @@ def check_writable(path: Path) -> None:
         raise FileNotFoundError(f"the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"the folder {path.parent} can't be written")
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a new folder beside `path` that becomes `path` when the block ends well.
+
+    If the block raises, nothing is left and an old folder is untouched. An old folder is moved away and then removed:
+    who is killed between the two renames finds it beside, as `.<name>.….old`.
+
+    Raises:
+        OSError: the folder that holds it does not exist or can't be written.
+    """
+    path = Path(os.path.abspath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    beside.mkdir()
+    try:
+        yield beside
+        for file in beside.rglob("*"):
+            if file.is_file():
+                flush(file)
+        if path.exists():
+            old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+            os.replace(path, old)
+            os.replace(beside, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _default_mode(path: Path) -> int:

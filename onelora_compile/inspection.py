@@ -62,8 +62,8 @@ def _onnx_table(path: Path) -> RenderableType:
     table = Table(title=f"{path}: ONNX model", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    held: Any = model.graph.initializers.values()
-    files = {path} | {path.parent / v.const_value.location for v in held if _external(v)}
+    held: list[Any] = [value.const_value for value in model.graph.initializers.values()]
+    files = {path} | {path.parent / str(tensor.location) for tensor in held if hasattr(tensor, "location")}
     table.add_row("size", bytes_text(sum(file.stat().st_size for file in files if file.is_file())))
     table.add_row("files", ", ".join(sorted(file.name for file in files)))
     table.add_row("opset", ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in model.opset_imports.items()))
@@ -108,10 +108,6 @@ def _engine_table(path: Path) -> RenderableType:
         table.add_row("options", ", ".join(f"{name} {value}" for name, value in manifest.flags.items()))
     table.add_row("written by", manifest.producer)
     return table
-
-
-def _external(value: object) -> bool:
-    return hasattr(getattr(value, "const_value", None), "location")
 
 
 def _value_text(value: object) -> str:

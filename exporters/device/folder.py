@@ -1,0 +1,215 @@
+"""The folder of a bundle: what it must hold, what this device adds to it, and writing so that a power cut is harmless.
+
+manifest.json           what the bundle holds, with the SHA-256 of each file; never changed here
+local/state.json        the adapter in use and those before it; replaced in one step
+local/adapters/         adapters that came after the bundle, named by their SHA-256
+local/engines/          what was built here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from typing import Any, Iterator
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; Jetson is Linux
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT_VERSION = 1
+_KEPT = 8  # adapters to go back to
+_CHUNK = 1 << 20
+
+
+class BundleError(Exception):
+    """Anything that the user should read as one message."""
+
+
+class Folder:
+    """A bundle on disk.
+
+    Args:
+        path: the folder with manifest.json.
+
+    Raises:
+        BundleError: no bundle, a damaged one, or one of a newer format.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        self.manifest: dict[str, Any] = self._read_json("manifest.json")
+        if self.manifest.get("format") != "onelora-bundle":
+            raise BundleError(f"{self.path} is no bundle: its manifest.json is of another program")
+        version = self.manifest.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise BundleError(f"{self.path} has format version {version}; this script reads up to {FORMAT_VERSION}")
+
+    def file(self, *parts: str) -> str:
+        """The path of a file of the bundle."""
+        return os.path.join(self.path, *parts)
+
+    @property
+    def mode(self) -> str:
+        """How an adapter reaches the model: fold, load, input, bank, refit, or base."""
+        return str(self.manifest["model"]["mode"])
+
+    def damaged(self) -> list[str]:
+        """Files of the bundle that are missing or not as they were packed, with what is wrong."""
+        found = []
+        for name, entry in self.manifest["files"].items():
+            path = self.file(*name.split("/"))
+            if not os.path.isfile(path):
+                found.append(f"{name}: missing")
+            elif os.path.getsize(path) != entry["bytes"]:
+                found.append(f"{name}: {os.path.getsize(path)} bytes instead of {entry['bytes']}")
+            elif sha256_of(path) != entry["sha256"]:
+                found.append(f"{name}: other content")
+        return found
+
+    def check(self) -> None:
+        """Refuse a bundle that was damaged on its way."""
+        if wrong := self.damaged():
+            raise BundleError("the bundle is damaged, copy it again:\n" + "\n".join(f"  {line}" for line in wrong[:20]))
+
+    # ---- adapters -----------------------------------------------------------------------------------------------
+
+    def packed(self) -> dict[str, dict[str, Any]]:
+        """The adapters that came with the bundle, by name."""
+        return {str(entry["name"]): entry for entry in self.manifest["adapters"]}
+
+    def state(self) -> dict[str, Any]:
+        """`{"adapter": {name, file, sha256}, "previous": [...]}`; the default adapter if nothing was chosen yet."""
+        if os.path.isfile(self.file("local", "state.json")):
+            state = self._read_json("local/state.json")
+            if isinstance(state.get("adapter"), dict) and isinstance(state.get("previous"), list):
+                return state
+            raise BundleError(
+                f"{self.file('local', 'state.json')} is damaged; remove it to start with the bundle's own adapter"
+            )
+        return {"adapter": self.find(self.manifest["default"]), "previous": []}
+
+    def find(self, name: str) -> dict[str, Any]:
+        """An adapter by its name: one of the bundle, or one that was installed."""
+        known = {**self.installed(), **self.packed()}
+        if name not in known:
+            raise BundleError(f"there is no adapter {name!r} here; there are: {', '.join(sorted(known)) or 'none'}")
+        return {key: known[name][key] for key in ("name", "file", "sha256")}
+
+    def installed(self) -> dict[str, dict[str, Any]]:
+        """Adapters that were installed after the bundle, by name; the newest of a name."""
+        path = self.file("local", "adapters", "index.json")
+        if not os.path.isfile(path):
+            return {}
+        return dict(self._read_json("local/adapters/index.json"))
+
+    def install(self, source: str, content: bytes) -> dict[str, Any]:
+        """Keep the content of an adapter file on this device; what is in use does not change."""
+        digest = hashlib.sha256(content).hexdigest()
+        name = os.path.basename(source)
+        name = name[: -len(".safetensors")] if name.endswith(".safetensors") else name
+        if name in self.packed():
+            name = f"{name}-{digest[:8]}"
+        entry = {"name": name, "file": f"local/adapters/{digest[:16]}.safetensors", "sha256": digest}
+        write_atomically(self.file(*entry["file"].split("/")), content)
+        index = {**self.installed(), name: entry}
+        write_atomically(self.file("local", "adapters", "index.json"), json.dumps(index, indent=1).encode())
+        return entry
+
+    def activate(self, adapter: dict[str, Any]) -> None:
+        """Make an adapter the one in use; the one before becomes the first to go back to."""
+        state = self.state()
+        if state["adapter"] == adapter and os.path.isfile(self.file("local", "state.json")):
+            return
+        self._write_state(adapter, [state["adapter"], *state["previous"]][:_KEPT])
+
+    def rollback(self) -> dict[str, Any]:
+        """The adapter that `activate` would go back to, which `undo` makes the one in use."""
+        previous = self.state()["previous"]
+        if not previous:
+            raise BundleError("there is no adapter to go back to: nothing was changed since the bundle was copied")
+        return dict(previous[0])
+
+    def undo(self) -> None:
+        """Go back to the adapter before, and forget the one in use."""
+        state = self.state()
+        self._write_state(self.rollback(), state["previous"][1:])
+
+    def prune(self) -> None:
+        """Remove adapter files that nothing refers to."""
+        state = self.state()
+        known = [state["adapter"], *state["previous"], *self.installed().values()]
+        sweep(self.file("local", "adapters"), ("index.json", *(os.path.basename(one["file"]) for one in known)))
+
+    def _write_state(self, adapter: dict[str, Any], previous: list[dict[str, Any]]) -> None:
+        state = {"adapter": adapter, "previous": previous}
+        write_atomically(self.file("local", "state.json"), json.dumps(state, indent=1).encode())
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one program changes what is in `local` at a time; the lock ends with the process that holds it."""
+        os.makedirs(self.file("local"), exist_ok=True)
+        with open(self.file("local", "lock"), "w") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise BundleError("another program is changing this bundle; try again when it is done") from None
+            yield
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.file(*name.split("/"))
+        try:
+            with open(path, encoding="utf-8") as file:
+                found = json.load(file)
+        except FileNotFoundError:
+            raise BundleError(f"there is no {path}") from None
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{path} is damaged: {error}") from None
+        if not isinstance(found, dict):
+            raise BundleError(f"{path} is damaged: no table")
+        return found
+
+
+def write_atomically(path: str, content: Any) -> None:
+    """Write a file so that a cut of power or a kill leaves the old one or the new one."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    beside = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)  # also from what has the buffer protocol: an engine is not copied
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+    # The rename itself is on the disk only with its folder.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: str) -> str:
+    """SHA-256 of a file, in pieces."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(_CHUNK), b""):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def sweep(folder: str, keep: tuple[str, ...] | None = None) -> None:
+    """Remove what killed programs left in a folder, and, with `keep`, all but the files that begin with one of it."""
+    if not os.path.isdir(folder):
+        return
+    for name in os.listdir(folder):
+        stale = name.endswith(".tmp") or (keep is not None and not name.startswith(keep))
+        if stale and os.path.isfile(os.path.join(folder, name)):
+            os.unlink(os.path.join(folder, name))

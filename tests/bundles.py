@@ -1,0 +1,69 @@
+"""Bundles of a small adapted model, made once for a test session."""
+
+import functools
+import importlib
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import zoo
+
+import onelora_compile as onelora
+from onelora_compile.exporters import bundle, export_onnx
+from onelora_compile.testing import fill_vectors
+
+SHAPES = {"x": ((1, 16, 12), (2, 16, 12), (4, 16, 12))}
+MODES = ("fold", "load", "input", "bank", "refit")
+
+
+@functools.cache
+def sources():
+    """A folder with adapters a, b, new (of one base), other (of another), and the model in each mode."""
+    folder = Path(tempfile.mkdtemp())
+    torch.manual_seed(0)
+    model = onelora.adapt(zoo.TinyViT())
+    for seed, name in enumerate(("a", "b", "new", "c")):
+        onelora.save_adapter(fill_vectors(model, 0.3, seed=seed), folder / f"{name}.safetensors")
+    x = torch.randn(2, 16, 12)
+    for mode in MODES[:-1]:
+        files = [folder / "a.safetensors", folder / "b.safetensors"] if mode == "bank" else []
+        export_onnx(model, (x,), folder / f"{mode}.onnx", adapters=mode, dynamic_shapes=({0: "batch"},), bank=files)
+    torch.manual_seed(1)
+    onelora.save_adapter(fill_vectors(onelora.adapt(zoo.TinyViT()), 0.3), folder / "other.safetensors")
+    return folder
+
+
+@functools.cache
+def _made(mode, jetpack):
+    folder = sources()
+    swaps = mode in ("load", "input", "refit")
+    bundle(
+        folder / ("input.onnx" if mode == "refit" else f"{mode}.onnx"),
+        folder / f"{mode}-{jetpack}",
+        jetpack=jetpack,
+        adapters=[folder / "a.safetensors", folder / "b.safetensors"] if swaps else (),
+        shapes=SHAPES,
+        swap="refit" if mode == "refit" else "auto",
+    )
+    return folder / f"{mode}-{jetpack}"
+
+
+def fresh(mode, place, jetpack="6.2"):
+    """A copy of a bundle to work on."""
+    Path(place).mkdir(exist_ok=True)
+    return Path(shutil.copytree(_made(mode, jetpack), Path(place) / f"{mode}-{jetpack}"))
+
+
+def device(folder, module="commands"):
+    """A module of the bundle's own copy of the device's program."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "onelora_device"]:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    try:
+        found = importlib.import_module(f"onelora_device.{module}")
+        importlib.import_module("onelora_device.ort_run")
+        return found
+    finally:
+        sys.path.remove(str(folder))

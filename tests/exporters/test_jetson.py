@@ -1,0 +1,334 @@
+"""bundle(): what is in the folder, what it refuses and how."""
+
+import ast
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bundles
+import numpy as np
+import onnx
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import onelora_compile as onelora
+from onelora_compile.checkpoint import read_adapter
+from onelora_compile.cli import app
+from onelora_compile.exporters import bundle, export_onnx
+from onelora_compile.exporters.jetpacks import JETPACKS
+from onelora_compile.testing import fill_vectors
+
+DEVICE = Path(sys.modules["onelora_compile.exporters"].__file__).parent / "device"
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def exported(model, args, path, **options):
+    export_onnx(model, args, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("mode", bundles.MODES)
+def test_the_folder_holds_what_the_manifest_says(mode, tmp_path):
+    folder = bundles.fresh(mode, tmp_path)
+    manifest = manifest_of(folder)
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == set(manifest["files"]) | {"manifest.json"}
+    for name, entry in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
+    assert manifest["model"]["mode"] == mode
+    assert len((folder / "README.md").read_text().splitlines()) < 50
+    assert os.access(folder / "build_and_run.py", os.X_OK)
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+
+
+def test_an_input_model_has_no_defaults_and_their_values_are_an_adapter(tmp_path):
+    folder = bundles.fresh("input", tmp_path)
+    model = onnx.load(folder / "model.onnx")
+    original = onnx.load(bundles.sources() / "input.onnx")
+    names = set(manifest_of(folder)["vectors"])
+    assert names <= {tensor.name for tensor in original.graph.initializer}
+    assert not names & {tensor.name for tensor in model.graph.initializer}
+    assert names <= {value.name for value in model.graph.input}
+    default = read_adapter(folder / "adapters" / "default.safetensors")  # is an adapter of this package too
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in original.graph.initializer}
+    assert all(np.array_equal(default.vectors[name].numpy(), values[name]) for name in names)
+    model = onelora.load_adapter(base_model(), folder / "adapters" / "default.safetensors")
+    assert set(onelora.vectors(model)) == names
+
+
+def base_model():
+    torch.manual_seed(0)
+    return zoo.TinyViT()
+
+
+def test_a_refit_model_is_built_with_distinct_values_that_are_no_adapter(tmp_path):
+    folder = bundles.fresh("refit", tmp_path)
+    model = onnx.load(folder / "model.onnx")
+    names = list(manifest_of(folder)["vectors"])
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    assert not set(names) & {value.name for value in model.graph.input}
+    built = [values[name] for name in names]
+    assert all(np.abs(value).max() > 0 for value in built)
+    assert len({value.tobytes() for value in built}) == len(built)
+
+
+@pytest.mark.parametrize(("jetpack", "opset"), [("5.1", 17), ("6.0", 17), ("6.2", 20), ("7.2", 20), ("6.2.1", 20)])
+def test_opset_and_operators_fit_the_release(jetpack, opset, tmp_path):
+    bundle(bundles.sources() / "fold.onnx", tmp_path / "b", jetpack=jetpack, shapes=bundles.SHAPES)
+    model = onnx.load(tmp_path / "b" / "model.onnx")
+    operators = {node.op_type for node in model.graph.node}
+    assert model.opset_import[0].version == opset
+    assert ("LayerNormalization" in operators) == (jetpack != "5.1")
+    assert ("Gelu" in operators) == (opset == 20)
+    assert not any(node.metadata_props for node in model.graph.node)  # paths of the exporting machine
+
+
+@pytest.mark.parametrize(
+    ("jetpack", "has", "hasnot"),
+    [
+        ("5.1", ["--memPoolSize=workspace:512", "--minShapes=x:1x16x12"], ["--builderOptimizationLevel", "strongly"]),
+        ("6.0", ["--builderOptimizationLevel=3"], ["--stronglyTyped", "--fp16"]),
+        ("6.2", ["--builderOptimizationLevel=3", "--stronglyTyped", "--maxShapes=x:4x16x12"], ["--fp16"]),
+    ],
+)
+def test_trtexec_has_the_flags_of_the_release(jetpack, has, hasnot, tmp_path):
+    bundle(bundles.sources() / "fold.onnx", tmp_path / "b", jetpack=jetpack, shapes=bundles.SHAPES)
+    script = (tmp_path / "b" / "trtexec.sh").read_text()
+    assert all(part in script for part in has)
+    assert not any(part in script for part in hasnot)
+    # A shell runs it: with a command that prints its arguments in the place of trtexec.
+    done = subprocess.run(
+        ["sh", tmp_path / "b" / "trtexec.sh", "--verbose"],
+        env={**os.environ, "TRTEXEC": "echo"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("--onnx=model.onnx --saveEngine=")
+    assert done.stdout.strip().endswith("--verbose")
+
+
+@pytest.mark.parametrize("jetpack", ["5.1", "6.2"])
+def test_half_precision(jetpack, tmp_path):
+    model = fill_vectors(onelora.adapt(zoo.TinyViT()), 0.1)
+    x = torch.randn(2, 16, 12)
+    path = exported(model, (x,), tmp_path / "m.onnx", adapters="input", dtype=torch.float16)
+    report = bundle(path, tmp_path / "b", jetpack=jetpack)
+    manifest = manifest_of(tmp_path / "b")
+    assert manifest["model"]["dtypes"][0] == "float16"
+    assert set(manifest["tolerance"].values()) == {2e-2}
+    assert ("--fp16" in (tmp_path / "b" / "trtexec.sh").read_text()) == (jetpack == "5.1")
+    assert ("may take float32" in report.types) == (jetpack == "5.1")
+    assert all(check.passed for check in report.checks)
+
+
+def test_weak_typing_is_said(tmp_path):
+    report = bundle(bundles.sources() / "fold.onnx", tmp_path / "b", shapes=bundles.SHAPES, weak_fp16=True)
+    assert "TensorRT chooses" in str(report)
+    script = (tmp_path / "b" / "trtexec.sh").read_text()
+    assert "--fp16" in script
+    assert "--stronglyTyped" not in script
+    plain = bundle(bundles.sources() / "fold.onnx", tmp_path / "c", shapes=bundles.SHAPES)
+    assert "float32, as the model has it: for float16 export with dtype=torch.float16" in plain.types
+
+
+def test_ranges_of_other_inputs_follow_from_names(tmp_path):
+    folder = bundles.fresh("bank", tmp_path)
+    profiles = manifest_of(folder)["build"]["profiles"]
+    assert profiles["adapter_ids"] == [[1], [2], [4]]
+
+
+def test_given_inputs_are_the_reference(tmp_path):
+    x = np.full((3, 16, 12), 0.5, np.float32)
+    bundle(bundles.sources() / "fold.onnx", tmp_path / "b", shapes=bundles.SHAPES, inputs={"x": x})
+    stored = load_file(tmp_path / "b" / "reference" / "given.safetensors")
+    assert np.array_equal(stored["inputs/x"].numpy(), x)
+    with pytest.raises(onelora.ConfigError, match=r"inputs: 'x' is \[9, 16, 12\], outside of \[1, 16, 12\]"):
+        bundle(
+            bundles.sources() / "fold.onnx",
+            tmp_path / "c",
+            shapes=bundles.SHAPES,
+            inputs={"x": np.zeros((9, 16, 12), np.float32)},
+        )
+
+
+def test_external_data(tmp_path, monkeypatch):
+    monkeypatch.setattr("onelora_compile.exporters.save_onnx.EXTERNAL_FROM", 1000)
+    report = bundle(bundles.sources() / "load.onnx", tmp_path / "b", shapes=bundles.SHAPES)
+    manifest = manifest_of(tmp_path / "b")
+    assert manifest["model"]["files"] == ["model.onnx", "model.onnx.data", "model.onnx.vectors"]
+    assert (tmp_path / "b" / "model.onnx").stat().st_size < (tmp_path / "b" / "model.onnx.data").stat().st_size
+    assert all(check.passed for check in report.checks)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "message"),
+    [
+        ("fold", {"jetpack": "4.6"}, onelora.ConfigError, r"jetpack='4.6' is not one of 5.1, 6.0.*L4T"),
+        (
+            "fold",
+            {"shapes": None},
+            onelora.ConfigError,
+            r"none was given for x \['batch', 16, 12\]. For example shapes=",
+        ),
+        ("fold", {"shapes": {"y": 1}}, onelora.ConfigError, r"no input 'y'; it has x"),
+        ("fold", {"shapes": {"x": ((2,), (1,), (4,))}}, onelora.ConfigError, r"are not smallest, best and largest"),
+        ("fold", {"shapes": {"x": ((1, 9, 12),) * 3}}, onelora.ConfigError, r"axis 1 is 16 in the model"),
+        ("fold", {"adapters": ["a"]}, onelora.StateError, r"can't take any \(mode 'fold'\)"),
+        ("bank", {"adapters": ["a"]}, onelora.StateError, r"can't take any \(mode 'bank'\)"),
+        ("input", {"adapters": ["other"]}, onelora.BaseMismatchError, r"trained on another base"),
+        ("input", {"adapters": ["a", "a"]}, onelora.ConfigError, r"'a' is taken"),
+        ("input", {"swap": "refit", "jetpack": "5.1"}, onelora.ConfigError, r"8.5.2 .* can't refit single weights"),
+        ("input", {"swap": "refit", "jetpack": "6.0"}, onelora.ConfigError, r"take swap='input'"),
+        ("load", {"swap": "refit"}, onelora.ConfigError, r"export it with adapters='input'"),
+        ("fold", {"swap": "hot"}, onelora.ConfigError, r"is not one of 'auto', 'input', 'refit'"),
+        ("fold", {"optimization_level": 6}, onelora.ConfigError, r"optimization_level 0 to 5"),
+    ],
+)
+def test_refusals_name_what_to_do_and_leave_nothing(source, options, error, message, tmp_path):
+    folder = bundles.sources()
+    options = {"shapes": bundles.SHAPES, **options}
+    options["adapters"] = [folder / f"{name}.safetensors" for name in options.get("adapters", ())]
+    with pytest.raises(error, match=message):
+        bundle(folder / f"{source}.onnx", tmp_path / "b", **options)
+    assert os.listdir(tmp_path) == []
+
+
+def test_models_that_tensorrt_does_not_take(tmp_path):
+    x = torch.randn(2, 8)
+    bf16 = exported(nn.Linear(8, 8).bfloat16(), (x.bfloat16(),), tmp_path / "bf16.onnx", verify=False)
+    with pytest.raises(onelora.ExportError, match=r"TensorRT 8.6.2 of JetPack 6.0 has no bfloat16: .*float16"):
+        bundle(bf16, tmp_path / "b", jetpack="6.0", selftest=False)
+    with pytest.raises(onelora.ExportError, match=r"ONNX Runtime can't load"):
+        bundle(bf16, tmp_path / "b", jetpack="6.2")
+    assert bundle(bf16, tmp_path / "ok", jetpack="6.2", selftest=False).checks == []
+    f64 = exported(nn.Linear(8, 8).double(), (x.double(),), tmp_path / "f64.onnx")
+    with pytest.raises(onelora.ExportError, match=r"has no float64, which input, linear are"):
+        bundle(f64, tmp_path / "b")
+    from onnxruntime.quantization import quantize_dynamic
+
+    plain = exported(zoo.MLP(), (torch.randn(4, 8),), tmp_path / "plain.onnx")
+    quantize_dynamic(plain, tmp_path / "int8.onnx")
+    with pytest.raises(onelora.ExportError, match=r"(DynamicQuantizeLinear|com\.microsoft)"):
+        bundle(tmp_path / "int8.onnx", tmp_path / "b")
+    (tmp_path / "bad.onnx").write_bytes(b"\x08\x07nonsense")
+    with pytest.raises(onelora.ExportError, match="damaged"):
+        bundle(tmp_path / "bad.onnx", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_bundle_is_replaced_and_nothing_else_is(tmp_path):
+    source = exported(zoo.MLP(), (torch.randn(4, 8),), tmp_path / "m.onnx")
+    bundle(source, tmp_path / "b")
+    (tmp_path / "b" / "README.md").write_text("old")
+    bundle(source, tmp_path / "b")
+    assert (tmp_path / "b" / "README.md").read_text() != "old"
+    assert sorted(os.listdir(tmp_path)) == ["b", "m.onnx"]
+    (tmp_path / "b" / "local").mkdir()
+    with pytest.raises(onelora.StateError, match="was built or updated in its place"):
+        bundle(source, tmp_path / "b")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(onelora.StateError, match="is there and is no bundle"):
+        bundle(source, tmp_path / "mine")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        bundle(source, tmp_path / "no" / "b")
+
+
+def test_a_bundle_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+    from onelora_compile.exporters import lower_opset
+
+    def wrong(node):
+        made = lower_opset._Before(node)
+        made.replace_with(made.add("Erf", node.inputs[0]))
+
+    monkeypatch.setattr(lower_opset, "_write_out_gelu", wrong)
+    with pytest.raises(onelora.ExportError, match=r"the model in the bundle differs from the original: output .* by"):
+        bundle(bundles.sources() / "fold.onnx", tmp_path / "b", jetpack="6.0", shapes=bundles.SHAPES)
+    assert os.listdir(tmp_path) == []
+
+
+def test_adapter_that_trained_more_than_vectors(tmp_path):
+    model = fill_vectors(onelora.adapt(base_model(), onelora.OneLoRAConfig(train_norms=True)), 0.1)
+    onelora.save_adapter(model, tmp_path / "norms.safetensors")
+    with pytest.raises(onelora.AdapterFileError, match=r"also trained"):
+        bundle(
+            bundles.sources() / "input.onnx",
+            tmp_path / "b",
+            shapes=bundles.SHAPES,
+            adapters=[tmp_path / "norms.safetensors"],
+        )
+
+
+def test_command_line(tmp_path):
+    folder = bundles.sources()
+    arguments = ["bundle", folder / "input.onnx", "-o", tmp_path / "b", "--jetpack", "7.2", "--adapter"]
+    arguments += [folder / "a.safetensors", "--shapes", "x=1x16x12:2x16x12:4x16x12", "--swap", "refit"]
+    done = CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "JetPack 7.2, TensorRT 10.16.2" in done.output
+    assert manifest_of(tmp_path / "b")["model"]["mode"] == "refit"
+    bad = CliRunner().invoke(app, ["bundle", "m.onnx", "-o", "b", "--shapes", "x=axb"])
+    assert isinstance(bad.exception, onelora.ConfigError)
+    assert "is not of the form name=1x3:4x3:8x3" in str(bad.exception)
+
+
+def test_every_jetpack_makes_a_bundle(tmp_path):
+    source = exported(zoo.MLP(), (torch.randn(4, 8),), tmp_path / "m.onnx")
+    for version, jetpack in JETPACKS.items():
+        report = bundle(source, tmp_path / "b", jetpack=version)
+        assert report.tensorrt == jetpack.tensorrt
+
+
+def test_the_devices_program_is_python_3_8(tmp_path):
+    files = sorted(DEVICE.glob("*.py"))
+    assert len(files) > 8
+    for file in files:
+        ast.parse(file.read_text(), feature_version=(3, 8))
+    for python in sorted(Path.home().glob(".pyenv/versions/3.8.*/bin/python")):
+        folder = bundles.fresh("load", tmp_path)
+        done = subprocess.run([python, "-W", "error", folder / "build_and_run.py", "status"], capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_devices_program_imports_nothing_but_the_standard_library():
+    allowed = set(sys.stdlib_module_names) | {"onnxruntime", "numpy"}  # those two inside of functions
+    for file in DEVICE.glob("*.py"):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert {name.split(".")[0] for name in names} <= allowed
+        top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+        assert not top & {"numpy", "onnxruntime", "tensorrt"}
+
+
+def test_adapter_files_of_the_package_and_of_the_bundle_are_one_format(tmp_path):
+    folder = bundles.fresh("input", tmp_path)
+    tensors = bundles.device(folder, "tensors")
+    read, metadata = tensors.read_safetensors(str(folder / "adapters" / "a.safetensors"))
+    expected = load_file(folder / "adapters" / "a.safetensors")
+    assert set(read) == set(expected)
+    assert all(np.array_equal(read[name].numpy(), expected[name].numpy()) for name in expected)
+    assert metadata["format"] == "onelora"
+    values = {"f16": torch.randn(3, 2).half(), "bf16": torch.randn(4).bfloat16(), "flag": torch.tensor([True, False])}
+    values |= {"i64": torch.tensor([[-5, 2**40]]), "empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5)}
+    save_file(values, tmp_path / "mixed.safetensors")
+    mixed, _ = tensors.read_safetensors(str(tmp_path / "mixed.safetensors"))
+    for name, value in values.items():
+        assert mixed[name].values() == value.flatten().tolist()
+        assert mixed[name].shape == tuple(value.shape)
+    (tmp_path / "again.safetensors").write_bytes(tensors.safetensors_bytes(mixed, {"k": "v"}))
+    again = load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in values.items())
