@@ -135,6 +135,8 @@ def fold_onnx(
     except (OneLoRAError, OSError):
         raise
     except Exception as error:  # a foreign model may break any expectation, of ours and of onnx_ir
+        if own := _own(error):  # raised while a tensor was written, and wrapped by onnx_ir
+            raise own from None
         raise ExportError(f"{base} is damaged, or laid out in a way that can't be followed: {error!r}") from error
     return FoldReport(
         files=files,
@@ -310,6 +312,13 @@ def _replace_saved(model: onnx_ir.Model, file: AdapterFile) -> list[str]:
             "hold by these names: load the adapter into the PyTorch model and export that"
         )
     return list(file.saved)
+
+
+def _own(error: BaseException | None) -> OneLoRAError | None:
+    """This package's error among the causes of one."""
+    while error is not None and not isinstance(error, OneLoRAError):
+        error = error.__cause__
+    return error
 
 
 def _external(value: onnx_ir.Value) -> bool:

@@ -42,8 +42,10 @@ def demo(
 
 
 @app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="An adapter (.safetensors) or an ONNX model (.onnx).")]) -> None:
-    """Show what is in a file: vectors, configuration and base of an adapter; mode and sizes of a model."""
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An adapter, an ONNX model, or an engine with its manifest.")],
+) -> None:
+    """Show what is in a file: vectors and base of an adapter; mode and sizes of a model; what an engine is for."""
     from onelora_compile.inspection import inspect_file
 
     Console().print(inspect_file(file))
@@ -180,6 +182,63 @@ def verify(
 
 
 @app.command()
+def engine(
+    model: Annotated[Path, typer.Argument(help="The ONNX model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The engine to write; a manifest goes beside it.")],
+    sm: Annotated[list[str] | None, typer.Option(help="GPU to build for, 86 or 8.6; once for each.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Sizes of a dynamic dimension, batch=1,8,32, or input, x=1x3x224x224,8x3x224x224,32x3x224x224."
+        ),
+    ] = None,
+    flavour: Annotated[str, typer.Option(help="auto, tensorrt or rtx.")] = "auto",
+    adapters: Annotated[str | None, typer.Option(help="Where the vectors are: fold, input, bank or refit.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter to build with, in the place of the model's own.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Allow fp16, bf16 or int8 in a float32 model (TensorRT 8 to 10).")
+    ] = None,
+    workspace: Annotated[int | None, typer.Option(help="MiB that a layer may use.")] = None,
+    level: Annotated[int | None, typer.Option(help="Optimization level, 0 to 5.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="File that makes later builds faster.")] = None,
+    dla_core: Annotated[int | None, typer.Option(help="Deep learning accelerator of a Jetson.")] = None,
+) -> None:
+    """Build a TensorRT engine from an ONNX model; TensorRT-RTX does that without a GPU too."""
+    from onelora_compile.exporters import build_engine
+
+    report = build_engine(
+        model,
+        output,
+        flavour=flavour,
+        target=sm or None,
+        shapes=dict(map(_shape, shape)) if shape else None,
+        adapters=adapters,
+        adapter=adapter,
+        precision=precision or None,
+        workspace=None if workspace is None else workspace * 2**20,
+        optimization_level=level,
+        timing_cache=timing_cache,
+        dla_core=dla_core,
+    )
+    Console().print(report)
+
+
+@app.command()
+def refit(
+    engine: Annotated[Path, typer.Argument(help="An engine that was built with --adapters refit.")],
+    adapter: Annotated[Path, typer.Argument(help="The adapter (.safetensors).")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The engine to write, in place of it.")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="The engine's ONNX model, where TensorRT asks for weights.")] = None,
+) -> None:
+    """Put another adapter into a finished engine; needs the GPU."""
+    from onelora_compile.exporters import refit_engine
+
+    Console().print(refit_engine(engine, adapter, output, onnx))
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, compiler, runtimes and GPU, and what each means for you."""
     from onelora_compile.inspection import doctor_table
@@ -215,6 +274,21 @@ def _load_target(target: str) -> tuple[Any, Any, dict[str, Any]]:
         raise ConfigError(f"{target!r} must return (model, args) or (model, args, kwargs), not {type(made).__name__}")
     model, args = made[:2]
     return model, args, dict(made[2]) if len(made) == 3 else {}
+
+
+def _shape(text: str) -> tuple[str, Any]:
+    """batch=1,8,32 or x=1x3,8x3,32x3, as `build_engine` takes it."""
+    name, _, sizes = text.rpartition("=")
+    try:
+        parts = [tuple(map(int, one.split("x"))) for one in sizes.split(",")]
+    except ValueError:
+        parts = []
+    if not name or len(parts) not in (1, 3):
+        raise ConfigError(f"--shape {text!r} is not of the form batch=1,8,32 or x=1x3x224x224,8x3x224x224,32x3x224x224")
+    if "x" not in sizes:  # a dimension, or an input of one
+        numbers = [one[0] for one in parts]
+        return name, numbers[0] if len(numbers) == 1 else tuple(numbers)
+    return name, parts if len(parts) == 3 else parts[0]
 
 
 def main() -> None:

@@ -20,12 +20,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the folder does not exist or can't be written.
     """
     path = Path(os.fspath(path))
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"the folder {path.parent} can't be written")
+    check_writable(path)
     target = path.resolve()  # a link stays a link: what it points to is replaced
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -38,6 +33,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Whether a file can be put at a path.
+
+    Raises:
+        OSError: it is a folder, or its folder does not exist or can't be written.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"the folder {path.parent} can't be written")
 
 
 @contextlib.contextmanager

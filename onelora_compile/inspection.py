@@ -7,13 +7,14 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from onelora_compile.checkpoint import AdapterFile, read_adapter
+from onelora_compile.errors import MissingExtraError
 from onelora_compile.text import bytes_text
 from onelora_compile.version import __version__
 
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
 
 
 def inspect_file(path: Path) -> RenderableType:
-    """A table of what an adapter file or an ONNX model holds.
+    """A table of what an adapter file, an ONNX model or an engine holds.
 
     Raises:
         AdapterFileError: no adapter file, or damaged.
-        ExportError: no ONNX model, or damaged.
+        ExportError: no ONNX model or manifest of an engine, or damaged, or of another engine.
         FileNotFoundError: there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    if path.with_name(f"{path.name}.json").is_file() or path.suffix in (".engine", ".plan", ".trt"):
+        return _engine_table(path)
     return _onnx_table(path) if path.suffix == ".onnx" else _adapter_table(path, read_adapter(path))
 
 
@@ -59,7 +62,7 @@ def _onnx_table(path: Path) -> RenderableType:
     table = Table(title=f"{path}: ONNX model", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    held = [value.const_value for value in model.graph.initializers.values()]
+    held: list[Any] = [value.const_value for value in model.graph.initializers.values()]
     files = {path} | {path.parent / str(tensor.location) for tensor in held if hasattr(tensor, "location")}
     table.add_row("size", bytes_text(sum(file.stat().st_size for file in files if file.is_file())))
     table.add_row("files", ", ".join(sorted(file.name for file in files)))
@@ -74,6 +77,37 @@ def _onnx_table(path: Path) -> RenderableType:
     tool = f"{model.producer_name or 'unknown'} {model.producer_version or ''}"
     table.add_row("written by", metadata.producer or tool)
     return Group(table, _vectors_table(metadata)) if metadata.vectors else table
+
+
+def _engine_table(path: Path) -> RenderableType:
+    from onelora_compile.exporters.manifest import Manifest
+    from onelora_compile.exporters.tensorrt_api import TITLES
+
+    manifest = Manifest.read(path)
+    manifest.check_file(path)
+    table = Table(title=f"{path}: engine of {TITLES.get(manifest.flavour, '')} {manifest.version}", show_header=False)
+    table.add_row("size", bytes_text(path.stat().st_size))
+    table.add_row("for", f"{', '.join(manifest.targets) or 'the default devices'}, {manifest.system} {manifest.l4t}")
+    table.add_row("computes in", manifest.precision)
+    table.add_row("from", f"{manifest.onnx}, sha256 {manifest.onnx_sha256[:16]}")
+    adapter = manifest.adapter or ", ".join(manifest.adapters)
+    digest = f", sha256 {manifest.adapter_sha256[:16]}" if manifest.adapter_sha256 else ""
+    table.add_row(
+        "adapters", f"mode {manifest.mode!r}, {len(manifest.vectors)} vectors, {adapter or 'unnamed'}{digest}"
+    )
+    given = [one for one in manifest.inputs if one.name not in manifest.vectors]
+    table.add_row(
+        "inputs", "\n".join(f"{one.name}: {one.dtype} {list(one.shape)}" for one in given).replace("[", r"\[")
+    )
+    outputs = "\n".join(f"{one.name}: {one.dtype} {list(one.shape)}" for one in manifest.outputs)
+    table.add_row("outputs", outputs.replace("[", r"\["))
+    for number, profile in enumerate(manifest.profiles):
+        lines = [f"{name} {' | '.join(str(list(shape)) for shape in shapes)}" for name, shapes in profile.items()]
+        table.add_row(f"profile {number}", "\n".join(lines).replace("[", r"\["))
+    if manifest.flags:
+        table.add_row("options", ", ".join(f"{name} {value}" for name, value in manifest.flags.items()))
+    table.add_row("written by", manifest.producer)
+    return table
 
 
 def _value_text(value: object) -> str:
@@ -128,13 +162,29 @@ def doctor_table() -> Table:
         ("onnxscript", "onnx", "exports to ONNX"),
         ("transformers", "hf", "its models and Conv1D are known"),
         ("peft", "hf", "compared with in the demo"),
-        ("tensorrt", "", "builds engines; comes with JetPack or from NVIDIA's package index"),
-        ("tensorrt-rtx-cu12-bindings", "tensorrt-rtx", "builds engines for RTX GPUs"),
     ):
         found = _version(name)
         missing = f"optional: pip install 'onelora-compile[{extra}]'" if extra else "optional"
         table.add_row(name, found or "not installed", use if found else f"{missing} ({use})".replace("[", r"\["))
+    for flavour, title in (("tensorrt", "TensorRT"), ("rtx", "TensorRT-RTX")):
+        table.add_row(title, *_tensorrt(flavour))
     return table
+
+
+def _tensorrt(flavour: str) -> tuple[str, str]:
+    """What is found of a TensorRT, and what it can."""
+    from onelora_compile.exporters.tensorrt_api import find_api
+
+    try:
+        api = find_api(flavour)
+    except MissingExtraError as error:
+        return "not installed", f"optional. {error}".replace("[", r"\[")
+    targets = ", ".join(api.capabilities)
+    can = [f"builds engines for {targets}, also without a GPU" if targets else "builds engines for the GPU at hand"]
+    typed = api.flag("NetworkDefinitionCreationFlag", "STRONGLY_TYPED") is not None
+    can.append("dtypes as in the ONNX model" if typed else "float32 unless precision= allows less")
+    can.append("single vectors refittable" if api.flag("BuilderFlag", "REFIT_INDIVIDUAL") is not None else "no refit")
+    return api.version, "; ".join(can)
 
 
 def _version(name: str) -> str | None:

@@ -56,7 +56,7 @@ def project(tmp_path):
 
 def test_help_names_every_command():
     text = run("--help").output
-    for command in ("demo", "inspect", "export", "fold", "convert", "verify", "doctor"):
+    for command in ("demo", "inspect", "export", "fold", "convert", "verify", "engine", "refit", "doctor"):
         assert command in text
     assert run().exit_code in (0, 2)
     assert run("--version").output.strip() == onelora.__version__
@@ -65,7 +65,7 @@ def test_help_names_every_command():
 def test_doctor():
     result = run("doctor")
     assert result.exit_code == 0
-    for part in ("torch", torch.__version__, "registered", "onnxruntime", "C++ compiler"):
+    for part in ("torch", torch.__version__, "registered", "onnxruntime", "C++ compiler", "TensorRT-RTX"):
         assert part in result.output
 
 
@@ -179,3 +179,42 @@ def test_a_loaded_model_of_another_base_is_refused(project):
     done = onelora_command("export", "mymodels:make", "-o", "m.onnx", "--adapter", "other.safetensors", cwd=project)
     assert done.returncode == 1
     assert "does not have: a, b, c" in done.stderr
+
+
+def test_engine_without_a_gpu(project):
+    """From a model to an engine for another machine, by commands alone."""
+    pytest.importorskip("tensorrt_rtx_bindings")
+    made = onelora_command("export", "mymodels:make", "-o", "m.onnx", "--adapter", "a.safetensors", cwd=project)
+    assert made.returncode == 0, made.stderr
+    built = onelora_command("engine", "m.onnx", "-o", "m.engine", "--sm", "86", cwd=project)
+    assert built.returncode == 0, built.stderr
+    assert "sm_86" in built.stdout
+    assert (project / "m.engine").stat().st_size > 1000
+    shown = run("inspect", project / "m.engine").output
+    for part in ("TensorRT-RTX 1.", "sm_86", "mode 'fold', 2 vectors", "m.onnx"):
+        assert part in shown
+    for arguments, message in (
+        (("engine", "m.onnx", "-o", "n.engine", "--sm", "87"), "builds for sm_75"),
+        (("engine", "m.onnx", "-o", "n.engine", "--sm", "86", "--shape", "batch"), "is not of the form batch=1,8,32"),
+        (("refit", "m.engine", "a.safetensors"), "can't be refitted (mode 'fold')"),
+    ):
+        done = onelora_command(*arguments, cwd=project)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not (project / "n.engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("batch=1,8,32", ("batch", (1, 8, 32))),
+        ("batch=4", ("batch", 4)),
+        ("x=1x3,8x3,32x3", ("x", [(1, 3), (8, 3), (32, 3)])),
+        ("a=b=2x3", ("a=b", (2, 3))),
+    ],
+)
+def test_shapes_on_the_command_line(text, expected):
+    from onelora_compile.cli import _shape
+
+    assert _shape(text) == expected

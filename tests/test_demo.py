@@ -1,5 +1,6 @@
 """The demo runs, in its quick form, and writes what it says."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -18,6 +19,14 @@ def test_quick_demo(tmp_path):
         assert name in done.stdout.replace("\n", "")
     assert max(map(len, done.stdout.splitlines())) <= 80
     page = (folder / "report.html").read_text()
+    engine = json.loads((folder / "results.json").read_text())["engine"]
+    if importlib.util.find_spec("tensorrt_rtx_bindings"):
+        assert engine["kernels"] == engine["base_kernels"] > 10
+        assert (folder / "digits.engine").stat().st_size == engine["bytes"]
+        assert (folder / "digits.engine.json").stat().st_size > 1000
+        assert "digits.engine" in done.stdout.replace("\n", "")
+    for text in (" ".join(done.stdout.split()), page):
+        assert ("built by TensorRT-RTX" if engine["built_by"] else "no engine was built") in text
     assert 'src="http' not in page
     assert 'href="http' not in page.replace('href="https://arxiv.org', "")
     json.loads((folder / "results.json").read_text())

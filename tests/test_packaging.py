@@ -67,7 +67,9 @@ def test_the_wheel_holds_the_mapped_folders(tmp_path):
     assert "[torch_dynamo_backends]\nonelora = onelora_compile.backend:onelora_backend" in entry_points
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "transformers", "peft", "sklearn", "matplotlib"])
+@pytest.mark.parametrize(
+    "package", ["onnx", "onnxruntime", "transformers", "peft", "sklearn", "matplotlib", "tensorrt_rtx_bindings"]
+)
 def test_importing_needs_none_of_the_extras(package):
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"

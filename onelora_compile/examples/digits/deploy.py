@@ -1,9 +1,10 @@
-"""Shipping the adapter: folded into an ONNX file, and swapped in a compiled model."""
+"""Shipping the adapter: folded into an ONNX file and a TensorRT engine, and swapped in a compiled model."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from torch._dynamo.utils import counters
 
 import onelora_compile as onelora
 from onelora_compile.adapter import unwrap
-from onelora_compile.errors import require
+from onelora_compile.errors import MissingExtraError, require
 from onelora_compile.examples.digits.data import Domain
 from onelora_compile.examples.digits.train import accuracy, predict
-from onelora_compile.exporters import export_onnx
+from onelora_compile.exporters import build_engine, export_onnx
+from onelora_compile.exporters.plan_text import kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,29 @@ class OnnxResult:
     difference: float
     largest_logit: float
     export_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineResult:
+    """The engine of the folded ONNX file, built without a GPU and not run.
+
+    Attributes:
+        built_by: product and version; "" where none is installed.
+        why_not: why there is no engine, "" where there is one.
+        targets: the GPUs that it is for.
+        bytes: of the file.
+        build_seconds: of reading the model and building.
+        kernels: that its plan launches.
+        base_kernels: the same of the base's.
+    """
+
+    built_by: str
+    why_not: str
+    targets: tuple[str, ...]
+    bytes: int
+    build_seconds: float
+    kernels: int
+    base_kernels: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +122,34 @@ def deploy_onnx(model: nn.Module, base: nn.Module, path: Path, domain: Domain) -
         difference=float(np.abs(logits - eager.numpy()).max()),
         largest_logit=eager.abs().max().item(),
         export_seconds=report.seconds,
+    )
+
+
+GPUS = ("sm_80", "sm_86", "sm_89", "sm_120")  # Ampere to Blackwell: the build is the same for one or four
+
+
+def deploy_engine(path: Path, base: nn.Module, engine: Path, domain: Domain) -> EngineResult:
+    """Build engines of the folded ONNX file and of the base with TensorRT-RTX, if that is installed."""
+    options = {"target": GPUS, "shapes": {"batch": (1, 32, 512)}, "flavour": "rtx", "progress": False}
+    try:
+        report = build_engine(path, engine, **options)  # type: ignore[arg-type]
+    except MissingExtraError as error:
+        return EngineResult("", str(error), (), 0, 0.0, 0, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "base.onnx"
+        shapes = {"images": {0: "batch"}}
+        export_onnx(base, (domain.test_images[:2],), plain, dynamic_shapes=shapes, verify=False, progress=False)
+        other = plain.with_suffix(".engine")
+        build_engine(plain, other, **options)  # type: ignore[arg-type]
+        base_kernels = len(kernels(other.read_bytes()))
+    return EngineResult(
+        built_by=f"TensorRT-RTX {report.manifest.version}",
+        why_not="",
+        targets=report.manifest.targets,
+        bytes=report.bytes,
+        build_seconds=report.parse_seconds + report.build_seconds,
+        kernels=len(kernels(engine.read_bytes())),
+        base_kernels=base_kernels,
     )
 
 

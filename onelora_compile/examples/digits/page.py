@@ -53,7 +53,7 @@ def write(result: DemoResult, figures: dict[str, str], path: Path) -> None:
         _section("Training", figures["losses"], _note("Moving average over a twentieth of the steps.")),
         _section("What 1LoRA gives", _list(report.findings(result))),
         _section("Where it loses", _list(report.losses(result))),
-        _section("Deployment", _list([report.deployed(result), report.swapped(result)])),
+        _section("Deployment", _list([report.deployed(result), report.engine(result), report.swapped(result)])),
         _section("How this was measured", _list(_method(result)), _note(_where(result))),
     ]
     with replacing(path) as beside:

@@ -76,7 +76,7 @@ def table(result: DemoResult) -> Table:
 
 def text(result: DemoResult) -> str:
     """What else was found, and the files."""
-    paragraphs = [*findings(result), *losses(result), deployed(result), swapped(result)]
+    paragraphs = [*findings(result), *losses(result), deployed(result), engine(result), swapped(result)]
     files = "\n".join(f"  {file}" for file in result.files)
     return "\n".join([*paragraphs, f"{result.seconds['total']:.0f} s on {place(result)}. Written:", files])
 
@@ -138,6 +138,18 @@ def deployed(result: DemoResult) -> str:
         f"{bytes_text(onnx.bytes)} ({bytes_text(onnx.base_bytes)}). ONNX Runtime: {onnx.accuracy:.1%}, PyTorch eager: "
         f"{onnx.eager_accuracy:.1%}; largest difference {onnx.difference:.1e} in logits of up to "
         f"{onnx.largest_logit:.0f}."
+    )
+
+
+def engine(result: DemoResult) -> str:
+    """The engine, in a sentence."""
+    one = result.engine
+    if one.why_not:
+        return f"TensorRT: no engine was built: {one.why_not}."
+    return (
+        f"TensorRT: an engine of the ONNX file for {', '.join(one.targets)}, built by {one.built_by} without a GPU in "
+        f"{one.build_seconds:.1f} s, {bytes_text(one.bytes)}; {one.kernels} kernels ({one.base_kernels} without an "
+        "adapter). It was not run here."
     )
 
 

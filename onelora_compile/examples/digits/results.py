@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from onelora_compile.examples.digits.deploy import OnnxResult, SwapResult
+from onelora_compile.examples.digits.deploy import EngineResult, OnnxResult, SwapResult
 from onelora_compile.files import replacing
 
 
@@ -47,6 +47,7 @@ class DemoResult:
     Attributes:
         rows: one per method, the unadapted base first.
         onnx: the deployed file.
+        engine: the TensorRT engine of that file.
         swap: two adapters in one compiled model.
         base_parameters: of the pretrained model.
         domains: texts by name.
@@ -59,6 +60,7 @@ class DemoResult:
 
     rows: list[Row]
     onnx: OnnxResult
+    engine: EngineResult
     swap: SwapResult
     base_parameters: int
     domains: dict[str, str]

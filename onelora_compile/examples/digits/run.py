@@ -19,7 +19,7 @@ import onelora_compile as onelora
 from onelora_compile.adapter import unwrap
 from onelora_compile.examples.digits import figures, page, report
 from onelora_compile.examples.digits.data import Domain, load_domains
-from onelora_compile.examples.digits.deploy import deploy_onnx, swap
+from onelora_compile.examples.digits.deploy import deploy_engine, deploy_onnx, swap
 from onelora_compile.examples.digits.measure import Step, backward_bytes, machine, step_times, training_step
 from onelora_compile.examples.digits.methods import BASE, ONE_LORA, Method, all_methods
 from onelora_compile.examples.digits.progress import Announce, progress
@@ -54,8 +54,8 @@ class Adapted:
 def run_demo(folder: Path, *, seed: int = 0, quick: bool = False) -> DemoResult:
     """Adapt a small vision transformer to shifted digits by several methods, deploy the 1LoRA adapter, report.
 
-    Writes digits-A.safetensors, digits-B.safetensors, digits.onnx, results.json and report.html, and prints the
-    table. The global random state is as before afterwards.
+    Writes digits-A.safetensors, digits-B.safetensors, digits.onnx, digits.engine (where TensorRT-RTX is installed),
+    results.json and report.html, and prints the table. The global random state is as before afterwards.
 
     Args:
         folder: where to write; made if it is not there.
@@ -92,6 +92,10 @@ def run_demo(folder: Path, *, seed: int = 0, quick: bool = False) -> DemoResult:
         announce("exporting to ONNX")
         with clock("export"):
             exported = deploy_onnx(one, base, folder / "digits.onnx", first)
+        announce("building an engine")
+        with clock("engine"):
+            engine = deploy_engine(folder / "digits.onnx", base, folder / "digits.engine", first)
+        built = [folder / "digits.engine", folder / "digits.engine.json"] if engine.built_by else []
         announce("a second adapter")
         with clock("second adapter"):
             _reset(one)
@@ -105,6 +109,7 @@ def run_demo(folder: Path, *, seed: int = 0, quick: bool = False) -> DemoResult:
         result = DemoResult(
             rows=rows,
             onnx=exported,
+            engine=engine,
             swap=swapped,
             base_parameters=sum(parameter.numel() for parameter in base.parameters()),
             domains={domain.name: domain.text for domain in domains},
@@ -112,7 +117,7 @@ def run_demo(folder: Path, *, seed: int = 0, quick: bool = False) -> DemoResult:
             settings={"seed": seed, "batch": BATCH, "pretrain_steps": sizes.pretrain, "steps": sizes.adapt},
             machine=machine(),
             seconds=clock.seconds | {"total": clock.total()},
-            files=[*files, folder / "digits.onnx", folder / "results.json", folder / "report.html"],
+            files=[*files, folder / "digits.onnx", *built, folder / "results.json", folder / "report.html"],
         )
         result.write(folder / "results.json")
         page.write(result, figures.draw(result, domains), folder / "report.html")

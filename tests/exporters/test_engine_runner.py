@@ -1,0 +1,415 @@
+"""EngineRunner: what needs no GPU here; engines themselves where there is one."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import types
+
+import engines
+import numpy as np
+import onnx_ir
+import ort_engine
+import pytest
+import tensorrt_bindings
+import torch
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.exporters import (
+    EngineRunner,
+    OnnxRunner,
+    build_engine,
+    engine_runner,
+    refit,
+    refit_engine,
+    tensorrt_api,
+)
+from onelora_compile.exporters.device_memory import ALIGNMENT, CudaMemory, TorchMemory
+from onelora_compile.exporters.engine_feed import DTYPES, adapter_id, feed_of, offsets_of, vectors_to_feed
+from onelora_compile.exporters.manifest import Manifest
+from onelora_compile.testing import fill_vectors
+
+pytest.importorskip("tensorrt_rtx_bindings")
+
+RTX = {"flavour": "rtx", "target": "sm_86", "progress": False, "shapes": {"batch": (1, 4, 8)}}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built")
+    for mode in ("fold", "input", "bank"):
+        path, _ = engines.linear(folder, mode)
+        build_engine(path, folder / f"{mode}.engine", **RTX)
+    torch.manual_seed(0)
+    other = fill_vectors(onelora.adapt(nn.Sequential(nn.Linear(64, 48))), 0.3, seed=9)
+    onelora.save_adapter(other, folder / "other.safetensors")
+    return folder
+
+
+def manifest(folder, mode):
+    return Manifest.read(folder / f"{mode}.engine")
+
+
+def test_vectors_lie_aligned_in_one_buffer(built):
+    from dataclasses import replace
+
+    found = replace(manifest(built, "input"), vectors={"a": (48,), "b": (65,), "c": (2, 3)})
+    offsets, size = offsets_of(found)
+    assert offsets == {"a": 0, "b": 256, "c": 768}
+    assert size == 1024
+    assert all(offset % ALIGNMENT == 0 for offset in offsets.values())
+    assert offsets_of(manifest(built, "fold")) == ({}, 0)
+
+
+def test_memory_is_overwritten_in_place():
+    memory = TorchMemory(torch.device("cpu"))
+    buffer = memory.allocate(1024)
+    before = memory.address(buffer)
+    first, second = np.arange(48, dtype=np.float32), torch.arange(65).half()
+    memory.upload(buffer, 0, first)
+    memory.upload(buffer, 256, second)
+    assert memory.address(buffer) == before
+    raw = memory.download(buffer, 1024)
+    assert torch.equal(raw[:192].view(torch.float32), torch.from_numpy(first))
+    assert torch.equal(raw[256 : 256 + 130].view(torch.float16), second)
+    memory.upload(buffer, 0, np.asfortranarray(np.arange(12.0).reshape(3, 4)))
+    assert memory.download(buffer, 96).view(torch.float64).tolist() == list(range(12))
+    memory.upload(buffer, 0, torch.arange(12.0).reshape(3, 4).T)
+    assert (
+        memory.download(buffer, 48).view(torch.float32).tolist()
+        == torch.arange(12.0).reshape(3, 4).T.flatten().tolist()
+    )
+
+
+def test_the_vectors_that_are_fed(built):
+    engine = built / "input.engine"
+    found = manifest(built, "input")
+    start = vectors_to_feed(found, engine, None)["0"]
+    other = vectors_to_feed(found, engine, built / "other.safetensors")["0"]
+    assert start.dtype == other.dtype == np.float32
+    assert np.array_equal(start, onelora.read_adapter(built / "input.engine.safetensors").vectors["0"])
+    assert np.array_equal(other, onelora.read_adapter(built / "other.safetensors").vectors["0"])
+    assert not np.array_equal(start, other)
+    with pytest.raises(onelora.StateError, match=r"are in its weights \(mode 'fold'\)"):
+        vectors_to_feed(manifest(built, "fold"), built / "fold.engine", built / "other.safetensors")
+
+
+def test_start_vectors_that_were_not_copied(built, tmp_path):
+    with pytest.raises(onelora.ExportError, match=r"input\.engine\.safetensors, the vectors that .* is missing"):
+        vectors_to_feed(manifest(built, "input"), tmp_path / "input.engine", None)
+
+
+def test_start_vectors_of_another_build(built, tmp_path):
+    found = manifest(built, "input")
+    (tmp_path / "input.engine.safetensors").write_bytes((built / "other.safetensors").read_bytes())
+    with pytest.raises(onelora.ExportError, match="does not hold the vectors that"):
+        vectors_to_feed(found, tmp_path / "input.engine", None)
+
+
+def test_ids_of_a_bank(built):
+    engine, found = built / "bank.engine", manifest(built, "bank")
+    assert [adapter_id(found, engine, one) for one in (None, "linear", "x/linear.safetensors", 0, -1)] == [
+        -1,
+        0,
+        0,
+        0,
+        -1,
+    ]
+    for wrong in ("two", 1, -2):
+        with pytest.raises(onelora.ExportError, match=r"has no adapter 'two'; it has linear|has adapters 0 to 0"):
+            adapter_id(found, engine, wrong)
+    x = np.zeros((3, 64), np.float16)
+    # -1 is the zero row, which is the last: TensorRT's Gather need not count from the end.
+    assert feed_of(found, engine, ["input"], [x], [0, -1, 0], -1)["adapter_ids"].tolist() == [0, 1, 0]
+    assert feed_of(found, engine, ["input"], {"input": x}, None, 0)["adapter_ids"].tolist() == [0, 0, 0]
+    with pytest.raises(onelora.ExportError, match=r"not all between -1 \(the base\) and 0"):
+        feed_of(found, engine, ["input"], [x], [1, 0, 0], -1)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "ids", "error", "match"),
+    [
+        ([], None, onelora.ExportError, r"takes 1 inputs \['input'\]; 0 were given"),
+        ({"x": 0}, None, onelora.ExportError, r"takes the inputs input; given were x"),
+        ([np.zeros((1, 64), np.float32)], None, onelora.ExportError, r"'input' is torch.float16, float32 was given"),
+        ([torch.zeros(1, 64).bfloat16()], None, onelora.ExportError, r"'input' is torch.float16, bfloat16 was given"),
+        ([np.zeros((1, 64), np.float16)], [0], onelora.StateError, r"is no bank \(its mode is 'fold'\)"),
+    ],
+)
+def test_inputs_that_do_not_fit(inputs, ids, error, match, built):
+    with pytest.raises(error, match=match):
+        feed_of(manifest(built, "fold"), built / "fold.engine", ["input"], inputs, ids, -1)
+
+
+def test_every_dtype_of_a_graph_has_a_torch_dtype():
+    trt = pytest.importorskip("tensorrt_rtx_bindings")
+    packed = {"FP8", "INT4", "FP4", "E8M0"}  # not of inputs and outputs that torch has
+    assert set(trt.DataType.__members__) - packed == set(DTYPES)
+
+
+def test_cuda_python_without_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises((ImportError, onelora.ExportError)):
+        CudaMemory()
+
+
+# ONNX Runtime in the place of the engine: what is fed, where it lies and what is read, on the CPU.
+
+
+@pytest.fixture
+def stand_in(built, tmp_path, monkeypatch):
+    """Runners and refits of the engines in a folder run their ONNX models."""
+
+    class Memory(TorchMemory):
+        def target(self):
+            return "sm_86"
+
+    for file in built.iterdir():
+        shutil.copy(file, tmp_path)
+    engine = tmp_path / "input.engine"
+    raw = json.loads((tmp_path / "input.engine.json").read_text())
+    vectors = [one for one in raw["inputs"] if one["name"] in raw["vectors"]]
+    start = onelora.read_adapter(tmp_path / "input.engine.safetensors").vectors
+    plan = b"".join(value.numpy().tobytes() for _, value in sorted(start.items()))
+    raw |= {"mode": "refit", "inputs": [one for one in raw["inputs"] if one not in vectors]}
+    raw |= {"initial": "refit.engine.safetensors", "engine_sha256": hashlib.sha256(plan).hexdigest()}
+    (tmp_path / "refit.engine.json").write_text(json.dumps(raw))
+    (tmp_path / "refit.engine").write_bytes(plan)
+    shutil.copy(tmp_path / "input.engine.safetensors", tmp_path / "refit.engine.safetensors")
+
+    def load(path):
+        found = Manifest.read(path)
+        weights = {}
+        if found.mode == "refit":
+            numbers = np.frombuffer(path.read_bytes(), np.float32)
+            weights = dict(zip(sorted(found.vectors), np.split(numbers, len(found.vectors)), strict=True))
+        return ort_engine.Engine(path.parent / found.onnx, found, weights)
+
+    api = dataclasses.replace(tensorrt_api.find_api("rtx"))
+    monkeypatch.setattr(engine_runner, "device_memory", lambda which: Memory(torch.device("cpu")))
+    monkeypatch.setattr(engine_runner, "load_engine", lambda api, path, found: load(path))
+    monkeypatch.setattr(refit, "load_engine", lambda api, path, found: load(path))
+    trt = types.SimpleNamespace(__version__=api.version, Refitter=ort_engine.Refitter, Weights=lambda value: value)
+    changed = dataclasses.replace(api, trt=trt)
+    monkeypatch.setattr(engine_runner, "find_api", lambda flavour: changed)
+    monkeypatch.setattr(refit, "find_api", lambda flavour: changed)
+    monkeypatch.setattr(ort_engine.Refitter, "merged", {})
+    assert engine.is_file()
+    return tmp_path
+
+
+def test_the_stand_in_has_real_names_only():
+    record = json.loads(tensorrt_bindings.RECORD.read_text())
+    for ours, theirs in ((ort_engine.Engine, "ICudaEngine"), (ort_engine.Context, "IExecutionContext")):
+        own = {name for name in vars(ours) if not name.startswith("_")}
+        assert all(own <= set(version[theirs]) for version in record.values())
+    own = {name for name in vars(ort_engine.Refitter) if not name.startswith("_")} - {"merged"}
+    assert all(own <= set(version["Refitter"]) for version in record.values())
+
+
+@pytest.mark.parametrize("mode", ["fold", "input", "bank", "refit"])
+def test_a_runner_feeds_and_reads(mode, stand_in):
+    reference = OnnxRunner(stand_in / f"linear-{'input' if mode == 'refit' else mode}.onnx")
+    runner = EngineRunner(stand_in / f"{mode}.engine")
+    assert runner.input_names == ["input"]
+    for batch in (4, 1, 8, 8, 3):
+        x = np.random.default_rng(batch).normal(size=(batch, 64)).astype(np.float16)
+        (got,), (expected,) = runner.run([x]), reference.run([x])
+        assert got.dtype == np.float16
+        assert np.array_equal(got, expected)
+        (tensor,) = runner.run({"input": torch.from_numpy(x)})
+        assert torch.equal(tensor, torch.from_numpy(expected))
+    with pytest.raises(onelora.ExportError, match=r"'input' of \[9, 64\] is not in its profile"):
+        runner.run([np.zeros((9, 64), np.float16)])
+
+
+@pytest.mark.parametrize("mode", ["input", "refit"])
+def test_a_runner_swaps(mode, stand_in):
+    reference = OnnxRunner(stand_in / "linear-input.onnx")
+    runner = EngineRunner(stand_in / f"{mode}.engine")
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float16)
+    before, seen = None, []
+    for adapter in (None, stand_in / "other.safetensors", None, stand_in / "other.safetensors"):
+        runner.use(adapter)
+        reference.use(adapter)
+        (got,), (expected,) = runner.run([x]), reference.run([x])
+        assert np.array_equal(got, expected)
+        addresses = dict(runner._context.addresses)
+        assert before in (None, addresses)  # what a CUDA graph has captured stays where it is
+        before = addresses
+        seen.append(got)
+    assert not np.array_equal(seen[0], seen[1])
+    assert np.array_equal(seen[0], seen[2])
+    # What a graph replays: the same launch, the new vectors.
+    runner.use(None)
+    runner.launch()
+    raw = runner._memory.download(runner._buffers[runner.output_names[0]][1], seen[0].nbytes)
+    assert np.array_equal(raw.view(torch.float16).reshape(seen[0].shape).numpy(), seen[0])
+
+
+def test_contexts_with_adapters_of_their_own(stand_in):
+    runner = EngineRunner(stand_in / "input.engine")
+    second = runner.with_adapter(stand_in / "other.safetensors")
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float16)
+    first = runner.run([x])[0]
+    assert not np.array_equal(second.run([x])[0], first)
+    assert np.array_equal(runner.run([x])[0], first)
+    assert second.engine is runner.engine
+    assert not set(runner._context.addresses.values()) & set(second._context.addresses.values())
+
+    bank = EngineRunner(stand_in / "bank.engine", "linear")
+    base = bank.with_adapter(None)
+    rows = bank.run([x], adapter_ids=[0, -1, -1, 0])[0]
+    assert np.array_equal(rows[[0, 3]], bank.run([x])[0][[0, 3]])
+    assert np.array_equal(rows[[1, 2]], base.run([x])[0][[1, 2]])
+
+    refitted = EngineRunner(stand_in / "refit.engine")
+    other = refitted.with_adapter(None)
+    with pytest.raises(onelora.StateError, match=r"2 runners share .* use one runner, or an engine of mode 'input'"):
+        refitted.use(stand_in / "other.safetensors")
+    with pytest.raises(onelora.StateError, match="one adapter for all its contexts"):
+        refitted.with_adapter(stand_in / "other.safetensors")
+    del other
+    refitted.use(stand_in / "other.safetensors")
+    with pytest.raises(onelora.StateError, match="are in its weights"):
+        EngineRunner(stand_in / "fold.engine").use(stand_in / "other.safetensors")
+    with pytest.raises(onelora.StateError, match="is no bank"):
+        runner.use(0)
+
+
+def test_an_engine_for_another_gpu(stand_in, monkeypatch):
+    memory = TorchMemory(torch.device("cpu"))
+    monkeypatch.setattr(memory, "target", lambda: "sm_120")
+    monkeypatch.setattr(engine_runner, "device_memory", lambda which: memory)
+    with pytest.raises(onelora.StateError, match="it was built for sm_86, this GPU is sm_120"):
+        EngineRunner(stand_in / "fold.engine")
+
+
+@pytest.mark.parametrize("out", [None, "new.engine"])
+def test_a_refitted_file(out, stand_in):
+    source = stand_in / "refit.engine"
+    target = stand_in / out if out else source
+    before = source.read_bytes()
+    report = refit_engine(source, stand_in / "other.safetensors", None if out is None else target)
+    assert (report.vectors, report.bytes, report.base_weights) == (1, 192, [])
+    assert "vectors set" in str(report)
+    assert (source.read_bytes() == before) == (out is not None)
+    found = Manifest.read(target)
+    found.check_file(target)
+    assert found.adapter == "other"
+    vector = onelora.read_adapter(stand_in / "other.safetensors").vectors["0"]
+    assert target.read_bytes() == vector.numpy().tobytes()  # absolute values
+    assert torch.equal(found.initial_adapter(target).vectors["0"], vector)
+    reference = OnnxRunner(stand_in / "linear-input.onnx", stand_in / "other.safetensors")
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float16)
+    assert np.array_equal(EngineRunner(target).run([x])[0], reference.run([x])[0])
+
+
+def test_weights_that_were_merged_with_a_vector(stand_in, monkeypatch):
+    """TensorRT may ask for weights that it merged with ours: they get the base's values, or it is an error."""
+    model = onnx_ir.load(stand_in / "linear-input.onnx")
+    other = next(name for name, value in model.graph.initializers.items() if value.dtype == onnx_ir.DataType.FLOAT16)
+    monkeypatch.setattr(ort_engine.Refitter, "merged", {"0": other})
+    before = (stand_in / "refit.engine").read_bytes()
+    with pytest.raises(onelora.ExportError, match=rf"merged vectors with other weights, {other}, .* give onnx="):
+        refit_engine(stand_in / "refit.engine", stand_in / "other.safetensors")
+    with pytest.raises(onelora.ExportError, match="is not the model that"):
+        refit_engine(stand_in / "refit.engine", stand_in / "other.safetensors", onnx=stand_in / "linear-fold.onnx")
+    monkeypatch.setattr(ort_engine.Refitter, "merged", {"0": "unknown"})
+    with pytest.raises(onelora.ExportError, match="has no weights unknown"):
+        refit_engine(stand_in / "refit.engine", stand_in / "other.safetensors", onnx=stand_in / "linear-input.onnx")
+    assert (stand_in / "refit.engine").read_bytes() == before
+    monkeypatch.setattr(ort_engine.Refitter, "merged", {"0": other})
+    report = refit_engine(
+        stand_in / "refit.engine", stand_in / "other.safetensors", onnx=stand_in / "linear-input.onnx"
+    )
+    assert report.base_weights == [other]
+    assert "set to the base's values" in str(report)
+
+
+# With a GPU: engines against ONNX Runtime on the CPU.
+
+
+def here():
+    major, minor = torch.cuda.get_device_capability()
+    return {"progress": False, "shapes": {"batch": (1, 4, 8)}, "target": f"sm_{major}{minor}"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["fold", "load", "input", "bank"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_engines_compute_what_onnx_runtime_does(mode, dtype, tmp_path):
+    path, _ = engines.exported("hf_vit", mode, dtype, tmp_path)
+    build_engine(path, tmp_path / "m.engine", **here())
+    runner, reference = EngineRunner(tmp_path / "m.engine"), OnnxRunner(path)
+    for batch in (1, 4, 8, 4):
+        x = torch.randn(batch, 3, 16, 16, dtype=dtype)
+        (got,), (expected,) = runner.run([x.numpy()]), reference.run([x.numpy()])
+        bound = (1e-3 if dtype == torch.float32 else 1e-2) * np.abs(expected).max()  # TF32 has ten bits
+        assert np.abs(got.astype(np.float32) - expected.astype(np.float32)).max() <= bound
+        (tensor,) = runner.run([x.cuda()])
+        assert tensor.is_cuda
+        assert np.array_equal(tensor.cpu().numpy(), got)
+
+
+def swapped(tmp_path, mode, dtype=torch.float16):
+    path, model = engines.exported("hf_vit", "input", dtype, tmp_path)
+    build_engine(path, tmp_path / "m.engine", adapters=mode, **here())
+    fill_vectors(model, 0.05, seed=3)
+    onelora.save_adapter(model, tmp_path / "b.safetensors")
+    return OnnxRunner(path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["input", "refit"])
+def test_adapters_are_swapped_and_back(mode, tmp_path):
+    reference = swapped(tmp_path, mode)
+    runner = EngineRunner(tmp_path / "m.engine")
+    x = np.random.default_rng(0).normal(size=(4, 3, 16, 16)).astype(np.float16)
+    for adapter in (None, tmp_path / "b.safetensors", None, tmp_path / "b.safetensors"):
+        runner.use(adapter)
+        reference.use(adapter)
+        (got,), (expected,) = runner.run([x]), reference.run([x])
+        assert np.abs(got.astype(np.float32) - expected.astype(np.float32)).max() <= 1e-2 * np.abs(expected).max()
+
+
+@pytest.mark.gpu
+def test_refit_of_the_file(tmp_path):
+    reference = swapped(tmp_path, "refit")
+    report = refit_engine(tmp_path / "m.engine", tmp_path / "b.safetensors", tmp_path / "b.engine")
+    assert report.vectors == 12
+    x = np.random.default_rng(0).normal(size=(4, 3, 16, 16)).astype(np.float16)
+    for engine, adapter in (("m.engine", None), ("b.engine", tmp_path / "b.safetensors")):
+        reference.use(adapter)
+        (got,), (expected,) = EngineRunner(tmp_path / engine).run([x]), reference.run([x])
+        assert np.abs(got.astype(np.float32) - expected.astype(np.float32)).max() <= 1e-2 * np.abs(expected).max()
+    refit_engine(tmp_path / "b.engine", tmp_path / "m.engine.safetensors")  # and back, in place
+    reference.use(None)
+    (got,), (expected,) = EngineRunner(tmp_path / "b.engine").run([x]), reference.run([x])
+    assert np.abs(got.astype(np.float32) - expected.astype(np.float32)).max() <= 1e-2 * np.abs(expected).max()
+
+
+@pytest.mark.gpu
+def test_two_contexts_and_a_cuda_graph(tmp_path):
+    reference = swapped(tmp_path, "input")
+    runner = EngineRunner(tmp_path / "m.engine")
+    second = runner.with_adapter(tmp_path / "b.safetensors")
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float16)
+    first = runner.run([x])[0]
+    other = second.run([x])[0]
+    assert not torch.equal(first, other)
+    assert torch.equal(runner.run([x])[0], first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        runner.launch(torch.cuda.current_stream().cuda_stream)
+    runner.use(tmp_path / "b.safetensors")
+    torch.cuda.synchronize()
+    graph.replay()
+    torch.cuda.synchronize()
+    address, size = runner._buffers[runner.output_names[0]][1], first.numel() * 2
+    replayed = runner._memory.download(address, size).view(torch.float16).reshape(first.shape).cpu()
+    reference.use(tmp_path / "b.safetensors")
+    expected = torch.from_numpy(reference.run([x.numpy()])[0])
+    assert (replayed.float() - expected.float()).abs().max() <= 1e-2 * expected.abs().max()
