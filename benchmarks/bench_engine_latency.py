@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def main() -> None:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
             engines, files, inputs = runners(name, Path(folder))
-            times = interleaved({way: lambda r=one: r.run(inputs) for way, one in engines.items()}, arguments.rounds)
+            times = interleaved({way: partial(one.run, inputs) for way, one in engines.items()}, arguments.rounds)
             for way, (median, low, high) in ratios(times, BASE).items():
                 milliseconds = 1e3 * float(np.median(times[way]))
                 numbers = {"ratio": median, "ratio_p20": low, "ratio_p80": high, "ms": milliseconds}
