@@ -28,9 +28,7 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 
-def run_passes(
-    gm: fx.GraphModule, passes: Sequence[Pass] = PIPELINE, lowering: str | None = None
-) -> list[PassResult]:
+def run_passes(gm: fx.GraphModule, passes: Sequence[Pass] = PIPELINE, lowering: str | None = None) -> list[PassResult]:
     """Run passes over a graph and the subgraphs of its higher-order ops, in place, and recompile it.
 
     Args:

@@ -42,16 +42,17 @@ def rank1_matmul(
     if not (a.is_cuda or interpreted()):
         raise RuntimeError(f"rank1_matmul on a tensor on {a.device}: {NO_GPU}, or TRITON_INTERPRET=1 for tests")
     (m, k), n = a.shape, w.shape[1]
-    out = a.new_empty(m, n)
+    # The interpreter cuts float32 to bfloat16 instead of rounding.
+    out = a.new_empty(m, n, dtype=torch.float32 if interpreted() else a.dtype)
     rows = torch.empty(m, device=a.device, dtype=torch.float32)
     down = None if left is None else torch.zeros(k, device=a.device, dtype=torch.float32)
     if m == 0 or n == 0:  # nothing to launch; the sums are those of nothing, or of the rows alone
         if n == 0:
             rows = a.float().sum(1) if row is None else a.float() @ row.float()
             down = None if left is None else a.float().T @ left.float()
-        return out, rows, down
+        return out.to(a.dtype), rows, down
     # The tuner picks the height of a block: room for the lowest.
-    lowest = min(one.BLOCK_M for one in ([tile] if tile else tiles(a.dtype)))
+    lowest = min(one.BLOCK_M for one in ([tile] if tile else _tiles(a.dtype.itemsize, left is not None)))
     partial = rows if left is None else rows.new_empty(triton.cdiv(m, lowest), k)
 
     def grid(meta: dict[str, int]) -> tuple[int]:
@@ -65,7 +66,7 @@ def rank1_matmul(
     arguments = (a, w, *pointers, out, rows, partial, m, n, k, *a.stride(), *w.stride(), _bucket(m))
     with torch.cuda.device(a.device) if a.is_cuda else _nothing():
         if tile is None:
-            tuned = _tuned(a.dtype)
+            tuned = _tuned(a.dtype.itemsize, left is not None)
             tuned[grid](*arguments, **flags)
             height = tuned.best_config.kwargs["BLOCK_M"]
         else:
@@ -74,22 +75,20 @@ def rank1_matmul(
             height = tile.BLOCK_M
     if left is not None:
         down = partial[: triton.cdiv(m, height)].sum(0)
-    return out, rows, down
+    return out.to(a.dtype), rows, down
 
 
-def tiles(dtype: torch.dtype) -> tuple[configs.Tile, ...]:
-    """What the autotuner tries for a dtype."""
-    if interpreted():
-        return (configs.INTERPRETED,)
-    return configs.SINGLE if dtype == torch.float32 else configs.HALF
+def _tiles(itemsize: int, backward: bool) -> tuple[configs.Tile, ...]:
+    return (configs.INTERPRETED,) if interpreted() else configs.tiles(itemsize, backward)
 
 
 @functools.cache
-def _tuned(dtype: torch.dtype) -> Any:
+def _tuned(itemsize: int, backward: bool) -> Any:
     choices = [
-        triton.Config(tile.blocks, num_warps=tile.num_warps, num_stages=tile.num_stages) for tile in tiles(dtype)
+        triton.Config(tile.blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        for tile in _tiles(itemsize, backward)
     ]
-    key = ["M_BUCKET", "N", "K", "HAS_ROW", "HAS_COLUMN", "HAS_LEFT", "PRECISION"]
+    key = ["M_BUCKET", "N", "K", "HAS_ROW", "HAS_COLUMN", "PRECISION"]
     return triton.autotune(choices, key=key)(rank1_matmul_kernel)
 
 

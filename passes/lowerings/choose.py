@@ -1,9 +1,9 @@
 """Which lowering an update gets: forced, by rule on a CPU, measured on a GPU.
 
-    forced       options={"lowering": name}: that one where it can, else the default, with the reason
-    on a CPU     producer_consumer: the only one that wins there (benchmarks/results)
-    on a GPU     where more than one can: the fastest, forward and backward, measured on this GPU for this shape; the
-                 default stays unless another is more than 2 % faster
+forced       options={"lowering": name}: that one where it can, else the default, with the reason
+on a CPU     producer_consumer: the only one that wins there (benchmarks/results)
+on a GPU     where more than one can: the fastest, forward and backward, measured on this GPU for this shape; the
+             default stays unless another is more than 2 % faster
 """
 
 from __future__ import annotations
