@@ -30,7 +30,7 @@ def rank1_matmul(
     left: Tensor | None = None,
     tile: configs.Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """a w + bias + rows ⊗ column, where rows = a row; and down = aᵀ left.
+    """A w + bias + rows ⊗ column, where rows = a row; and down = aᵀ left.
 
     Shapes: a [M, K] and w [K, N] of any strides; bias and column [N]; row [K]; left [M] -> [M, N], [M], [K] or None.
     Dtype: a and w the same, of float32, bfloat16, float16; the others any of these; out that of a, rows and down float32.

@@ -35,8 +35,6 @@ class _AddRank1(torch.autograd.Function):
     Shapes: y [*, out_features], s [*, 1], vector [out_features] -> [*, out_features].  Dtype: the same everywhere.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(y: Tensor, s: Tensor, vector: Tensor) -> Tensor:
         return torch.addcmul(y, s, vector)
@@ -64,6 +62,8 @@ class _AddRank1(torch.autograd.Function):
 
 
 def _add_rank1_by_matmul(y: Tensor, s: Tensor, vector: Tensor) -> Tensor:
+    if torch._C._are_functorch_transforms_active():  # as in torch/autograd/function.py::Function.apply
+        return torch.addcmul(y, s, vector)  # an operator of functorch can't call a function of autograd
     result: Tensor = _AddRank1.apply(y, s, vector)
     return result
 
