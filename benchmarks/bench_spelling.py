@@ -4,9 +4,9 @@
     addcmul      the same with the gradient that autograd derives: a product of the size of g and a column reduction
     y + s @ b    PEFT's form, a matmul in both directions
 
-CPU time of one thread, which does not count what else runs on the machine: differences of 1 % can be told, where wall
-time of two threads on a shared machine spreads by 8 %.  Models of `models.py` with two blocks; a step is forward, loss and
-backward to the inputs; ratios to the frozen base under Inductor.
+CPU time of one thread, which does not count what else runs on the machine: differences of 1 % can be told, where
+wall time of two threads on a shared machine spreads by 8 %.  Models of `models.py` with two blocks; a step is forward,
+loss and backward to the inputs; ratios to the frozen base under Inductor.
 """
 
 from __future__ import annotations

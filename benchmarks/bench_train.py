@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Sequence
 
 import torch
 from environment import save
@@ -16,15 +17,18 @@ from rich.progress import track
 from rich.table import Table
 from timing import interleaved, ratios
 
+MODES = ("eager", "compiled")
 COLUMNS = ("model", "mode", "method", "median", "20 %", "80 %", "ms")
 
 
-def measure(name: str, rounds: int) -> list[dict[str, object]]:
-    """Rows of one model: every method in both modes, all in one process."""
+def measure(name: str, rounds: int, modes: Sequence[str], wanted: Sequence[str] | None) -> list[dict[str, object]]:
+    """Rows of one model, all in one process; the base is always among the methods."""
     base, inputs = build(name)
     models = methods(name, base)
+    if wanted:
+        models = {method: model for method, model in models.items() if method == BASE or method.split()[0] in wanted}
     rows: list[dict[str, object]] = []
-    for mode in ("eager", "compiled"):
+    for mode in modes:
         if mode == "compiled":
             torch._dynamo.reset()
             compiled = {OWN: "onelora"}
@@ -46,18 +50,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES))
+    parser.add_argument("--method", nargs="+", help="first words of methods, for example 1LoRA MiSS; default: all")
     arguments = parser.parse_args()
     table = Table(*COLUMNS, title="training step, ratio to the frozen base in the same mode")
     rows = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in track(arguments.model, "models"):
-            rows += measure(name, arguments.rounds)
+            rows += measure(name, arguments.rounds, arguments.mode, arguments.method)
     for row in rows:
         numbers = [f"{row[key]:.3f}" for key in ("ratio", "ratio_p20", "ratio_p80")]
         table.add_row(*(str(row[key]) for key in ("model", "mode", "method")), *numbers, f"{row['ms']:.1f}")
-    if arguments.model == list(MODELS):  # a part of the table would replace the whole
-        save("train", rows)
+    save("train", rows, key=("model", "mode", "method"))
     Console().print(table)
 
 

@@ -76,7 +76,7 @@ def opcheck(*args: Any) -> None:
 
 
 def train(dtype: torch.dtype, x: torch.Tensor, state: dict[str, torch.Tensor], lowering: str, dynamic: bool) -> Any:
-    """Loss and gradients of a compiled model, the warnings, what each site got and how many kernels are in the graph."""
+    """Loss, gradients, warnings and the targets of the graph of a compiled model."""
     torch.compiler.reset()
     model = model_of(dtype)
     model.load_state_dict(state)

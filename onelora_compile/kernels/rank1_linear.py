@@ -2,8 +2,8 @@
 
     rank1_linear(x, W, c, b) -> (W x + c + b sum(x), sum(x))
 
-Importing this module registers it; that needs Triton.  The operator is opaque to Dynamo, AOTAutograd and Inductor, which
-keep it whole.  Autograd saves the feature sum, the weight and the vector.
+Importing this module registers it; that needs Triton.  The operator is opaque to Dynamo, AOTAutograd and Inductor,
+which keep it whole.  Autograd saves the feature sum, the weight and the vector.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def rank1_matmul(
     """A w + bias + rows ⊗ column, where rows = a row; and down = aᵀ left.
 
     Shapes: a [M, K] and w [K, N] of any strides; bias and column [N]; row [K]; left [M] -> [M, N], [M], [K] or None.
-    Dtype: a and w the same, of float32, bfloat16, float16; the others any of these; out that of a, rows and down float32.
+    Dtype: a and w the same, of float32, bfloat16, float16; the others any of these; out as a, rows and down float32.
     `tile`: None takes the fastest, which the first call for a size measures.
     Raises: RuntimeError on a device that Triton does not run on; TypeError for another dtype.
     """

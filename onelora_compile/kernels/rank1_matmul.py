@@ -11,9 +11,9 @@ A linear of 1LoRA is one launch forward (w = Wᵀ, column = b) and one backward:
     gx = g W + (g b) 1ᵀ,  gb = gᵀ s     a = g, w = W, row = b, left = s;      down is the vector's gradient
 
 x and g are read once, by the matmul itself: the row sum is taken of the tiles that the matmul multiplies, and each
-program adds its share of `down` for the tiles of a that fall to it.  Sums and the epilogue are float32, `out` is rounded
-once.  `down` comes as one partial sum for each block of rows, added up by the caller: no atomics, so it is the same at
-each run.
+program adds its share of `down` for the tiles of a that fall to it.  Sums and the epilogue are float32, `out` is
+rounded once.  `down` comes as one partial sum for each block of rows, added up by the caller: no atomics, so it is
+the same at each run.
 
 Bytes beyond the matmul's own: M (rows) + N (column), and in backward K x ceil(M / BLOCK_M) partial sums of 4 bytes.
 Flops beyond the matmul's own: M K for each column of programs, 2 M N in the epilogue, 2 M K for `down`.

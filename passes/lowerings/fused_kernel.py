@@ -3,12 +3,12 @@
     add_rank1(linear(x, W, c), feature_sum(x), b)   ->   onelora::rank1_linear(x, W, c, b)
 
     forward    the row sum of x is taken in the loop that multiplies x, the update and the bias in its epilogue
-    backward   gx = g W + (g b) 1ᵀ is the same kernel with b as weights of the row sum;  gb = gᵀ s in the same loop over g
+    backward   gx = g W + (g b) 1ᵀ is the same kernel with b as weights of the row sum;  gb = gᵀ s in the same loop
 
 Cost beyond the frozen linear: no pass over x, y, g or gx; the feature sum and partial sums of gb.  What it risks is the
-matmul itself, which is Triton's and not cuBLAS'.  So it is taken only where a measurement on the very GPU says that it
-wins (`choose`), or by `options={"lowering": "fused_kernel"}`.  It would win where the matmul is bound by memory (few rows)
-and where the update stands beside attention.
+matmul itself, which is Triton's and not cuBLAS'.  So it is taken only where a measurement on the very GPU says that
+it wins (`choose`), or by `options={"lowering": "fused_kernel"}`.  Expected to win where the matmul is bound by memory
+(few rows) and where the update stands beside attention.
 
 Takes calls of `linear` on a 2-D weight, in float32, bfloat16 or float16, whose output nobody else reads.
 """

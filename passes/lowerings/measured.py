@@ -22,6 +22,7 @@ import torch
 
 from onelora_compile.files import replacing
 from onelora_compile.passes.lowerings.lowering import Shape
+from onelora_compile.passes.lowerings.on_gpu import measure_on_gpu
 from onelora_compile.version import __version__
 
 log = logging.getLogger("onelora_compile.lowerings")
@@ -46,9 +47,7 @@ def seconds(
     file = (folder or cache_folder()) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     if (known := _read(file, key, names)) is not None:
         return known
-    if measure is None:
-        from onelora_compile.passes.lowerings.on_gpu import measure_on_gpu as measure
-    times = {name: measure(shape, name, device) for name in names}
+    times = {name: (measure or measure_on_gpu)(shape, name, device) for name in names}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as beside:
