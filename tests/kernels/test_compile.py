@@ -23,21 +23,23 @@ CASES = [
 ]
 
 
-def compiled(element, tile, use, capability, precision="ieee"):
-    """As a call specialises it: aligned pointers and sizes, the last stride of x and W one."""
+def compiled(element, tile, use, capability, precision="ieee", ones=None, aligned=True):
+    """As a call specialises it: aligned pointers and sizes, what is 1 (`ones`; None: the last stride of x and W)."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = rank1_matmul_kernel.arg_names
     constants = dict(zip(FLAGS, USES[use], strict=True)) | tile.blocks | {"PRECISION": precision, "WIDEN": False}
-    constants |= {"stride_ak": 1, "stride_wk" if use == "forward" else "stride_wn": 1}
+    ones = ("stride_ak", "stride_wk" if use == "forward" else "stride_wn") if ones is None else ones
+    constants |= dict.fromkeys(ones, 1)
     types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
     types |= {name: f"*{element}" for name in ("a_ptr", "w_ptr", "bias_ptr", "out_ptr")}
     types |= dict.fromkeys(constants, "constexpr")
     place = {name: (index,) for index, name in enumerate(names)}
-    aligned = {place[name]: [["tt.divisibility", 16]] for name in names if types[name] != "constexpr" and name != "M"}
+    sixteens = [name for name in names if types[name] != "constexpr" and name != "M"] if aligned else []
+    attributes = {place[name]: [["tt.divisibility", 16]] for name in sixteens}
     values = {place[name]: value for name, value in constants.items()}
-    source = ASTSource(rank1_matmul_kernel, {name: types[name] for name in names}, values, aligned)
+    source = ASTSource(rank1_matmul_kernel, {name: types[name] for name in names}, values, attributes)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -71,6 +73,13 @@ def test_single_precision_uses_tensor_cores_where_tf32_is_allowed(capability):
     tile = configs.SINGLE[2]
     assert "mma" not in compiled("fp32", tile, "forward", capability).asm["ptx"]
     assert "mma" in compiled("fp32", tile, "forward", capability, "tf32").asm["ptx"]
+
+
+@pytest.mark.parametrize("ones", [(), ("M",), ("N",), ("K",), ("M", "N", "K"), ("stride_am", "stride_wn")], ids=str)
+@pytest.mark.parametrize("use", USES)
+def test_sizes_of_one_odd_sizes_and_any_strides(use, ones):
+    """A size or stride of 1 becomes a constant of the kernel; odd ones lose their alignment."""
+    assert compiled("bf16", configs.HALF[0], use, 87, ones=ones, aligned=False).asm["cubin"]
 
 
 def test_a_tile_that_is_too_large_is_seen(tmp_path):
