@@ -192,7 +192,7 @@ def main() -> None:
                 numbers |= {"ms": round(1e3 * statistics.median(times[way]), 4)}
                 numbers |= rates(way, place, *shape, statistics.median(times[way]))
                 rows.append(row | {"way": way} | numbers | {"rounds": arguments.rounds})
-    save("linear", rows, key=("place", "rows", "in_features", "out_features", "way"))
+            save("linear", rows, key=("place", "rows", "in_features", "out_features", "way"))
     Console().print(table)
 
 

@@ -59,10 +59,10 @@ def main() -> None:
         warnings.simplefilter("ignore")
         for name in track(arguments.model, "models"):
             rows += measure(name, arguments.rounds, arguments.mode, arguments.method)
+            save("train", rows, key=("model", "mode", "method"))
     for row in rows:
         numbers = [f"{row[key]:.3f}" for key in ("ratio", "ratio_p20", "ratio_p80")]
         table.add_row(*(str(row[key]) for key in ("model", "mode", "method")), *numbers, f"{row['ms']:.1f}")
-    save("train", rows, key=("model", "mode", "method"))
     Console().print(table)
 
 
