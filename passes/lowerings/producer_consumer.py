@@ -7,8 +7,8 @@ The vector's gradient is a sum over rows.  Derived from `addcmul` it is a produc
 along columns, which Inductor writes as a walk down each column; as a matmul [1, rows] x [rows, out_features] it is one
 call of a library that reads g once.  It also leaves fewer kernels: 53 instead of 66 for a ViT block, forward and
 backward, where the frozen base has 35.  Over whole models: benchmarks/bench_spelling.py, results/spelling.csv.
-Only on a CPU and in one dtype: in half precision g would have to be copied to float32, and on a GPU
-nothing has been measured; there the update is `addcmul`.
+Only on a CPU and in one dtype: in half precision g would have to be copied to float32, and on a GPU nothing has been
+measured; there the update is `addcmul`.
 
 Cost beyond the frozen linear: reads of g for gb, and, beside attention and matmuls, passes over x, y and g.
 Wins where the neighbours are pointwise, norms or reductions.  Takes every update.
