@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -173,7 +174,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--place", nargs="+", default=["pointwise", "attention"] if CUDA else PLACES)
     parser.add_argument("--way", nargs="+", help="only these, besides the frozen linear")
+    parser.add_argument(
+        "--one-thread", action="store_true", help="CPU time of one thread, for a machine with other work"
+    )
     arguments = parser.parse_args()
+    clock = time.perf_counter
+    if arguments.one_thread:
+        torch.set_num_threads(1)
+        clock = time.thread_time
     torch.manual_seed(0)
     columns = ("place", "rows", "in", "out", "way", "median", "20 %", "80 %")
     table = Table(*columns, title="one linear, forward and backward, ratio to the frozen linear")
@@ -184,7 +192,7 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for place, *shape in track(jobs, "linears"):
-            times = interleaved(candidates(place, *shape, arguments.way), arguments.rounds)
+            times = interleaved(candidates(place, *shape, arguments.way), arguments.rounds, clock=clock)
             for way, (median, low, high) in ratios(times, BASE).items():
                 table.add_row(place, *map(str, shape), way, f"{median:.3f}", f"{low:.3f}", f"{high:.3f}")
                 row = {"place": place} | dict(zip(("rows", "in_features", "out_features"), shape, strict=True))

@@ -32,7 +32,7 @@ def save(name: str, rows: Sequence[dict[str, Any]], key: Sequence[str] = ()) -> 
             kept = list(csv.DictReader(file))
 
     def what(row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(row[column] for column in (*key, "device"))
+        return tuple(row[column] for column in (*key, "device", "threads"))
 
     measured = {what(row): row for row in fresh}
     fresh = [measured.pop(what(row), row) for row in kept] + list(measured.values()) if kept else fresh

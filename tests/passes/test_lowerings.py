@@ -239,7 +239,9 @@ def test_the_kernel_does_not_take_weights_that_are_no_plain_tensors(monkeypatch)
     monkeypatch.setattr("onelora_compile.passes.lowerings.fused_kernel.why_no_kernels", lambda device: None)
     (update,) = updates(onelora.adapt(nn.Sequential(nn.Linear(8, 4))), torch.randn(5, 8))
     update.linear[1].meta["example_value"] = torch.randn(4, 8).as_subclass(Packed)
-    assert LOWERINGS["fused_kernel"].why_not(update) == "the weight is a Packed, not a plain tensor (quantised, sharded)"
+    assert (
+        LOWERINGS["fused_kernel"].why_not(update) == "the weight is a Packed, not a plain tensor (quantised, sharded)"
+    )
 
 
 def test_without_triton_or_a_gpu(monkeypatch):
