@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow bench lint clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,11 @@ test: $(READY)  ## Run the tests
 
 test-slow: $(READY)  ## Run the long tail of the tests
 	$(BIN)/pytest -n auto --maxprocesses 4 -m slow
+
+bench: $(READY)  ## Run the CPU benchmarks and print their tables (ROUNDS=5: quicker, noisier)
+	@for one in linear spelling siblings train swap fold onnx; do \
+	  $(BIN)/python benchmarks/bench_$$one.py $(if $(ROUNDS),--rounds $(ROUNDS)) || exit 1; done
+	@for one in memory compile engine; do $(BIN)/python benchmarks/bench_$$one.py || exit 1; done
 
 # mypy sees the folders that setuptools maps only in a strict editable install, and only from another folder.
 lint: $(READY)  ## Check style and types

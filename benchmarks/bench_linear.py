@@ -6,13 +6,18 @@ sum into the kernel before and the update into the kernel after, and between two
 Ways: what adapted modules do; the composite operator as it is; PEFT's form, y + s @ b; one autograd function (in eager
 that is what adapted modules do); augmented K, [x, s] · [W, b]ᵀ, whose wider weight is kept beside the parameter here
 and gets b at each step.
+
+On a CUDA GPU (not run on one yet): bfloat16, compiled places only, and each lowering forced besides the chosen one.
+Rates count the flops and bytes of the linear, of its backward to x, and, by the lowering's own estimate, of the update.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from environment import save
@@ -26,6 +31,7 @@ from torch.nn import functional as F
 import onelora_compile as onelora
 from onelora_compile.eager import adapted_linear
 from onelora_compile.ops import rank1_update
+from onelora_compile.passes.lowerings import DEFAULT, LOWERINGS, Cost, Shape
 
 SHAPES = [  # rows, in_features, out_features
     (512, 384, 384),
@@ -35,8 +41,12 @@ SHAPES = [  # rows, in_features, out_features
     (2048, 768, 3072),
     (256, 4096, 4096),
 ]
+GPU_SHAPES = [(8192, 4096, 4096), (8192, 4096, 11008), (8192, 11008, 4096), (4096, 1024, 4096), (64, 4096, 4096)]
 COMPILED = ((512, 384, 1536), (512, 1536, 384), (2048, 768, 768))  # a minute of compilation each
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 BASE, OWN = "frozen linear", "1LoRA"
+PLACES = ["alone", "pointwise", "attention"]
 PADDING = 16  # columns: the feature sum, and zeros that keep rows aligned
 
 
@@ -108,25 +118,43 @@ class BetweenAttention(nn.Module):
 def linears(n: int, m: int) -> dict[str, nn.Module]:
     """The linear by each way."""
     own = onelora.adapt(nn.Sequential(nn.Linear(n, m)))[0]
+    if CUDA:
+        forced = {name: onelora.adapt(nn.Sequential(nn.Linear(n, m)))[0] for name in LOWERINGS}
+        return {BASE: nn.Linear(n, m).requires_grad_(False), OWN: own, "y + s @ b": AsPeft(n, m), **forced}
     classes = {"composite": Composite, "y + s @ b": AsPeft, "function": Function, "augmented K": Augmented}
     ways = {name: make(n, m) for name, make in classes.items()}
     return {BASE: nn.Linear(n, m).requires_grad_(False), OWN: own, **ways, "augmented K, bound": AugmentedOnce(n, m)}
 
 
-def candidates(place: str, rows: int, n: int, m: int) -> dict[str, Callable[[], None]]:
+def _compiled(way: str, model: nn.Module) -> nn.Module:
+    if way in LOWERINGS:
+        return torch.compile(model, backend="onelora", options={"lowering": way})
+    return torch.compile(model, backend="onelora" if way == OWN else "inductor")
+
+
+def rates(way: str, place: str, rows: int, n: int, m: int, seconds: float) -> dict[str, float]:
+    """TFLOP/s and GB/s (1e9) of the linear alone; its neighbours' time is in `seconds`, their work is not counted."""
+    apart = place == "attention"
+    shape = Shape(rows, n, m, DTYPE, torch.float32, True, apart, apart, True)
+    cost = LOWERINGS[way if way in LOWERINGS else DEFAULT].cost(shape) if way != BASE else Cost(0, 0)
+    flops, moved = 4 * rows * n * m + cost.flops, 2 * DTYPE.itemsize * (rows * n + n * m + rows * m) + cost.bytes
+    return {"tflop_per_s": round(flops / seconds / 1e12, 4), "gb_per_s": round(moved / seconds / 1e9, 2)}
+
+
+def candidates(place: str, rows: int, n: int, m: int, ways: Sequence[str] | None) -> dict[str, Callable[[], None]]:
     """Forward and backward of one linear in one place, by each way."""
     torch._dynamo.reset()
     models = linears(n, m)
+    if ways:
+        models = {way: model for way, model in models.items() if way in (BASE, *ways)}
+    if CUDA:
+        models = {way: model.to("cuda", torch.bfloat16) for way, model in models.items()}
     if place == "alone":
-        del models["function"]  # is what 1LoRA does here
+        models.pop("function", None)  # is what 1LoRA does here
     else:
         wrap = BetweenPointwise if place == "pointwise" else BetweenAttention
-        backend = {OWN: "onelora"}
-        models = {
-            way: torch.compile(wrap(linear, n, m), backend=backend.get(way, "inductor"))
-            for way, linear in models.items()
-        }
-    x = torch.randn(8, rows // 8, n, requires_grad=True)
+        models = {way: _compiled(way, wrap(linear, n, m).to(DEVICE, DTYPE)) for way, linear in models.items()}
+    x = torch.randn(8, rows // 8, n, device=DEVICE, dtype=DTYPE, requires_grad=True)
 
     def step(model: nn.Module) -> Callable[[], None]:
         up = torch.randn_like(model(x))
@@ -144,24 +172,35 @@ def candidates(place: str, rows: int, n: int, m: int) -> dict[str, Callable[[], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--place", nargs="+", default=["alone", "pointwise", "attention"])
+    parser.add_argument("--place", nargs="+", default=["pointwise", "attention"] if CUDA else PLACES)
+    parser.add_argument("--way", nargs="+", help="only these, besides the frozen linear")
+    parser.add_argument(
+        "--one-thread", action="store_true", help="CPU time of one thread, for a machine with other work"
+    )
     arguments = parser.parse_args()
+    clock = time.perf_counter
+    if arguments.one_thread:
+        torch.set_num_threads(1)
+        clock = time.thread_time
     torch.manual_seed(0)
     columns = ("place", "rows", "in", "out", "way", "median", "20 %", "80 %")
     table = Table(*columns, title="one linear, forward and backward, ratio to the frozen linear")
     rows = []
-    jobs = [(place, *shape) for place in arguments.place for shape in (SHAPES if place == "alone" else COMPILED)]
+    shapes = {"alone": GPU_SHAPES if CUDA else SHAPES}
+    compiled = GPU_SHAPES if CUDA else COMPILED
+    jobs = [(place, *shape) for place in arguments.place for shape in shapes.get(place, compiled)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for place, *shape in track(jobs, "linears"):
-            times = interleaved(candidates(place, *shape), arguments.rounds)
+            times = interleaved(candidates(place, *shape, arguments.way), arguments.rounds, clock=clock)
             for way, (median, low, high) in ratios(times, BASE).items():
                 table.add_row(place, *map(str, shape), way, f"{median:.3f}", f"{low:.3f}", f"{high:.3f}")
                 row = {"place": place} | dict(zip(("rows", "in_features", "out_features"), shape, strict=True))
                 numbers = {"ratio": round(median, 4), "ratio_p20": round(low, 4), "ratio_p80": round(high, 4)}
+                numbers |= {"ms": round(1e3 * statistics.median(times[way]), 4)}
+                numbers |= rates(way, place, *shape, statistics.median(times[way]))
                 rows.append(row | {"way": way} | numbers | {"rounds": arguments.rounds})
-    if len(arguments.place) == 3:
-        save("linear", rows)
+            save("linear", rows, key=("place", "rows", "in_features", "out_features", "way"))
     Console().print(table)
 
 

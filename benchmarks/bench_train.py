@@ -6,7 +6,9 @@ A step is forward, loss and backward to the inputs; ratios are to the frozen bas
 from __future__ import annotations
 
 import argparse
+import time
 import warnings
+from collections.abc import Sequence
 
 import torch
 from environment import save
@@ -14,17 +16,22 @@ from models import BASE, MODELS, OWN, build, methods, step
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from timing import interleaved, ratios
+from timing import Clock, interleaved, ratios
 
+MODES = ("eager", "compiled")
 COLUMNS = ("model", "mode", "method", "median", "20 %", "80 %", "ms")
 
 
-def measure(name: str, rounds: int) -> list[dict[str, object]]:
-    """Rows of one model: every method in both modes, all in one process."""
+def measure(
+    name: str, rounds: int, modes: Sequence[str], wanted: Sequence[str] | None, clock: Clock
+) -> list[dict[str, object]]:
+    """Rows of one model, all in one process; the base is always among the methods."""
     base, inputs = build(name)
     models = methods(name, base)
+    if wanted:
+        models = {method: model for method, model in models.items() if method == BASE or method.split()[0] in wanted}
     rows: list[dict[str, object]] = []
-    for mode in ("eager", "compiled"):
+    for mode in modes:
         if mode == "compiled":
             torch._dynamo.reset()
             compiled = {OWN: "onelora"}
@@ -33,7 +40,7 @@ def measure(name: str, rounds: int) -> list[dict[str, object]]:
                 for method, model in models.items()
             }
         steps = {method: step(model, inputs) for method, model in models.items()}
-        times = interleaved(steps, rounds)
+        times = interleaved(steps, rounds, clock=clock)
         for method, (median, low, high) in ratios(times, BASE).items():
             milliseconds = 1e3 * sorted(times[method])[len(times[method]) // 2]
             numbers = {"ratio": median, "ratio_p20": low, "ratio_p80": high, "ms": milliseconds}
@@ -46,18 +53,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES))
+    parser.add_argument("--method", nargs="+", help="first words of methods, for example 1LoRA MiSS; default: all")
+    parser.add_argument(
+        "--one-thread", action="store_true", help="CPU time of one thread, for a machine with other work"
+    )
     arguments = parser.parse_args()
+    clock = time.perf_counter
+    if arguments.one_thread:
+        torch.set_num_threads(1)
+        clock = time.thread_time
     table = Table(*COLUMNS, title="training step, ratio to the frozen base in the same mode")
     rows = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in track(arguments.model, "models"):
-            rows += measure(name, arguments.rounds)
+            rows += measure(name, arguments.rounds, arguments.mode, arguments.method, clock)
+            save("train", rows, key=("model", "mode", "method"))
     for row in rows:
         numbers = [f"{row[key]:.3f}" for key in ("ratio", "ratio_p20", "ratio_p80")]
         table.add_row(*(str(row[key]) for key in ("model", "mode", "method")), *numbers, f"{row['ms']:.1f}")
-    if arguments.model == list(MODELS):  # a part of the table would replace the whole
-        save("train", rows)
     Console().print(table)
 
 

@@ -17,13 +17,30 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows to results/<name>.csv, each with the environment."""
+def save(name: str, rows: Sequence[dict[str, Any]], key: Sequence[str] = ()) -> None:
+    """Write rows to results/<name>.csv, each with the environment.
+
+    With `key`, the columns that say what was measured, rows of the file that are not measured now stay, with the
+    environment that they were measured in.
+    """
     RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *environment()], lineterminator="\n")
+    path = RESULTS / f"{name}.csv"
+    fresh = [{column: str(value) for column, value in (row | environment()).items()} for row in rows]
+    kept: list[dict[str, Any]] = []
+    if key and path.exists():
+        with open(path, newline="") as file:
+            kept = list(csv.DictReader(file))
+
+    def what(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(row[column] for column in (*key, "device", "threads"))
+
+    measured = {what(row): row for row in fresh}
+    fresh = [measured.pop(what(row), row) for row in kept] + list(measured.values()) if kept else fresh
+    columns = dict.fromkeys([*rows[0], *environment()])
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row | environment() for row in rows)
+        writer.writerows(fresh)
 
 
 @functools.cache

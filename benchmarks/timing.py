@@ -9,9 +9,13 @@ from collections.abc import Callable
 
 import torch
 
+Clock = Callable[[], float]
 
-def interleaved(candidates: dict[str, Callable[[], None]], rounds: int, repeat: int = 3) -> dict[str, list[float]]:
-    """Seconds of one call, the best of `repeat` in a row, for each candidate in each round."""
+
+def interleaved(
+    candidates: dict[str, Callable[[], None]], rounds: int, repeat: int = 3, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of one call by `clock`, the best of `repeat` in a row, for each candidate in each round."""
     for run in candidates.values():
         for _ in range(2):
             run()
@@ -21,7 +25,7 @@ def interleaved(candidates: dict[str, Callable[[], None]], rounds: int, repeat: 
     for _ in range(rounds):
         generator.shuffle(order)
         for name in order:
-            times[name].append(min(_once(candidates[name]) for _ in range(repeat)))
+            times[name].append(min(_once(candidates[name], clock) for _ in range(repeat)))
     return times
 
 
@@ -35,9 +39,9 @@ def ratios(times: dict[str, list[float]], base: str) -> dict[str, tuple[float, f
     return result
 
 
-def _once(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
+def _once(run: Callable[[], None], clock: Clock) -> float:
+    start = clock()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start

@@ -15,11 +15,12 @@ from torch import fx, nn
 
 from onelora_compile import inductor
 from onelora_compile.adapter import AdapterState, adapt, state_or_none, undo_adapt, vectors, was_adapted
-from onelora_compile.errors import OneLoRAWarning, StateError
+from onelora_compile.errors import ConfigError, OneLoRAWarning, StateError
 from onelora_compile.layer import VECTOR, OneLoRALayer, vector_name
 from onelora_compile.options import BackendOptions
 from onelora_compile.passes.insert_rank1 import insert_rank1, insert_weight
 from onelora_compile.passes.match_linear import LinearSite, is_update, match_linear
+from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.run import run_passes
 from onelora_compile.passes.subgraphs import scopes
 from onelora_compile.target import Target, targets_of, vector_key
@@ -48,7 +49,7 @@ def onelora_backend(
         options: see `BackendOptions`.
 
     Raises:
-        ConfigError: an unknown option.
+        ConfigError: an unknown option, or a lowering that no linear of the graph can take.
         TargetError: a model that was not adapted and has nothing to adapt.
         PassError: a pass failed.
     """
@@ -56,9 +57,26 @@ def onelora_backend(
     compiler = inductor.inner_compiler(checked.inner, mode, checked.inner_options)
     gm = inductor.copy_graph(gm)
     inserted = _adapt_on_first_call(gm, example_inputs, checked)
-    run_passes(gm)
+    _check_forced(run_passes(gm, lowering=checked.lowering), checked.lowering)
     compiled = compiler(gm, [*example_inputs, *inserted])
     return (lambda *args: compiled(*args, *inserted)) if inserted else compiled
+
+
+def _check_forced(results: Sequence[PassResult], lowering: str | None) -> None:
+    """A lowering that the user asked for and that was not taken is an error for all linears, a warning for some."""
+    if lowering is None:
+        return
+    (fused,) = (result for result in results if result.name == "fuse_rank1")
+    if fused.skips and len(fused.skips) == len(set(fused.rewrites) | set(fused.skips)):
+        reasons = "; ".join(dict.fromkeys(fused.skips.values()))
+        raise ConfigError(f"option lowering={lowering!r}: none of {len(fused.skips)} linears can take it: {reasons}")
+    if fused.skips:
+        listed = "; ".join(f"{name!r}: {reason}" for name, reason in list(fused.skips.items())[:6])
+        warnings.warn(
+            f"option lowering={lowering!r}: {len(fused.skips)} linears can't take it and get the default: {listed}",
+            OneLoRAWarning,
+            stacklevel=2,
+        )
 
 
 def _adapt_on_first_call(

@@ -19,7 +19,7 @@ from onelora_compile.config import OneLoRAConfig
 from onelora_compile.draw import draw
 from onelora_compile.errors import TargetError
 from onelora_compile.passes.expand_attention import expand_attention
-from onelora_compile.passes.fuse_rank1 import LOWERING
+from onelora_compile.passes.lowerings import LOWERING
 from onelora_compile.passes.match_linear import LinearSite, match_linear, operands, rank1_updates
 from onelora_compile.passes.run import run_passes
 from onelora_compile.passes.subgraphs import Scope, scopes
@@ -44,6 +44,7 @@ class SiteReport:
         adapted: whether the op computes with W + b 1ᵀ.
         how: "module" if the module that is called adds the update, "weight" if the weight is handed out adapted.
         lowering: how the update is made fast, "" without one.
+        why: why that lowering.
         reason: why the op is not adapted, "" if it is.
         source: the user's line of code.
     """
@@ -56,6 +57,7 @@ class SiteReport:
     adapted: bool
     how: str
     lowering: str
+    why: str
     reason: str
     source: str
 
@@ -84,7 +86,8 @@ class Explanation(Printable):
             table.add_column(column, overflow="fold")
         for site in self.sites:
             row = (site.graph, site.name or site.module, site.in_features, site.out_features)
-            what = site.lowering if site.adapted else site.reason
+            chosen = f"{site.lowering}: {site.why}" if site.why else site.lowering
+            what = chosen if site.adapted else site.reason
             file, _, rest = site.source.partition(":")
             place = f"{os.path.basename(file)}:{rest.partition(':')[0]}" if file else ""
             table.add_row(*map(str, row), f"by its {site.how}" if site.adapted else "no", what, place)
@@ -165,18 +168,19 @@ def _report(index: int, site: LinearSite, name: str, after: fx.GraphModule, reas
         computed = site.chain is None and site.kind != "module"
         reason = COMPUTED if computed else reasons.get(name, reasons.get(site.module, UNKNOWN))
     sizes = (site.in_features, site.out_features)
-    lowering = _lowering(site, after) if adapted else ""
-    return SiteReport(index, site.module, name, *sizes, adapted, how, lowering, reason, site.source)
+    lowering, why = _lowering(site, after) if adapted else ("", "")
+    return SiteReport(index, site.module, name, *sizes, adapted, how, lowering, why, reason, site.source)
 
 
-def _lowering(site: LinearSite, after: fx.GraphModule) -> str:
-    """What the passes made of the update of a site."""
+def _lowering(site: LinearSite, after: fx.GraphModule) -> tuple[str, str]:
+    """What the passes made of the update of a site, and why."""
     below = operands(site.update)[0].name if site.update is not None else site.node.name
     for node in after.graph.nodes:
-        if LOWERING in node.meta and node.all_input_nodes[0].name == below:
-            return str(node.meta[LOWERING])
+        choice = node.meta.get(LOWERING)
+        if choice is not None and choice.of == below:
+            return choice.name, choice.why
     left = any(operands(update)[0].name == below for update in rank1_updates(after.graph))
-    return "composite operator" if left or site.update is not None else "in the weight"
+    return ("composite operator" if left or site.update is not None else "in the weight"), ""
 
 
 def _parameter_names(root: nn.Module) -> dict[int, str]:

@@ -158,6 +158,7 @@ def doctor_table() -> Table:
         "CUDA GPU", gpu or "none", "Inductor compiles for it" if gpu else "training and export run on the CPU"
     )
     for name, extra, use in (
+        ("triton", "", "the fused kernel is a candidate on a CUDA GPU; comes with CUDA builds of torch"),
         ("onnxruntime", "onnx", "runs and verifies exported models"),
         ("onnxscript", "onnx", "exports to ONNX"),
         ("transformers", "hf", "its models and Conv1D are known"),

@@ -5,8 +5,9 @@ alone; `run_passes` is what the backend runs.
 """
 
 from onelora_compile.passes.expand_attention import expand_attention
-from onelora_compile.passes.fuse_rank1 import LOWERINGS, fuse_rank1
+from onelora_compile.passes.fuse_rank1 import fuse_rank1
 from onelora_compile.passes.insert_rank1 import insert_rank1
+from onelora_compile.passes.lowerings import LOWERINGS
 from onelora_compile.passes.match_linear import LinearSite, match_linear
 from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.run import PIPELINE, run_passes

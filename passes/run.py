@@ -28,8 +28,13 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 
-def run_passes(gm: fx.GraphModule, passes: Sequence[Pass] = PIPELINE) -> list[PassResult]:
+def run_passes(gm: fx.GraphModule, passes: Sequence[Pass] = PIPELINE, lowering: str | None = None) -> list[PassResult]:
     """Run passes over a graph and the subgraphs of its higher-order ops, in place, and recompile it.
+
+    Args:
+        gm: changed in place.
+        passes: in order.
+        lowering: for `fuse_rank1`: the name of the one to take where it can be taken.
 
     Raises:
         PassError: a pass failed or broke an invariant; the message names it and those that ran before.
@@ -43,7 +48,7 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass] = PIPELINE) -> list[Pa
         start = time.perf_counter()
         for graph in graphs:
             try:
-                result = one(graph)
+                result = fuse_rank1(graph, lowering) if one is fuse_rank1 else one(graph)
                 verify(graph, vectors[graph])
             except Exception as error:
                 before = [done.name for done in results]

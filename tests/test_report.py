@@ -84,7 +84,13 @@ def test_a_picture_of_the_first_block(tmp_path):
     path = report.draw(tmp_path / "graph.svg")
     text = path.read_text()
     assert text.startswith("<?xml")
-    for word in ("blocks.0: before", "blocks.0: after", "rank1_update (fc1)", "addcmul (fc1)", "linear (qkv)"):
+    for word in (
+        "blocks.0: before",
+        "blocks.0: after",
+        "rank1_update (fc1)",
+        "add_rank1_by_matmul (fc1)",
+        "linear (qkv)",
+    ):
         assert word in text, word
     assert "(head)" not in text
     assert "(head)" in report.draw(tmp_path / "all.svg", module="").read_text()

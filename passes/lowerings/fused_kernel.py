@@ -1,0 +1,77 @@
+"""Lowering `fused_kernel`: the linear and its update in one Triton kernel, forward and backward.
+
+    add_rank1(linear(x, W, c), feature_sum(x), b)   ->   onelora::rank1_linear(x, W, c, b)
+
+    forward    the row sum of x is taken in the loop that multiplies x, the update and the bias in its epilogue
+    backward   gx = g W + (g b) 1ᵀ is the same kernel with b as weights of the row sum;  gb = gᵀ s in the same loop
+
+Cost beyond the frozen linear: no pass over x, y, g or gx; the feature sum and partial sums of gb.  What it risks is the
+matmul itself, which is Triton's and not cuBLAS'.  So it is taken only where a measurement on the very GPU says that
+it wins (`choose`), or by `options={"lowering": "fused_kernel"}`.  Expected to win where the matmul is bound by memory
+(few rows) and where the update stands beside attention.
+
+Takes calls of `linear` on a 2-D weight, in float32, bfloat16 or float16, whose output nobody else reads.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from onelora_compile.kernels import why_not as why_no_kernels
+from onelora_compile.passes.lowerings.lowering import Cost, Lowering, Shape, Update
+from onelora_compile.passes.match_linear import example
+
+NO_LINEAR = "the update does not follow a call of linear whose output is used by it alone"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _why_not(update: Update) -> str | None:
+    if reason := why_no_kernels(update.device):
+        return reason
+    if update.linear is None:
+        return NO_LINEAR
+    x, weight, y, vector = map(example, (*update.linear[:2], update.y, update.vector))
+    if x is None or weight is None or y is None or vector is None:
+        return "the graph carries no example values"
+    if y.dtype not in DTYPES or vector.dtype not in DTYPES:
+        return f"no kernel for {y.dtype if y.dtype not in DTYPES else vector.dtype}"
+    if not x.dtype == weight.dtype == y.dtype:
+        return f"x is {x.dtype}, the weight {weight.dtype}, the output {y.dtype} (autocast)"
+    plain = all(type(one) in (torch.Tensor, torch.nn.Parameter) or _is_fake(one) for one in (x, weight, vector))
+    if not plain or weight.layout != torch.strided:
+        return f"the weight is a {type(weight).__name__}, not a plain tensor (quantised, sharded)"
+    return "the vector is not one entry for each output" if vector.ndim != 1 or weight.ndim != 2 else None
+
+
+def _is_fake(value: torch.Tensor) -> bool:
+    """A fake tensor of a plain one: Dynamo's fake tensors of other subclasses are those subclasses."""
+    return isinstance(value, torch._subclasses.FakeTensor)
+
+
+def _rewrite(graph: fx.Graph, update: Update) -> fx.Node:
+    from onelora_compile.kernels.rank1_linear import rank1_linear  # registers the operator
+
+    del rank1_linear
+    assert update.linear is not None
+    x, weight, bias = update.linear
+    key = "val" if "val" in update.node.meta else "example_value"
+    with graph.inserting_before(update.node):
+        fused = graph.call_function(torch.ops.onelora.rank1_linear.default, (x, weight, bias, update.vector))
+        y = graph.call_function(operator.getitem, (fused, 0))
+    fused.meta, y.meta = update.node.meta.copy(), update.node.meta.copy()
+    fused.meta[key] = (example(update.node), example(update.s))
+    return y
+
+
+def _cost(shape: Shape) -> Cost:
+    """The feature sum, written and read; partial sums of gb for blocks of 128 rows, written and read."""
+    m, k, n = shape.rows, shape.in_features, shape.out_features
+    partial = n * -(-m // 128)
+    flops = m * k * -(-n // 128) + 2 * m * n + (2 * m * n * -(-k // 128) + m * k) * shape.trains_input + 2 * m * n
+    return Cost(4 * (2 * m + 2 * partial + 3 * n), flops)
+
+
+FUSED_KERNEL = Lowering("fused_kernel", _why_not, _rewrite, _cost)
