@@ -3,11 +3,12 @@
 forced       options={"lowering": name}: that one where it can, else the default, with the reason
 on a CPU     producer_consumer: the only one that wins there (benchmarks/results)
 on a GPU     where more than one can: the fastest, forward and backward, measured on this GPU for this shape; the
-             default stays unless another is more than 2 % faster
+             default stays unless another is more than 2 % faster, and right on that GPU
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from onelora_compile.passes.lowerings.fused_kernel import FUSED_KERNEL
@@ -51,5 +52,5 @@ def choose(
     times = measure(shape, able, str(update.device))
     fastest = min(able, key=times.__getitem__)
     name = fastest if times[fastest] < MARGIN * times[DEFAULT] else DEFAULT
-    listed = ", ".join(f"{one} {1e6 * times[one]:.0f}" for one in able)
+    listed = ", ".join(f"{one} {1e6 * times[one]:.0f}" if times[one] < math.inf else f"{one} failed" for one in able)
     return Choice(name, f"measured, microseconds: {listed}")

@@ -33,7 +33,7 @@ Measure = Callable[[Shape, str, str], float]  # shape, name of a lowering, devic
 def seconds(
     shape: Shape, names: Sequence[str], device: str, measure: Measure | None = None, folder: Path | None = None
 ) -> dict[str, float]:
-    """Seconds of one forward and backward by each lowering, from the cache or measured now.
+    """Seconds of one forward and backward by each lowering, from the cache or measured now; inf for one that fails.
 
     Args:
         shape: of the linear.
@@ -47,14 +47,27 @@ def seconds(
     file = (folder or cache_folder()) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     if (known := _read(file, key, names)) is not None:
         return known
-    times = {name: (measure or measure_on_gpu)(shape, name, device) for name in names}
+    times: dict[str, float | None] = {name: _measured(measure or measure_on_gpu, shape, name, device) for name in names}
+    found = {name: math.inf if value is None else value for name, value in times.items()}
+    if None in times.values():  # for want of memory, which there may be another time
+        return found
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as beside:
-            beside.write_text(json.dumps({"key": key, "seconds": times}, indent=1))
+            beside.write_text(json.dumps({"key": key, "seconds": found}, indent=1))
     except OSError as error:
         log.warning("the measured choice of a lowering is not kept: %s", error)
-    return times
+    return found
+
+
+def _measured(measure: Measure, shape: Shape, name: str, device: str) -> float | None:
+    """One time; a lowering that fails must not take the user's training with it."""
+    try:
+        return measure(shape, name, device)
+    except Exception as error:  # Triton raises many kinds, of its compiler and of the driver
+        kind = type(error).__name__
+        log.warning("lowering %s fails on %s for %s, and is not taken: %s: %s", name, device, shape, kind, error)
+        return None if isinstance(error, torch.OutOfMemoryError) else math.inf
 
 
 def cache_folder() -> Path:
@@ -88,7 +101,7 @@ def _read(file: Path, key: Mapping[str, object], names: Sequence[str]) -> dict[s
     try:
         stored = json.loads(file.read_text())
         times = {name: float(stored["seconds"][name]) for name in names}
-        whole = stored["key"] == dict(key) and all(math.isfinite(value) and value > 0 for value in times.values())
+        whole = stored["key"] == dict(key) and all(value > 0 for value in times.values())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

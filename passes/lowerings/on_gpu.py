@@ -22,12 +22,15 @@ from onelora_compile.passes.lowerings.lowering import Shape
 def measure_on_gpu(shape: Shape, name: str, device: str) -> float:
     """Seconds of one forward and backward by one lowering, the median of repeated runs with a cold L2 cache.
 
-    Raises: KeyError for a lowering without a clock.
+    Raises: ArithmeticError for a lowering that computes something else on this GPU; KeyError for one without a clock.
     """
     import triton.testing
 
     with outside_of_modes(), torch.no_grad():
-        run = CLOCKED[name](shape, Tensors(shape, device))
+        tensors = Tensors(shape, device)
+        if name in CHECKED:
+            CHECKED[name](shape, tensors)
+        run = CLOCKED[name](shape, tensors)
         milliseconds: Any = triton.testing.do_bench(run, return_mode="median")
     return float(milliseconds) / 1e3
 
@@ -77,6 +80,29 @@ def _fused_kernel(shape: Shape, t: Tensors) -> Callable[[], object]:
     return run
 
 
+def check_fused_kernel(shape: Shape, t: Tensors) -> None:
+    """Whether the kernel computes here what PyTorch does: compilers and drivers differ from GPU to GPU.
+
+    Raises: ArithmeticError, with what is wrong.
+    """
+    from onelora_compile.kernels.rank1_linear import rank1_linear, rank1_linear_backward
+
+    y, _ = rank1_linear(t.x, t.w, t.c, t.b)
+    _near("output", y, add_rank1(F.linear(t.x, t.w, t.c), feature_sum(t.x), t.b))
+    if shape.trains_input:
+        grad_x, grad_vector = rank1_linear_backward(t.g, t.s, t.w, t.b)
+        _near("gradient of x", grad_x, (t.g @ t.w).float() + (t.g.float() @ t.b.float())[:, None])
+        _near("gradient of the vector", grad_vector, (t.s.T @ t.g.float())[0])
+
+
+def _near(what: str, actual: Tensor, expected: Tensor) -> None:
+    """Within a hundredth in Frobenius norm: bfloat16 rounds by 0.002, TF32 by less; a wrong tile is far beyond."""
+    difference = float((actual.float() - expected.float()).norm() / expected.float().norm())
+    if not difference <= 0.01:
+        raise ArithmeticError(f"its {what} differs from PyTorch's by {difference:.1%}")
+
+
+CHECKED: dict[str, Callable[[Shape, Tensors], None]] = {"fused_kernel": check_fused_kernel}
 CLOCKED: dict[str, Callable[[Shape, Tensors], Callable[[], object]]] = {
     "producer_consumer": _producer_consumer,
     "fused_kernel": _fused_kernel,

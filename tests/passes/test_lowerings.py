@@ -191,6 +191,13 @@ def test_the_fastest_is_taken_if_it_wins_by_more_than_noise(on_another_device, o
     assert asked == [(on_another_device.shape(), [DEFAULT, "other"], "meta")]
 
 
+def test_one_that_fails_is_not_taken_and_named(on_another_device):
+    lowerings = {DEFAULT: able(DEFAULT), "other": able("other")}
+    times = {DEFAULT: 1e-3, "other": float("inf")}
+    choice = choose(on_another_device, measure=lambda *args: times, lowerings=lowerings)
+    assert (choice.name, choice.why) == (DEFAULT, f"measured, microseconds: {DEFAULT} 1000, other failed")
+
+
 def test_nothing_is_measured_where_there_is_no_choice(on_another_device):
     choice = choose(on_another_device, measure=never, lowerings={DEFAULT: able(DEFAULT), "other": unable("other")})
     assert (choice.name, choice.why) == (DEFAULT, "the only one (other: no other today)")
@@ -392,6 +399,23 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, clock, caplog):
     blocked.write_text("")
     assert seconds(SHAPE, NAMES, "cpu", clock, blocked / "cache")[NAMES[0]] > 0
     assert "not kept" in caplog.text
+
+
+@pytest.mark.parametrize(("error", "kept"), [(RuntimeError("PTX"), True), (torch.OutOfMemoryError("full"), False)])
+def test_a_lowering_that_fails_does_not_stop_the_compilation(tmp_path, caplog, error, kept):
+    caplog.set_level(logging.WARNING, "onelora_compile.lowerings")
+
+    def measure(shape, name, device):
+        if name == "fused_kernel":
+            raise error
+        return 1e-3
+
+    expected = {"producer_consumer": 1e-3, "fused_kernel": float("inf")}
+    assert seconds(SHAPE, NAMES, "cpu", measure, tmp_path) == expected
+    assert f"lowering fused_kernel fails on cpu for {SHAPE}, and is not taken" in caplog.text
+    assert len(list(tmp_path.iterdir())) == kept
+    if kept:
+        assert seconds(SHAPE, NAMES, "cpu", never, tmp_path) == expected
 
 
 def test_concurrent_writers(tmp_path):
