@@ -17,13 +17,13 @@ from rich.table import Table
 from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import BaseMismatchError, ConfigError, ExportError, OneLoRAError, require
 from onelora_compile.exporters.branch import Branches, into_zero_points
-from onelora_compile.exporters.load_onnx import as_torch, load_model, read_tensor
+from onelora_compile.exporters.load_onnx import as_torch, by_rows, load_model
 from onelora_compile.exporters.match_onnx import Matches, Place, match_weights
 from onelora_compile.exporters.metadata import Metadata, digest
 from onelora_compile.exporters.onnx_weights import Use, Weight, weights_of
 from onelora_compile.exporters.operators import float32
 from onelora_compile.exporters.save_onnx import save_model
-from onelora_compile.merge import FoldLoss, fold_weight
+from onelora_compile.merge import FoldByRows, FoldLoss
 from onelora_compile.progress import counting
 from onelora_compile.text import Printable, bytes_text, shortened
 from onelora_compile.version import __version__
@@ -239,15 +239,21 @@ class _Folder:
             value.const_value = tensor
 
     def _folded(self, weight: Weight, source: Any, placed: list[tuple[str, Place]], name: str) -> Any:
-        stored = as_torch(read_tensor(source))
-        matrix = stored.reshape(weight.shape)
-        for vector, place in placed:
-            part = slice(place.start, place.start + place.rows)
-            block = matrix[:, part] if place.transposed else matrix[part]
-            values = self.file.vectors[vector].flatten() * place.factor
-            dims = (0,) if place.transposed else (1,)
-            _, self.losses[vector] = fold_weight(block, values, dims, measured=_MEASURED, out=block)
-        return self.ir.Tensor(_numpy(stored), dtype=source.dtype, shape=source.shape, name=name)
+        numbers = np.empty(weight.shape, dtype=source.dtype.numpy())
+        folds = {vector: self._by_rows(as_torch(numbers), vector, place) for vector, place in placed}
+        for start, part in by_rows(source, weight.shape, numbers):
+            for fold in folds.values():
+                fold.add(start, start + len(part))
+        self.losses |= {vector: fold.loss() for vector, fold in folds.items()}
+        shape = tuple(source.shape)
+        return self.ir.Tensor(numbers.reshape(shape), dtype=source.dtype, shape=source.shape, name=name)
+
+    def _by_rows(self, matrix: torch.Tensor, vector: str, place: Place) -> FoldByRows:
+        part = slice(place.start, place.start + place.rows)
+        values = self.file.vectors[vector].flatten() * place.factor
+        if place.transposed:
+            return FoldByRows(matrix[:, part], values, (0,), measured=_MEASURED)
+        return FoldByRows(matrix[part], values, (1,), first=place.start, measured=_MEASURED)
 
     def _redirect(self, weight: Weight, uses: Sequence[Use], tensor: Any, name: str) -> None:
         """Give some uses a weight of their own, and the nodes on their way too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from onelora_compile.errors import ExportError, require
 
 if TYPE_CHECKING:
     import onnx_ir
+
+
+_PART = 1 << 21  # bytes
 
 
 def load_model(path: Path) -> onnx_ir.Model:
@@ -55,6 +59,46 @@ def read_tensor(tensor: Any) -> np.ndarray:
     with open(tensor.path, "rb") as file:
         file.seek(tensor.offset or 0)
         return np.fromfile(file, dtype, tensor.size).reshape(tuple(tensor.shape))
+
+
+def by_rows(tensor: Any, shape: tuple[int, int], out: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """The numbers of a matrix, some rows at a time, each part with the number of its first row.
+
+    Parts are small enough to stay in a processor's cache until the next one.  They are views of `out` [rows, columns],
+    which is filled, or of a buffer that the next part overwrites.
+
+    Raises:
+        ExportError: the file ends before the tensor does.
+    """
+    rows, columns = shape
+    dtype = tensor.dtype.numpy()
+    step = max(1, _PART // max(1, columns * dtype.itemsize))
+    if not hasattr(tensor, "location") or tensor.dtype.bitwidth % 8:
+        numbers = tensor.numpy().reshape(shape)
+        for start in range(0, rows, step):
+            part = numbers[start : start + step]
+            if out is not None:
+                out[start : start + step] = part
+                part = out[start : start + step]
+            yield start, part
+        return
+    buffer = np.empty((min(step, rows), columns), dtype) if out is None else out
+    with open(tensor.path, "rb", buffering=0) as file:
+        file.seek(tensor.offset or 0)
+        for start in range(0, rows, step):
+            begin = 0 if out is None else start
+            part = buffer[begin : begin + min(step, rows - start)]
+            _fill(file, part, tensor)
+            yield start, part
+
+
+def _fill(file: Any, part: np.ndarray, tensor: Any) -> None:
+    rest = memoryview(part.reshape(-1).view(np.uint8))
+    while len(rest):
+        count = file.readinto(rest)
+        if not count:
+            raise ExportError(f"{tensor.path} ends within {tensor.name!r}: the file is damaged")
+        rest = rest[count:]
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:

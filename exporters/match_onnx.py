@@ -137,7 +137,6 @@ def _grouped(prints: Mapping[str, Fingerprint]) -> list[_Group]:
 def _places(weight: Weight, groups: Sequence[_Group]) -> Iterable[tuple[str, Place]]:
     """Each vector whose fingerprint fits the weight somewhere."""
     tolerance = TOLERANCE.get(weight.dtype, _QUANTIZED.get(weight.dtype, 0.25))
-    numbers: np.ndarray | None = None
     square, found = weight.shape[0] == weight.shape[1], False
     usual = any(use.op.op_type == "MatMul" and len(use.nodes) == 1 for use in weight.uses)
     for transposed in (usual, not usual):
@@ -147,10 +146,7 @@ def _places(weight: Weight, groups: Sequence[_Group]) -> Iterable[tuple[str, Pla
         fitting = [group for group in groups if group.shape[1] == columns and group.shape[0] <= out]
         if not fitting:
             continue
-        if numbers is None:
-            numbers = weight.read()
-        wide = np.ascontiguousarray(numbers.T) if transposed and numbers.size < 1 << 16 else None
-        projected = _projected(wide if wide is not None else numbers, transposed and wide is None)
+        projected = _projected(weight, transposed)
         for group in fitting:
             starts, factors, distances = _best(projected, group)
             if group.shape[0] == out:
@@ -162,17 +158,18 @@ def _places(weight: Weight, groups: Sequence[_Group]) -> Iterable[tuple[str, Pla
                 yield group.names[index], Place(weight, transposed, int(starts[index]), group.shape[0], factor, ())
 
 
-def _projected(numbers: np.ndarray, transposed: bool) -> np.ndarray:
-    """W R [out_features, 4] of a weight, stored transposed or not, float64; float32 sums over chunks of rows."""
-    dtype = torch.float64 if numbers.dtype == np.float64 else torch.float32
-    right = torch.from_numpy(signs(numbers.shape[0 if transposed else 1], 1)).to(dtype)
-    step = max(1, (1 << 22) // max(1, numbers.shape[1]))
+def _projected(weight: Weight, transposed: bool) -> np.ndarray:
+    """W R [out_features, 4] of a weight, stored transposed or not, float64; float32 sums over parts of its rows."""
+    right = torch.from_numpy(signs(weight.shape[0 if transposed else 1], 1))
     parts = []
-    for begin in range(0, numbers.shape[0], step):
-        chunk = as_torch(numbers[begin : begin + step]).to(dtype)
-        parts.append((right[begin : begin + step].T @ chunk).T if transposed else chunk @ right)
-    found = torch.stack(parts).double().sum(0) if transposed else torch.cat(parts).double()
-    return np.ascontiguousarray(found.numpy())
+    for start, numbers in weight.by_rows():
+        part = as_torch(numbers)
+        part = part if part.dtype == torch.float64 else part.float()
+        if transposed:
+            parts.append((right[start : start + len(part)].to(part.dtype).T @ part).T.double())
+        else:
+            parts.append((part @ right.to(part.dtype)).double())
+    return np.ascontiguousarray((sum(parts[1:], parts[0]) if transposed else torch.cat(parts)).numpy())
 
 
 def _best(projected: np.ndarray, known: _Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.errors import require
-from onelora_compile.exporters.load_onnx import read_tensor
+from onelora_compile.exporters.load_onnx import by_rows
 from onelora_compile.exporters.quantized import dequantized
 
 if TYPE_CHECKING:
@@ -100,13 +100,14 @@ class Weight:
         """Of the initializer."""
         return self.value.name or "a constant"
 
-    def read(self) -> np.ndarray:
-        """The numbers, floating point [rows, columns]."""
+    def by_rows(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The numbers, floating point, some rows [n, columns] at a time with the first one's number."""
         if self.quantized is not None:
             found = dequantized(self.quantized, self.value)
             assert found is not None
-            return found
-        return read_tensor(self.value.const_value).reshape(self.shape)
+            yield 0, found
+        else:
+            yield from by_rows(self.value.const_value, self.shape)
 
 
 def weights_of(model: onnx_ir.Model) -> list[Weight]:

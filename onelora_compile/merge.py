@@ -105,7 +105,6 @@ def fold_weight(
     dims: Sequence[int] = (1,),
     stored_dtype: torch.dtype | None = None,
     measured: int = _MEASURED,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, FoldLoss]:
     """W + b 1ᵀ with one rounding, and what it lost.
 
@@ -113,7 +112,6 @@ def fold_weight(
     [out_features] by default; the result is a new tensor like weight.
     Dtype: float32 arithmetic (float64 for a float64 weight or vector), stored in `stored_dtype`, the weight's by
     default.  The loss is measured on `measured` entries, in evenly spaced rows.
-    `out` takes the result in the place of a new tensor, and may be the weight itself.
     Raises: MergeError where the weight is not floating point, or the result overflows its dtype.
     Source: arXiv 2503.08333, section 3.2, merging.
     """
@@ -122,21 +120,72 @@ def fold_weight(
             f"a weight of {type(weight).__name__} in {weight.dtype} can't take the vector without quantising again; "
             "dequantise the base first, or keep the vectors beside it"
         )
+    update = _update(weight, vector, dims)
+    stored = (weight.to(update.dtype) + update).to(stored_dtype or weight.dtype)
+    if not _finite(stored) and _finite(weight):
+        raise _overflow(stored)
+    rows = slice(None, None, _every(weight, measured))
+    return stored, _loss(weight[rows].double(), stored[rows], update[rows])
+
+
+class FoldByRows:
+    """`fold_weight` in place, some rows at a time, for a weight that is folded while it is read.
+
+    Args:
+        weight: [rows, columns], what was read of it; known to be finite.
+        vector: of its other axis.
+        dims: its input axis.
+        first: the row of the stored matrix that is the weight's first.
+        measured: entries on which the loss is measured.
+    """
+
+    def __init__(
+        self, weight: Tensor, vector: Tensor, dims: Sequence[int] = (1,), first: int = 0, measured: int = _MEASURED
+    ) -> None:
+        self._weight, self._first = weight, first
+        self._update = _update(weight, vector, dims)
+        self._every = _every(weight, measured)
+        self._before: list[Tensor] = []
+
+    def add(self, start: int, stop: int) -> None:
+        """Fold rows start to stop of the stored matrix, which have just been read.
+
+        Raises: MergeError where the result overflows the weight's dtype.
+        """
+        start, stop = max(0, start - self._first), min(len(self._weight), stop - self._first)
+        if start >= stop:
+            return
+        part, update = self._weight[start:stop], self._update[start:stop]
+        self._before.append(part[-start % self._every :: self._every].double())
+        if part.dtype == update.dtype:
+            part.add_(update)
+        else:
+            part.copy_(part.to(update.dtype) + update)
+        if not _finite(part):
+            raise _overflow(part)
+
+    def loss(self) -> FoldLoss:
+        """What rounding lost, once every row is folded."""
+        rows = slice(None, None, self._every)
+        return _loss(torch.cat(self._before), self._weight[rows], self._update[rows])
+
+
+def _update(weight: Tensor, vector: Tensor, dims: Sequence[int]) -> Tensor:
+    """The update b 1ᵀ in the shape of the weight, a view, in the dtype of the sum."""
     dtype = torch.promote_types(accumulation_dtype(weight.dtype), accumulation_dtype(vector.dtype))
     update = vector.detach().to(weight.device, dtype)
     for dim in sorted(dims):
         update = update.unsqueeze(dim)
-    update = update.expand(weight.shape)
-    rows = slice(None, None, max(1, -(-weight.numel() // measured)))
-    before, was_finite = weight[rows].double(), _finite(weight)
-    if out is not None and out.dtype == dtype == weight.dtype:
-        stored = torch.add(weight, update, out=out)
-    else:
-        stored = (weight.to(dtype) + update).to(stored_dtype or weight.dtype)
-        stored = stored if out is None else out.copy_(stored)
-    if was_finite and not _finite(stored):
-        raise MergeError(f"W + b 1ᵀ does not fit {stored.dtype}: convert the model to bfloat16 or float32 first")
-    return stored, _loss(before, stored[rows], update[rows])
+    return update.expand(weight.shape)
+
+
+def _every(weight: Tensor, measured: int) -> int:
+    """Each how-manyth row the loss is measured on."""
+    return max(1, -(-weight.numel() // measured))
+
+
+def _overflow(stored: Tensor) -> MergeError:
+    return MergeError(f"W + b 1ᵀ does not fit {stored.dtype}: convert the model to bfloat16 or float32 first")
 
 
 def _finite(tensor: Tensor) -> bool:
