@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,9 +228,8 @@ class _Folder:
         shared = [use for use in weight.uses if use not in uses] or value.is_graph_output()
         source: Any = value.const_value
         name = f"{weight.name}.{placed[0][0]}.folded" if shared else weight.name
-        tensor = self.ir.LazyTensor(
-            lambda: self._folded(weight, source, placed, name), dtype=source.dtype, shape=source.shape, name=name
-        )
+        streamed = _Streamed(lambda: self._folded(weight, source, placed), tuple(source.shape))
+        tensor = self.ir.LazyTensor(lambda: streamed, dtype=source.dtype, shape=source.shape, name=name)
         if shared:
             self._redirect(weight, uses, tensor, name)
         elif value.producer() is not None:  # a Constant node
@@ -238,22 +237,23 @@ class _Folder:
         else:
             value.const_value = tensor
 
-    def _folded(self, weight: Weight, source: Any, placed: list[tuple[str, Place]], name: str) -> Any:
-        numbers = np.empty(weight.shape, dtype=source.dtype.numpy())
-        folds = {vector: self._by_rows(as_torch(numbers), vector, place) for vector, place in placed}
-        for start, part in by_rows(source, weight.shape, numbers):
+    def _folded(self, weight: Weight, source: Any, placed: list[tuple[str, Place]]) -> Iterator[np.ndarray]:
+        """The rows of a folded weight, some at a time."""
+        folds = {vector: self._by_rows(vector, place) for vector, place in placed}
+        for start, part in by_rows(source, weight.shape):
+            rows = as_torch(part)
             for fold in folds.values():
-                fold.add(start, start + len(part))
+                fold.add(start, rows)
+            yield part
         self.losses |= {vector: fold.loss() for vector, fold in folds.items()}
-        shape = tuple(source.shape)
-        return self.ir.Tensor(numbers.reshape(shape), dtype=source.dtype, shape=source.shape, name=name)
 
-    def _by_rows(self, matrix: torch.Tensor, vector: str, place: Place) -> FoldByRows:
-        part = slice(place.start, place.start + place.rows)
+    def _by_rows(self, vector: str, place: Place) -> FoldByRows:
         values = self.file.vectors[vector].flatten() * place.factor
+        columns = place.base[1]
         if place.transposed:
-            return FoldByRows(matrix[:, part], values, (0,), measured=_MEASURED)
-        return FoldByRows(matrix[part], values, (1,), first=place.start, measured=_MEASURED)
+            part = slice(place.start, place.start + place.rows)
+            return FoldByRows((columns, place.rows), values, (0,), columns=part, measured=_MEASURED)
+        return FoldByRows((place.rows, columns), values, (1,), first=place.start, measured=_MEASURED)
 
     def _redirect(self, weight: Weight, uses: Sequence[Use], tensor: Any, name: str) -> None:
         """Give some uses a weight of their own, and the nodes on their way too."""
@@ -290,6 +290,27 @@ class _Folder:
 
 # Entries of a weight on which the rounding is measured: the report must not cost more than the fold.
 _MEASURED = 1 << 16
+
+
+class _Streamed:
+    """A tensor whose numbers are computed as they are written: what onnx_ir asks of a LazyTensor's content."""
+
+    def __init__(self, parts: Callable[[], Iterator[np.ndarray]], shape: tuple[int, ...]) -> None:
+        self._parts, self._shape = parts, shape
+
+    def tofile(self, file: Any) -> None:
+        for part in self._parts():
+            file.write(memoryview(part.reshape(-1).view(np.uint8)))
+
+    def numpy(self) -> np.ndarray:
+        # Copies: a part is overwritten by the next one.
+        return np.concatenate([part.copy() for part in self._parts()]).reshape(self._shape)
+
+    def tobytes(self) -> bytes:
+        return self.numpy().tobytes()
+
+    def __array__(self, dtype: Any = None) -> np.ndarray:
+        return self.numpy().astype(dtype) if dtype is not None else self.numpy()
 
 
 def _by_uses(placed: list[tuple[str, Place]]) -> list[tuple[tuple[Use, ...], list[tuple[str, Place]]]]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 
-_PART = 1 << 21  # bytes
+_PART = 1 << 20  # bytes
 
 
 def load_model(path: Path) -> onnx_ir.Model:
@@ -61,11 +61,10 @@ def read_tensor(tensor: Any) -> np.ndarray:
         return np.fromfile(file, dtype, tensor.size).reshape(tuple(tensor.shape))
 
 
-def by_rows(tensor: Any, shape: tuple[int, int], out: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+def by_rows(tensor: Any, shape: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
     """The numbers of a matrix, some rows at a time, each part with the number of its first row.
 
-    Parts are small enough to stay in a processor's cache until the next one.  They are views of `out` [rows, columns],
-    which is filled, or of a buffer that the next part overwrites.
+    Parts may be written to, and are small enough to stay in a processor's cache until they are overwritten by the next.
 
     Raises:
         ExportError: the file ends before the tensor does.
@@ -73,21 +72,18 @@ def by_rows(tensor: Any, shape: tuple[int, int], out: np.ndarray | None = None) 
     rows, columns = shape
     dtype = tensor.dtype.numpy()
     step = max(1, _PART // max(1, columns * dtype.itemsize))
+    buffer = np.empty((min(step, rows), columns), dtype)
     if not hasattr(tensor, "location") or tensor.dtype.bitwidth % 8:
         numbers = tensor.numpy().reshape(shape)
         for start in range(0, rows, step):
-            part = numbers[start : start + step]
-            if out is not None:
-                out[start : start + step] = part
-                part = out[start : start + step]
+            part = buffer[: min(step, rows - start)]
+            part[:] = numbers[start : start + step]
             yield start, part
         return
-    buffer = np.empty((min(step, rows), columns), dtype) if out is None else out
     with open(tensor.path, "rb", buffering=0) as file:
         file.seek(tensor.offset or 0)
         for start in range(0, rows, step):
-            begin = 0 if out is None else start
-            part = buffer[begin : begin + min(step, rows - start)]
+            part = buffer[: min(step, rows - start)]
             _fill(file, part, tensor)
             yield start, part
 

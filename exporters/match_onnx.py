@@ -30,7 +30,7 @@ class Place:
         weight: the weight.
         transposed: whether it is stored as [in_features, out_features].
         start: the first of its rows (columns, if transposed).
-        rows: how many.
+        base: (out_features, in_features) of the base's weight; as many rows are the vector's.
         factor: the weight is this times the base's, and so must the vector be.
         uses: which uses of the weight; all of them, as far as names can tell.
     """
@@ -38,9 +38,14 @@ class Place:
     weight: Weight
     transposed: bool
     start: int
-    rows: int
+    base: tuple[int, int]
     factor: float
     uses: tuple[Use, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows (columns, if transposed) are the vector's."""
+        return self.base[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +160,7 @@ def _places(weight: Weight, groups: Sequence[_Group]) -> Iterable[tuple[str, Pla
             for index in np.flatnonzero(distances <= allowed):
                 exact = abs(factors[index] - 1) <= max(allowed[index], 1e-4)
                 factor, found = 1.0 if exact else float(factors[index]), True
-                yield group.names[index], Place(weight, transposed, int(starts[index]), group.shape[0], factor, ())
+                yield group.names[index], Place(weight, transposed, int(starts[index]), group.shape, factor, ())
 
 
 def _projected(weight: Weight, transposed: bool) -> np.ndarray:

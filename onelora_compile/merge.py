@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -120,68 +121,80 @@ def fold_weight(
             f"a weight of {type(weight).__name__} in {weight.dtype} can't take the vector without quantising again; "
             "dequantise the base first, or keep the vectors beside it"
         )
-    update = _update(weight, vector, dims)
+    update = _update(weight.shape, weight, vector, dims)
     stored = (weight.to(update.dtype) + update).to(stored_dtype or weight.dtype)
     if not _finite(stored) and _finite(weight):
         raise _overflow(stored)
-    rows = slice(None, None, _every(weight, measured))
+    rows = slice(None, None, _every(weight.shape, measured))
     return stored, _loss(weight[rows].double(), stored[rows], update[rows])
 
 
 class FoldByRows:
-    """`fold_weight` in place, some rows at a time, for a weight that is folded while it is read.
+    """`fold_weight` in place, some rows at a time, for a weight that is folded while it is copied.
 
     Args:
-        weight: [rows, columns], what was read of it; known to be finite.
-        vector: of its other axis.
+        shape: of the weight: of those rows and columns of the stored matrix that the vector is for.
+        vector: of its axis that is no input axis.
         dims: its input axis.
         first: the row of the stored matrix that is the weight's first.
+        columns: of the stored matrix.
         measured: entries on which the loss is measured.
+
+    The weight is known to be finite.
     """
 
     def __init__(
-        self, weight: Tensor, vector: Tensor, dims: Sequence[int] = (1,), first: int = 0, measured: int = _MEASURED
+        self,
+        shape: tuple[int, int],
+        vector: Tensor,
+        dims: Sequence[int] = (1,),
+        first: int = 0,
+        columns: slice = slice(None),
+        measured: int = _MEASURED,
     ) -> None:
-        self._weight, self._first = weight, first
-        self._update = _update(weight, vector, dims)
-        self._every = _every(weight, measured)
-        self._before: list[Tensor] = []
+        self._shape, self._first, self._columns = shape, first, columns
+        self._vector, self._dims = vector.detach(), dims
+        self._every = _every(shape, measured)
+        self._sampled: list[tuple[Tensor, Tensor, Tensor]] = []  # before, after, and what was added
 
-    def add(self, start: int, stop: int) -> None:
-        """Fold rows start to stop of the stored matrix, which have just been read.
+    def add(self, start: int, rows: Tensor) -> None:
+        """Fold into rows of the stored matrix, the first of which is its row `start`.
 
         Raises: MergeError where the result overflows the weight's dtype.
         """
-        start, stop = max(0, start - self._first), min(len(self._weight), stop - self._first)
-        if start >= stop:
+        begin, end = max(start, self._first), min(start + len(rows), self._first + self._shape[0])
+        if begin >= end:
             return
-        part, update = self._weight[start:stop], self._update[start:stop]
-        self._before.append(part[-start % self._every :: self._every].double())
+        part = rows[begin - start : end - start, self._columns]
+        update = _update(self._shape, part, self._vector, self._dims)[begin - self._first : end - self._first]
+        sample = slice(-(begin - self._first) % self._every, None, self._every)
+        before = part[sample].double()
         if part.dtype == update.dtype:
             part.add_(update)
         else:
             part.copy_(part.to(update.dtype) + update)
         if not _finite(part):
             raise _overflow(part)
+        self._sampled.append((before, part[sample].clone(), update[sample]))
 
     def loss(self) -> FoldLoss:
         """What rounding lost, once every row is folded."""
-        rows = slice(None, None, self._every)
-        return _loss(torch.cat(self._before), self._weight[rows], self._update[rows])
+        before, after, update = (torch.cat(parts) for parts in zip(*self._sampled, strict=True))
+        return _loss(before, after, update)
 
 
-def _update(weight: Tensor, vector: Tensor, dims: Sequence[int]) -> Tensor:
-    """The update b 1ᵀ in the shape of the weight, a view, in the dtype of the sum."""
-    dtype = torch.promote_types(accumulation_dtype(weight.dtype), accumulation_dtype(vector.dtype))
-    update = vector.detach().to(weight.device, dtype)
+def _update(shape: Sequence[int], like: Tensor, vector: Tensor, dims: Sequence[int]) -> Tensor:
+    """The update b 1ᵀ of a shape, a view, in the dtype of its sum with `like`."""
+    dtype = torch.promote_types(accumulation_dtype(like.dtype), accumulation_dtype(vector.dtype))
+    update = vector.detach().to(like.device, dtype)
     for dim in sorted(dims):
         update = update.unsqueeze(dim)
-    return update.expand(weight.shape)
+    return update.expand(tuple(shape))
 
 
-def _every(weight: Tensor, measured: int) -> int:
+def _every(shape: Sequence[int], measured: int) -> int:
     """Each how-manyth row the loss is measured on."""
-    return max(1, -(-weight.numel() // measured))
+    return max(1, -(-math.prod(shape) // measured))
 
 
 def _overflow(stored: Tensor) -> MergeError:
