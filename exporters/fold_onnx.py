@@ -300,7 +300,7 @@ class _Streamed:
 
     def tofile(self, file: Any) -> None:
         for part in self._parts():
-            file.write(memoryview(part.reshape(-1).view(np.uint8)))
+            file.write(part.reshape(-1).view(np.uint8).data)
 
     def numpy(self) -> np.ndarray:
         # Copies: a part is overwritten by the next one.

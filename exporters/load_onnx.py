@@ -89,7 +89,7 @@ def by_rows(tensor: Any, shape: tuple[int, int]) -> Iterator[tuple[int, np.ndarr
 
 
 def _fill(file: Any, part: np.ndarray, tensor: Any) -> None:
-    rest = memoryview(part.reshape(-1).view(np.uint8))
+    rest = part.reshape(-1).view(np.uint8).data
     while len(rest):
         count = file.readinto(rest)
         if not count:

@@ -91,7 +91,26 @@ def test_a_full_disk_changes_nothing(external, out, tmp_path):
     folders.mkdir()
     project.children(folders, out, "full", 9000)
     assert project.files(folders / "0") == project.files(project.folder)
-    assert ("disk is full" if external else "File too large") in (folders / "0" / "error.txt").read_text()
+    assert "File too large" in (folders / "0" / "error.txt").read_text()
+
+
+FULL = """
+import resource, sys
+import torch
+import onelora_compile as onelora
+from onelora_compile.exporters import export_onnx
+model = onelora.adapt(torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.Linear(100, 100)))
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+export_onnx(model, (torch.randn(1, 100),), sys.argv[1], external_data=True, verify=False)
+"""
+
+
+def test_an_export_to_a_full_disk_leaves_nothing_and_says_why(tmp_path):
+    command = [sys.executable, "-c", FULL, str(tmp_path / "m.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "OSError" in done.stderr
+    assert "disk is full" in done.stderr.splitlines()[-1]
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_can_not_be_written():
