@@ -96,16 +96,20 @@ def test_a_full_disk_changes_nothing(external, out, tmp_path):
 
 FULL = """
 import resource, sys
-import torch
-import onelora_compile as onelora
-from onelora_compile.exporters import export_onnx
-model = onelora.adapt(torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.Linear(100, 100)))
+from pathlib import Path
+import numpy as np
+import onnx_ir as ir
+from onelora_compile.exporters.save_onnx import save_model
+x, w = (ir.Value(name=name, shape=ir.Shape([100, 100]), type=ir.TensorType(ir.DataType.FLOAT)) for name in "xw")
+w.const_value = ir.tensor(np.ones((100, 100), np.float32), name="w")
+node = ir.node("MatMul", [x, w])
+graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[w], opset_imports={"": 18}, name="g")
 resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
-export_onnx(model, (torch.randn(1, 100),), sys.argv[1], external_data=True, verify=False)
+save_model(ir.Model(graph, ir_version=9), Path(sys.argv[1]), external_data=True)
 """
 
 
-def test_an_export_to_a_full_disk_leaves_nothing_and_says_why(tmp_path):
+def test_arrays_that_the_disk_has_no_room_for_leave_nothing_and_say_why(tmp_path):
     command = [sys.executable, "-c", FULL, str(tmp_path / "m.onnx")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "OSError" in done.stderr
