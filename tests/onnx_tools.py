@@ -1,4 +1,7 @@
-"""ONNX files of one model by other tools: exporters, optimizers and quantisers that really run."""
+"""ONNX files of one model by other tools: exporters, optimizers and quantisers that really run.
+
+optimum-onnx is not among them: it needs an older transformers than the rest of the tests. Its exporter is TorchScript's.
+"""
 
 from __future__ import annotations
 

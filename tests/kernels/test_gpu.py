@@ -1,5 +1,9 @@
 """The kernel and the measured choice on a CUDA GPU; none of this has run yet."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -61,3 +65,21 @@ def test_a_compiled_model(lowering, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.json"))) == (2 if lowering is None else 0)
     chosen = {site.lowering: site.why for site in onelora.explain(model, x).sites}
     assert all("measured" in why for why in chosen.values())
+
+
+SANITIZED = """
+import torch
+from onelora_compile.kernels.rank1_linear import rank1_linear
+x, w = torch.randn(37, 65, device="cuda", requires_grad=True), torch.randn(19, 65, device="cuda")
+y, _ = rank1_linear(x, w, torch.randn(19, device="cuda"), torch.randn(19, device="cuda"))
+y.sum().backward()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on the path")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_nothing_is_read_or_written_outside_of_tensors(tool):
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
