@@ -1,6 +1,6 @@
 """ONNX files of one model by other tools: exporters, optimizers and quantisers that really run.
 
-optimum-onnx is not among them: it needs an older transformers than the rest of the tests. Its exporter is TorchScript's.
+optimum-onnx is not among them: it needs an older transformers than the rest of the tests.  It exports by TorchScript.
 """
 
 from __future__ import annotations
