@@ -22,11 +22,11 @@ from environment import save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from timing import interleaved, ratios
 
 import onelora_compile as onelora
 from onelora_compile.exporters import EngineRunner, build_engine, export_onnx
 from onelora_compile.testing import fill_vectors
+from onelora_compile.timing import interleaved, ratios
 
 BASE = "base"
 WAYS = {BASE: "fold", "fold": "fold", "input": "input", "refit": "input", "bank": "bank"}  # engine -> ONNX model

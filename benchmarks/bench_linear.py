@@ -24,7 +24,6 @@ from environment import save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from timing import interleaved, ratios
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,6 +31,7 @@ import onelora_compile as onelora
 from onelora_compile.eager import adapted_linear
 from onelora_compile.ops import rank1_update
 from onelora_compile.passes.lowerings import DEFAULT, LOWERINGS, Cost, Shape
+from onelora_compile.timing import interleaved, ratios
 
 SHAPES = [  # rows, in_features, out_features
     (512, 384, 384),

@@ -22,12 +22,12 @@ from models import MODELS, output
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from timing import interleaved, ratios
 from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.exporters import OnnxRunner, export_onnx
 from onelora_compile.testing import fill_vectors, perturb_norms
+from onelora_compile.timing import interleaved, ratios
 
 BASE = "base"
 ADAPTERS = 8

@@ -15,11 +15,11 @@ from environment import save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from timing import interleaved, ratios
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
+from onelora_compile.timing import interleaved, ratios
 
 SHAPES = [(512, 384), (2048, 768)]  # rows, width
 BASE = "frozen, three matmuls"

@@ -26,7 +26,6 @@ from models import BASE, MODELS, build, step
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from timing import interleaved, ratios
 from torch import Tensor, fx, nn
 
 import onelora_compile as onelora
@@ -34,6 +33,7 @@ from onelora_compile.inductor import copy_graph, inner_compiler
 from onelora_compile.passes import run_passes
 from onelora_compile.passes.lowerings.producer_consumer import ADD_RANK1_BY_MATMUL
 from onelora_compile.testing import fill_vectors
+from onelora_compile.timing import interleaved, ratios
 
 DEPTH = 2
 LOWERED, MISS = "lowered", "MiSS r=1 (PEFT)"

@@ -16,7 +16,8 @@ from models import BASE, MODELS, OWN, build, methods, step
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from timing import Clock, interleaved, ratios
+
+from onelora_compile.timing import Clock, interleaved, ratios
 
 MODES = ("eager", "compiled")
 COLUMNS = ("model", "mode", "method", "median", "20 %", "80 %", "ms")

@@ -239,6 +239,19 @@ def refit(
 
 
 @app.command()
+def bench(
+    target: Annotated[str, typer.Argument(help="module:function, as in export; a vision transformer without.")] = "",
+    rounds: Annotated[int, typer.Option(help="How often every way is timed.")] = 11,
+    compiled: Annotated[bool, typer.Option(help="Also under Inductor.")] = True,
+) -> None:
+    """Measure a training step on this machine: frozen base and 1LoRA, eager and compiled (minutes)."""
+    from onelora_compile.bench import bench as measure
+
+    made = _load_target(target) if target else _own_model()
+    Console().print(measure(*made, rounds=rounds, compiled=compiled))
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, compiler, runtimes and GPU, and what each means for you."""
     from onelora_compile.inspection import doctor_table
@@ -256,6 +269,15 @@ def _load_arrays(path: Path | None) -> dict[str, Any] | None:
             return {name: file[name] for name in file.files}
     except (ValueError, AttributeError, EOFError) as error:
         raise ConfigError(f"{path} is not a .npz file of arrays: {error}") from None
+
+
+def _own_model() -> tuple[Any, Any, dict[str, Any]]:
+    import torch
+
+    from onelora_compile.examples.digits.model import DigitViT
+
+    torch.manual_seed(0)
+    return DigitViT(width=384, depth=6, heads=6), (torch.randn(32, 8, 8),), {}
 
 
 def _load_target(target: str) -> tuple[Any, Any, dict[str, Any]]:

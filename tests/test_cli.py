@@ -122,6 +122,15 @@ def test_export_in_each_mode_convert_and_verify(project, mode):
         assert all(torch.equal(old[key], new[key]) for key in old)
 
 
+def test_bench(project):
+    done = run_in(project, "bench", "mymodels:make", "--rounds", "3", "--no-compiled")
+    assert done.exit_code == 0, done.output
+    for part in ("training step of Sequential, 2 vectors", "frozen base", "1LoRA", "kept for backward", "eager"):
+        assert part in done.output
+    assert "compiled" not in done.output
+    assert run_in(project, "bench", "--rounds", "2", "--no-compiled").exit_code == 0  # its own model
+
+
 def test_half_precision_export(project):
     assert (
         run_in(project, "export", "mymodels:make", "-o", "h.onnx", "--adapter", "a.safetensors", "--half").exit_code
@@ -148,6 +157,7 @@ def test_half_precision_export(project):
         (("convert", "a.safetensors", "-o", "m.onnx"), "the ending names the format"),
         (("convert", "a.safetensors", "-o", "a.vectors"), "give the ONNX model"),
         (("verify", "m.onnx", "mymodels:make"), "m.onnx"),
+        (("bench", "mymodels:make", "--rounds", "1"), "at least 2 are needed"),
         (("verify", "a.onnx", "b.onnx", "--size", "batch"), "--size takes a name and a number"),
     ],
 )
