@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,7 @@ def fold_onnx(
     try:
         with counting(f"fold {base.name}", progress) as count, _one_thread():
             matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
-            _check(matches, file, base, on_unmatched)
+            _check(matches, file, base, on_unmatched, model.metadata_props)
             folder = _Folder(model, file)
             for weight, placed in folder.by_weight(matches):
                 folder.fold(weight, placed)
@@ -173,10 +173,12 @@ def _metadata(
     )
 
 
-def _check(matches: Matches, file: AdapterFile, base: Path, on_unmatched: str) -> None:
+def _check(matches: Matches, file: AdapterFile, base: Path, on_unmatched: str, props: Mapping[str, str]) -> None:
     if matches.unmatched and not matches.places and set(matches.unmatched) <= set(matches.nearest):
         worst = ", ".join(f"{name} (differs by {matches.nearest[name]:.1%})" for name in list(matches.unmatched)[:5])
-        raise BaseMismatchError(f"{base} is not the base of the adapter: none of its weights is; {worst}")
+        held = Metadata.from_props(props, str(base))
+        hint = f". It holds an adapter already ({', '.join(held.adapters) or 'unnamed'})" if held.mode == "fold" else ""
+        raise BaseMismatchError(f"{base} is not the base of the adapter: none of its weights is; {worst}{hint}")
     if matches.unmatched and (on_unmatched == "error" or not matches.places):
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(matches.unmatched.items())[:8])
         free = shortened((f"{one.name} {list(one.shape)} {one.dtype}" for one in matches.free), 12)

@@ -82,7 +82,9 @@ class ExportReport(Printable):
         table.add_row("files", "\n".join(str(file) for file in self.files))
         table.add_row("size", bytes_text(self.bytes))
         table.add_row("opset", str(self.opset_version))
-        if self.mode in ("base", "fold"):
+        if self.mode == "base":
+            table.add_row("vectors", "none: the model is not adapted")
+        elif self.mode == "fold":
             worst = max((loss.relative for loss in self.losses.values()), default=0.0)
             table.add_row("vectors folded", f"{len(self.losses)} (lost to rounding: at most {worst:.1e} of the update)")
         else:

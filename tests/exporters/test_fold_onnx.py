@@ -405,7 +405,7 @@ def test_a_folded_model_is_not_a_base_any_more(tmp_path):
     case = Case("bert", tmp_path)
     path = produced(case, tools.torchscript)
     fold_onnx(path, case.adapter, path)
-    with pytest.raises(BaseMismatchError):
+    with pytest.raises(BaseMismatchError, match=r"It holds an adapter already \(a\)"):
         fold_onnx(path, case.adapter, path)
 
 
