@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 -m onelora_compile.examples.train_distributed --engi
 from __future__ import annotations
 
 import argparse
+import gc
 
 import torch
 import torch.distributed as dist
@@ -38,13 +39,22 @@ def main() -> None:
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
+    train(arguments.engine, arguments.output, cuda)
+    # What fully_shard made holds process groups: freed before they end, or a process may abort as it exits.
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train(engine: str, output: str, cuda: bool) -> None:
+    """Adapt, wrap, train and save, in every process."""
     device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
 
     torch.manual_seed(0)  # the same base everywhere
     model = nn.Sequential(*(Block() for _ in range(3))).to(device)
     onelora.adapt(model)  # before the wrapping: the vectors are parameters like any other then
     run: nn.Module = model
-    if arguments.engine == "ddp":
+    if engine == "ddp":
         run = DistributedDataParallel(model)  # reduces the vectors only: everything else is frozen
     else:
         for block in model:
@@ -62,10 +72,8 @@ def main() -> None:
         if dist.get_rank() == 0 and step % 10 == 9:
             print(f"step {step + 1}: loss {loss.item():.4f}")
 
-    if arguments.engine == "fsdp" or dist.get_rank() == 0:  # shards are gathered by all processes together
-        onelora.save_adapter(model, arguments.output)
-    dist.barrier()
-    dist.destroy_process_group()
+    if engine == "fsdp" or dist.get_rank() == 0:  # shards are gathered by all processes together
+        onelora.save_adapter(model, output)
 
 
 if __name__ == "__main__":
