@@ -17,6 +17,7 @@ from rich.table import Table
 from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import BaseMismatchError, ConfigError, ExportError, OneLoRAError, require
 from onelora_compile.exporters.branch import Branches, into_zero_points
+from onelora_compile.exporters.check_onnx import check_opens
 from onelora_compile.exporters.load_onnx import as_torch, by_rows, load_model
 from onelora_compile.exporters.match_onnx import Matches, Place, match_weights
 from onelora_compile.exporters.metadata import Metadata, digest
@@ -131,7 +132,9 @@ def fold_onnx(
             name = "" if isinstance(adapter, AdapterFile) else Path(adapter).name.removesuffix(".safetensors")
             model.metadata_props.update(_metadata(model, base, file, folder.done, name).to_props())
             count.start("write", len(model.graph.initializers))
-            files = save_model(model, out, external_data=external or None, written=count.step)
+            files = save_model(
+                model, out, external or None, check=lambda beside: check_opens(beside, base), written=count.step
+            )
     except (OneLoRAError, OSError):
         raise
     except Exception as error:  # a foreign model may break any expectation, of ours and of onnx_ir
