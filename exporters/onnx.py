@@ -293,7 +293,9 @@ def _inside(result: FoldResult, part: str) -> FoldResult:
 
 
 def _converted(program: ExportedProgram, opset_version: int | None, dynamic_shapes: Any) -> onnx_ir.Model:
-    with _quiet():
+    # Without gradients, as it was captured: with them, attention has other kernels with other strides, and a view that
+    # was captured for the one layout fails on the other.
+    with _quiet(), torch.no_grad():
         try:
             converted = torch.onnx.export(
                 program,
