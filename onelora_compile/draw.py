@@ -11,7 +11,8 @@ from onelora_compile.errors import require
 from onelora_compile.files import replacing
 from onelora_compile.ops import ADAPTED_WEIGHT, FEATURE_SUM
 from onelora_compile.passes.lowerings import LOWERING
-from onelora_compile.passes.match_linear import is_update, match_linear, module_path, op_name
+from onelora_compile.passes.match_linear import is_update, match_linear, module_path
+from onelora_compile.passes.op_names import op_name
 
 _COLOURS = {"linear": "#9ecae1", "sum": "#fdd0a2", "update": "#a1d99b", "input": "#ffffff", "": "#f0f0f0"}
 _WIDTH, _HEIGHT = 2.4, 0.62  # inches of a column and of a row

@@ -25,10 +25,13 @@ from torch import Tensor, fx, nn
 
 from onelora_compile.kinds import is_plain
 from onelora_compile.passes.match_linear import match_linear
+from onelora_compile.passes.other_uses import other_uses
 from onelora_compile.passes.weight_chain import input_axes, run_of_shapes
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 _MOST_ANSWERS = 1000  # then a loop on values is taken for endless
+BOTH_WAYS = "its weight is used as W and as its transpose: one vector can't be both"
+MIXED = "used as a view that mixes its axes, so which of them are inputs can't be told"
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -39,14 +42,16 @@ class Read:
     Attributes:
         module: the module that holds it.
         parameter: its name there.
-        dims: its input axes; None where its uses disagree (as W and as its transpose).
+        dims: its input axes; None where they are not known.
         convolution: whether it is used by a convolution.
+        why: why they are not known.
     """
 
     module: nn.Module
     parameter: str
     dims: tuple[int, ...] | None
     convolution: bool = False
+    why: str = ""
 
 
 def direct_reads(model: nn.Module, called: Container[nn.Module] = ()) -> list[Read]:
@@ -60,8 +65,11 @@ def direct_reads(model: nn.Module, called: Container[nn.Module] = ()) -> list[Re
     for module in model.modules():
         for read in _reads_of(module) if module not in called else ():
             key = (read.module, read.parameter)
-            known = found.get(key, read)
-            found[key] = known if known.dims == read.dims else dataclasses.replace(known, dims=None)
+            known = found.get(key)
+            if known is None or (known.dims is None and known.why != BOTH_WAYS and read.dims is not None):
+                found[key] = read
+            elif None not in (known.dims, read.dims) and known.dims != read.dims:
+                found[key] = dataclasses.replace(known, dims=None, why=BOTH_WAYS)
     return list(found.values())
 
 
@@ -105,16 +113,21 @@ def _traced(module: nn.Module) -> Iterator[Read]:
     for answer, defaults in itertools.product((False, True), (True, False)):
         gm = _trace(module, answer, defaults)
         for site in match_linear(gm):
-            if site.chain is None:
+            if site.chain is None or (held := _parameter(module, site.chain.root)) is None:
                 continue
-            path = str(site.chain.root.target)
-            holder = module.get_submodule(path.rpartition(".")[0])
-            name = path.rpartition(".")[2]
-            weight = holder._parameters.get(name)
-            if weight is None or not is_plain(weight):
-                continue
-            if (dims := input_axes(site.chain, weight.shape, site.axes)) is not None:
-                yield Read(holder, name, dims, site.kind == "conv")
+            dims = input_axes(site.chain, held[2].shape, site.axes)
+            yield Read(*held[:2], dims, site.kind == "conv", MIXED if dims is None else "")
+        for use in other_uses(gm):
+            if (held := _parameter(module, use.root)) is not None:
+                yield Read(*held[:2], None, why=use.reason)
+
+
+def _parameter(module: nn.Module, root: fx.Node) -> tuple[nn.Module, str, Tensor] | None:
+    """The module that holds a parameter of the graph, its name there, and it; None if it can't be a weight."""
+    path, _, name = str(root.target).rpartition(".")
+    holder = module.get_submodule(path)
+    weight = holder._parameters.get(name)
+    return None if weight is None or not is_plain(weight) or weight.ndim < 2 else (holder, name, weight)
 
 
 def _trace(module: nn.Module, answer: bool, defaults: bool) -> fx.GraphModule:

@@ -13,9 +13,9 @@ from onelora_compile.config import OneLoRAConfig
 from onelora_compile.errors import TargetError
 from onelora_compile.kinds import is_linear, is_plain
 from onelora_compile.layer import Adapted
-from onelora_compile.passes.match_linear import conv_patches
+from onelora_compile.passes.contractions import conv_patches
 from onelora_compile.probe import linear_like, may_be_linear
-from onelora_compile.reads import direct_reads
+from onelora_compile.reads import BOTH_WAYS, direct_reads
 from onelora_compile.target import Target, calling, reading, targets_of, vector_key
 from onelora_compile.text import shortened
 
@@ -37,15 +37,16 @@ EXCLUDED = "excluded by exclude_modules"
 SAVED = "trained as a whole by modules_to_save"
 NOT_SELECTED = "not selected by target_modules"
 TIED_EMBEDDING = "an embedding's weight, which a linear op reads too: the embedding would change with it"
-BOTH_WAYS = "its weight is used as W and as its transpose: one vector can't be both"
+BILINEAR = "a bilinear form of two inputs, not a linear op of the method"
 RECURRENT = "its weights go to one kernel of a recurrent layer, which nothing can be added to"
 EMBEDDING = "an embedding, not a linear op"
 CONVOLUTION = "a convolution, not a linear op of the method"
 PATCHES = "a convolution, not a linear op of the method; it is a linear map of patches: name it in target_modules"
 # What is not an op that was left out by choice.
-NOT_LINEAR = (EMBEDDING, CONVOLUTION, PATCHES)
+NOT_LINEAR = (BILINEAR, EMBEDDING, CONVOLUTION, PATCHES)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,13 +153,14 @@ def _candidates(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str
     called = {module: _called(module) for module in names}
     read: dict[nn.Module, list[tuple[str, Target | None, str]]] = {}
     for found in direct_reads(model, {module for module, (target, _) in called.items() if target is not None}):
-        if found.convolution:
+        module, dims, why = found.module, found.dims, found.why
+        if isinstance(module, _CONVOLUTIONS):
             continue
-        if reason := _why_not_read(found.module, found.dims):
-            read.setdefault(found.module, []).append((found.parameter, None, reason))
-        else:
-            target = reading(found.module, found.parameter, found.dims or ())
-            read.setdefault(found.module, []).append((found.parameter, target, ""))
+        if dims is None and why != BOTH_WAYS and (own := called[module][0]) is not None:
+            dims, why = own.dims, ""  # what else reads the weight of a linear sees it adapted, as after a merge
+        reason = TIED_EMBEDDING if isinstance(module, _EMBEDDINGS) else CONVOLUTION if found.convolution else why
+        target = reading(module, found.parameter, dims) if dims and not reason else None
+        read.setdefault(module, []).append((found.parameter, target, reason))
     result: dict[str, _Candidate] = {}
     for module, aliases in names.items():
         if isinstance(module, Adapted):
@@ -206,24 +208,18 @@ def _called(module: nn.Module) -> tuple[Target | None, str]:
         if not patches:
             return None, CONVOLUTION
         return reading(module, "weight", range(1, module.weight.ndim)), PATCHES
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+    if isinstance(module, _EMBEDDINGS):
         return None, EMBEDDING
+    if isinstance(module, nn.Bilinear):
+        return None, BILINEAR
     if isinstance(module, nn.modules.conv._ConvNd):
         return None, CONVOLUTION
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return None, RECURRENT
     if may_be_linear(module):
         dims, reason = linear_like(module)
         return (None, reason) if dims is None else (calling(module, dims), "")
     return None, ""
-
-
-def _why_not_read(module: nn.Module, dims: tuple[int, ...] | None) -> str:
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return TIED_EMBEDDING
-    if isinstance(module, _CONVOLUTIONS):
-        return CONVOLUTION
-    return BOTH_WAYS if dims is None else ""
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:

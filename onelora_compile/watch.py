@@ -25,7 +25,8 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from onelora_compile.errors import OneLoRAWarning
-from onelora_compile.passes.match_linear import LinearSite, op_name
+from onelora_compile.passes.match_linear import LinearSite, example
+from onelora_compile.passes.op_names import arguments, op_name
 from onelora_compile.text import shortened
 
 # Spread of the sums over the size of what is summed, below which they count as one number: rounding of the dtype.
@@ -120,13 +121,16 @@ def constant_inputs(sites: Iterable[tuple[str, LinearSite]], value_of: Callable[
 
 
 def _after_constant_norm(node: fx.Node, value_of: Callable[[fx.Node], Tensor | None]) -> bool:
+    x = example(node)
     while op_name(node) in _THROUGH and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    if op_name(node) != "layer_norm":
+    given = arguments(node) if op_name(node) == "layer_norm" else None
+    if given is None:
         return False
-    arguments = dict(zip(("input", "normalized_shape", "weight"), node.args, strict=False)) | node.kwargs
-    shape, weight = arguments["normalized_shape"], arguments.get("weight")
+    shape, weight = given["normalized_shape"], given["weight"]
     if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) != 1:
+        return False
+    if x is not None and x.shape[-1] % shape[0]:  # a view whose rows are parts of the norm's
         return False
     if weight is None:
         return True

@@ -7,9 +7,13 @@ reads the same node at two places may treat the reads as equal only if nothing w
 from __future__ import annotations
 
 import operator
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import fx
+
+from onelora_compile.passes.op_names import arguments, is_known
 
 _IN_PLACE_FUNCTIONS = {operator.setitem} | {
     getattr(operator, name) for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)
@@ -31,12 +35,21 @@ def mutates(gm: fx.GraphModule, node: fx.Node) -> bool:
         )
     if node.op != "call_function":
         return False
-    target = node.target
+    target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return _writes(target)
+    if isinstance(target, torch._ops.HigherOrderOperator) or target in _IN_PLACE_FUNCTIONS or not is_known(target):
         return True
     # F.relu(x, True): in-place as the second positional argument of an activation.
-    name = getattr(target, "__name__", "")
-    positional = len(node.args) > 1 and node.args[-1] is True
-    return target in _IN_PLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__")) or positional
+    given = arguments(node) if isinstance(target, FunctionType) else {}
+    name = target.__name__
+    return given is None or bool(given.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
+
+
+def _writes(packet: torch._ops.OpOverloadPacket) -> bool:
+    name = str(packet._qualified_op_name)
+    if name.startswith("aten::"):  # its overloads with `out=` are told by that argument
+        return name.endswith("_")
+    return any(getattr(packet, overload)._schema.is_mutable for overload in packet.overloads())

@@ -8,10 +8,23 @@ from __future__ import annotations
 
 from torch import fx
 
-from onelora_compile.passes.match_linear import op_name
+from onelora_compile.passes.op_names import op_name
 
-_KERNELS = {"linear", "addmm", "baddbmm", "mm", "bmm", "matmul", "__matmul__", "einsum", "scaled_dot_product_attention"}
-_KERNELS |= {"conv1d", "conv2d", "conv3d", "grouped_mm", "_grouped_mm", "embedding"}
+_KERNELS = {
+    "linear",
+    "addmm",
+    "baddbmm",
+    "mm",
+    "bmm",
+    "matmul",
+    "mv",
+    "addmv",
+    "addbmm",
+    "inner",
+    "tensordot",
+    "einsum",
+}
+_KERNELS |= {"scaled_dot_product_attention", "conv1d", "conv2d", "conv3d", "grouped_mm", "_grouped_mm", "embedding"}
 _VIEWS = {"view", "reshape", "transpose", "permute", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous"}
 _VIEWS |= {"movedim", "getitem", "chunk", "split", "expand", "t", "_unsafe_view", "view_as", "mT", "T"}
 

@@ -20,16 +20,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from onelora_compile.ops import ADAPTED_WEIGHT
+from onelora_compile.passes.op_names import op_name
 
-# By the name that the op has as a function, as a method and in aten.
 _VIEWS = {
-    *("t", "numpy_T", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis"),
-    *("view", "reshape", "unflatten", "flatten", "unsqueeze", "squeeze", "_unsafe_view", "view_as", "expand"),
+    *("t", "numpy_T", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "adjoint"),
+    *("view", "reshape", "unflatten", "flatten", "unsqueeze", "squeeze", "_unsafe_view", "view_as", "ravel"),
     *("chunk", "split", "split_with_sizes", "unbind", "tensor_split", "select", "narrow", "slice", "getitem"),
+    *("expand", "expand_as", "broadcast_to", "hsplit", "vsplit", "dsplit", "unsafe_chunk", "unsafe_split"),
 }
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "_to_copy", "alias"}
 _INDEX = {"index", "index_select"}
-_ATTRIBUTES = {"T", "mT"}
+_ATTRIBUTES = {"T", "mT", "H", "mH"}
 _INDEXED = "onelora_indexed"  # key in node.meta
 _FAILED = (RuntimeError, IndexError, TypeError, ValueError)  # of a view that does not exist
 
@@ -61,9 +62,22 @@ def weight_chains(gm: fx.GraphModule, parameters: Container[fx.Node] = ()) -> di
             chains[node] = Chain(node)
         elif node.target is ADAPTED_WEIGHT and (chain := chains.get(node.args[0])) and not chain.nodes:
             chains[node] = Chain(chain.root, node)
-        elif _name(node) is not None and node.args and (chain := chains.get(node.args[0])):
+        elif _name(node) is not None and node.args and (chain := chains.get(node.args[0])) and _keeps_numbers(node):
             chains[node] = chain.then(node)
     return chains
+
+
+def _keeps_numbers(node: fx.Node) -> bool:
+    """Whether a view or cast of a weight has its numbers, up to a rounding that training could have chosen.
+
+    Not so for integers, bits (`view(torch.int16)`) and floats of one byte: there W + vector 1ᵀ is another weight than
+    the update of the output stands for.
+    """
+    if any(isinstance(argument, torch.dtype) for argument in (*node.args, *node.kwargs.values())):
+        if _name(node) in _VIEWS:
+            return False
+    value = example(node)
+    return value is None or (value.is_floating_point() and value.dtype.itemsize >= 2)
 
 
 def is_parameter(node: fx.Node) -> bool:
@@ -202,15 +216,9 @@ def _callable(node: fx.Node) -> Callable[..., Any]:
 
 def _name(node: fx.Node) -> str | None:
     """The name of a view, cast or index op; None for everything else."""
-    if node.op == "call_method":
-        name = str(node.target)
-    elif node.op == "call_function":
-        if node.target is builtins.getattr:
-            return "getattr" if node.args[1] in _ATTRIBUTES else None
-        target: Any = node.target
-        name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else target.__name__
-    else:
-        return None
+    if node.op == "call_function" and node.target is builtins.getattr:
+        return "getattr" if node.args[1] in _ATTRIBUTES else None
+    name = op_name(node)
     return name if name in _VIEWS or name in _CASTS or name in _INDEX else None
 
 

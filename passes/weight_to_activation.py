@@ -4,9 +4,11 @@
     bmm(x, adapted_weight(W, b))               ->  add_rank1(bmm(x, W), feature_sum(x), b[:, None])
     adapted_weight(W, b) @ x                   ->  add_rank1(W @ x, feature_sum(x.mT).mT, b[:, None])
     einsum, grouped_mm, conv                   ->  the same, with the axes that the op has
+    addmm(c, x, adapted_weight(W, b), alpha=a) ->  rank1_update(addmm(c, x, W, alpha=a), x, a * b)
 
-Leaves alone a use of the weight that is no linear op, or whose view mixes input and output features; such a use keeps
-`adapted_weight`, which is right and slower.  Runs after expand_attention, before share_feature_sum.
+Leaves alone (1) an op that writes into a tensor that exists (`addmm_`, `out=`), (2) a use of the weight that is no
+linear op, (3) one whose view mixes input and output features; such a use keeps `adapted_weight`, which is right and
+slower.  Runs after expand_attention, before share_feature_sum.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ import torch
 from torch import fx
 
 from onelora_compile.ops import ADAPTED_WEIGHT, ADD_RANK1, FEATURE_SUM, RANK1_UPDATE
+from onelora_compile.passes.contractions import conv_window
 from onelora_compile.passes.emit import emitting
-from onelora_compile.passes.match_linear import LinearSite, conv_window, einsum_labels, example, match_linear
+from onelora_compile.passes.match_linear import LinearSite, example, match_linear
+from onelora_compile.passes.op_names import arguments
 from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.weight_chain import Chain, constant_along, part_of_vector
 
@@ -57,8 +61,12 @@ def weight_to_activation(gm: fx.GraphModule) -> PassResult:
 def _why_not(site: LinearSite) -> str | None:
     assert site.chain is not None
     assert site.chain.adapted is not None
+    if site.fixed:
+        return site.fixed
     weight = example(site.chain.root)
     if weight is None or example(site.x) is None or example(site.node) is None:
+        return NO_SHAPES
+    if site.kind == "einsum" and site.labels is None:
         return NO_SHAPES
     dims: Any = site.chain.adapted.args[2]
     if site.kind == "conv" and conv_window(site.node, example(site.weight)) is None:  # type: ignore[arg-type]
@@ -72,6 +80,8 @@ def _rewrite(graph: fx.Graph, site: LinearSite, bare: dict[fx.Node, fx.Node]) ->
     site.node.replace_input_with(site.weight, _without_update(graph, site.chain, bare))
     with emitting(graph, site.node) as proxy:
         vector = _vector(site, site.chain, proxy)
+        if site.alpha != 1:
+            vector = vector * proxy(site.alpha)
         y, x = proxy(site.node), proxy(site.x)
         update: fx.Node = _UPDATES[site.kind](site, y, x, vector).node
     site.node.replace_all_uses_with(update, delete_user_cb=lambda user: user not in proxy.made)
@@ -104,28 +114,22 @@ def _linear(site: LinearSite, y: Any, x: Any, vector: Any) -> Any:
 
 def _matmul(site: LinearSite, y: Any, x: Any, vector: Any) -> Any:
     """`vector` [*experts, out_features]."""
-    value = example(vector.node)
-    if value is not None and value.ndim > 1:
-        return ADD_RANK1(y, FEATURE_SUM(x), vector.unsqueeze(-2))
+    if _rank(vector) > 1:
+        return ADD_RANK1(y, FEATURE_SUM(x), vector if _rank(x) == 1 else vector.unsqueeze(-2))
     return RANK1_UPDATE(y, x, vector)
 
 
 def _left(site: LinearSite, y: Any, x: Any, vector: Any) -> Any:
     """`vector` [*, out_features]; x [*, in_features, n], or [in_features] alone."""
-    value = example(site.x)
-    if value is not None and value.ndim == 1:
+    if _rank(x) == 1:
         return RANK1_UPDATE(y, x, vector) if _rank(vector) == 1 else ADD_RANK1(y, FEATURE_SUM(x), vector)
     return ADD_RANK1(y, FEATURE_SUM(x.transpose(-1, -2)).transpose(-1, -2), vector.unsqueeze(-1))
 
 
 def _einsum(site: LinearSite, y: Any, x: Any, vector: Any) -> Any:
     """Each axis of the output takes its axis of the feature sum, of the vector, or of both."""
-    value = example(site.x)
-    assert value is not None
-    first = site.node.args[1] if isinstance(site.node.args[1], fx.Node) else site.node.args[1][0]  # type: ignore[index]
-    labels = einsum_labels(site.node, first is not site.x, value.ndim)
-    assert labels is not None
-    of_x, of_weight, of_y = labels
+    assert site.labels is not None
+    of_x, of_weight, of_y = site.labels
     inputs = [label for label in of_weight if label not in of_y]
     kept = [label for label in of_x if label not in inputs]
     if kept + inputs != list(of_x):
@@ -150,8 +154,9 @@ def _spread(tensor: Any, labels: list[str], of_y: str) -> Any:
 
 def _grouped(site: LinearSite, y: Any, x: Any, vector: Any) -> Any:
     """`vector` [experts, out_features]; the rows of x are sorted by expert and `offs` says where each one's end."""
-    offs = site.node.kwargs.get("offs", site.node.args[2] if len(site.node.args) > 2 else None)
-    assert isinstance(offs, fx.Node)
+    given = arguments(site.node)
+    assert given is not None
+    offs = given["offs"]
     ends: Any = fx.Proxy(offs, y.tracer)
     rows = torch.arange(x.size(0), device=ends.device)
     # Rows after the last expert's end are padding, whatever is added to them.

@@ -156,8 +156,215 @@ FORMS = {
     "one_column": (lambda: module(lambda s, x: F.linear(x[:, :1], s.w), w=weight(6, 1)), (5, 8), {"w": (6,)}),
 }
 
+# Every keyword and every spelling of those ops: of FORMS too, apart for tests that take long.
+SPELLINGS = {
+    # every keyword and every spelling of the products that scale
+    "addmm_scaled": (
+        lambda: module(lambda s, x: torch.addmm(s.c, x, s.w, alpha=0.5, beta=3), w=weight(8, 6), c=weight(6)),
+        (5, 8),
+        {"w": (6,)},
+    ),
+    "addmm_method": (
+        lambda: module(lambda s, x: s.c.addmm(x, s.w, beta=0, alpha=-2), w=weight(8, 6), c=weight(6)),
+        (5, 8),
+        {"w": (6,)},
+    ),
+    "addmm_keywords": (
+        lambda: module(
+            lambda s, x: torch.addmm(alpha=2, mat2=s.w, mat1=x, beta=0.5, input=s.c), w=weight(8, 6), c=weight(6)
+        ),
+        (5, 8),
+        {"w": (6,)},
+    ),
+    "addmm_aten": (
+        lambda: module(lambda s, x: torch.ops.aten.addmm(s.c, x, s.w, alpha=3), w=weight(8, 6), c=weight(6)),
+        (5, 8),
+        {"w": (6,)},
+    ),
+    "addmm_left": (
+        lambda: module(lambda s, x: torch.addmm(s.c, s.w, x.T, alpha=0.25), w=weight(6, 8), c=weight(1)),
+        (5, 8),
+        {"w": (6,)},
+    ),
+    "addmm_in_place": (
+        lambda: module(lambda s, x: (x[:, :6] * 1).addmm_(x, s.w, alpha=0.5, beta=2) + 1, w=weight(8, 6)),
+        (5, 8),
+        {"w": (6,)},
+    ),
+    "baddbmm_scaled": (
+        lambda: module(
+            lambda s, x: torch.baddbmm(s.c[:, None], x, s.w, beta=2, alpha=0.5), w=weight(3, 8, 6), c=weight(3, 6)
+        ),
+        (3, 5, 8),
+        {"w": (3, 6)},
+    ),
+    "baddbmm_method": (
+        lambda: module(lambda s, x: x[:, :4].baddbmm(s.w, x, alpha=-0.5), w=weight(3, 4, 5)),
+        (3, 5, 8),
+        {"w": (3, 4)},
+    ),
+    "baddbmm_in_place": (
+        lambda: module(lambda s, x: (x[..., :6] * 1).baddbmm_(x, s.w, alpha=0.5).relu(), w=weight(3, 8, 6)),
+        (3, 5, 8),
+        {"w": (3, 6)},
+    ),
+    "addbmm": (
+        lambda: module(lambda s, x: torch.addbmm(s.c, x, s.w, beta=2, alpha=0.5), w=weight(3, 8, 6), c=weight(6)),
+        (3, 5, 8),
+        {"w": (6,)},
+    ),
+    "addbmm_left": (
+        lambda: module(lambda s, x: s.c.addbmm(s.w, x.mT, alpha=2), w=weight(3, 6, 8), c=weight(6, 1)),
+        (3, 5, 8),
+        {"w": (6,)},
+    ),
+    "mv": (lambda: module(lambda s, x: torch.mv(s.w, x), w=weight(6, 8)), (8,), {"w": (6,)}),
+    "mv_method": (lambda: module(lambda s, x: s.w.T.mv(vec=x), w=weight(8, 6)), (8,), {"w": (6,)}),
+    "addmv": (
+        lambda: module(lambda s, x: torch.addmv(s.c, s.w, x, beta=2, alpha=-0.5), w=weight(6, 8), c=weight(6)),
+        (8,),
+        {"w": (6,)},
+    ),
+    # every operand in every place
+    "linear_keywords": (
+        lambda: module(lambda s, x: F.linear(bias=s.c, weight=s.w, input=x), w=weight(6, 8), c=weight(6)),
+        (5, 8),
+        {"w": (6,)},
+    ),
+    "linear_aten": (
+        lambda: module(lambda s, x: torch.ops.aten.linear.default(x, s.w, s.c), w=weight(6, 8), c=weight(6)),
+        (5, 8),
+        {"w": (6,)},
+    ),
+    "linear_weight_first": (
+        lambda: module(lambda s, x: F.linear(s.w, x, x.sum(-1)).T, w=weight(6, 8)),
+        (5, 8),
+        {"w": (6,)},
+    ),
+    "linear_weight_first_batched": (
+        lambda: module(lambda s, x: F.linear(s.w, x), w=weight(3, 6, 8)),
+        (5, 8),
+        {"w": (3, 6)},
+    ),
+    "mm_keywords": (lambda: module(lambda s, x: torch.mm(mat2=s.w, input=x), w=weight(8, 6)), (5, 8), {"w": (6,)}),
+    "matmul_method": (lambda: module(lambda s, x: x.matmul(other=s.w), w=weight(8, 6)), (5, 8), {"w": (6,)}),
+    "matmul_linalg": (lambda: module(lambda s, x: torch.linalg.matmul(x, s.w), w=weight(8, 6)), (5, 8), {"w": (6,)}),
+    "matmul_reversed": (lambda: module(lambda s, x: s.w.__rmatmul__(x), w=weight(8, 6)), (5, 8), {"w": (6,)}),
+    "matmul_of_a_vector": (lambda: module(lambda s, x: x @ s.w, w=weight(8, 6)), (8,), {"w": (6,)}),
+    "matmul_experts_of_a_vector": (lambda: module(lambda s, x: x @ s.w, w=weight(3, 8, 6)), (8,), {"w": (3, 6)}),
+    "left_experts": (lambda: module(lambda s, x: s.w @ x.mT, w=weight(3, 6, 8)), (5, 8), {"w": (3, 6)}),
+    "left_experts_of_a_vector": (lambda: module(lambda s, x: s.w @ x, w=weight(3, 6, 8)), (8,), {"w": (3, 6)}),
+    "matmul_H": (lambda: module(lambda s, x: x @ s.w.H, w=weight(6, 8)), (5, 8), {"w": (6,)}),
+    "tensordot": (lambda: module(lambda s, x: torch.tensordot(x, s.w, dims=1), w=weight(8, 6)), (2, 5, 8), {"w": (6,)}),
+    "tensordot_axes": (
+        lambda: module(lambda s, x: torch.tensordot(x, s.w, ([1, -1], [2, 0])), w=weight(8, 6, 5)),
+        (2, 5, 8),
+        {"w": (6,)},
+    ),
+    "tensordot_weight_first": (
+        lambda: module(lambda s, x: torch.tensordot(s.w, x, dims=([-1], [1])), w=weight(2, 6, 8)),
+        (5, 8),
+        {"w": (2, 6)},
+    ),
+    "inner": (lambda: module(lambda s, x: torch.inner(x, s.w), w=weight(6, 8)), (2, 5, 8), {"w": (6,)}),
+    "inner_weight_first": (lambda: module(lambda s, x: s.w.inner(x), w=weight(6, 8)), (5, 8), {"w": (6,)}),
+    "einsum_implicit": (
+        lambda: module(lambda s, x: torch.einsum("bi,io", x, s.w), w=weight(8, 6)),
+        (5, 8),
+        {"w": (6,)},
+    ),
+    "einsum_lists": (
+        lambda: module(lambda s, x: torch.einsum(x, [..., 0], s.w, [1, 0], [..., 1]), w=weight(6, 8)),
+        (2, 5, 8),
+        {"w": (6,)},
+    ),
+    "einsum_of_a_list": (
+        lambda: module(lambda s, x: torch.einsum("bi,oi->ob", [x, s.w]), w=weight(6, 8)),
+        (5, 8),
+        {"w": (6,)},
+    ),
+    "einsum_ellipsis_in_both": (
+        lambda: module(lambda s, x: torch.einsum("...ni,...io->...no", x, s.w), w=weight(3, 8, 6)),
+        (2, 3, 5, 8),
+        {"w": (3, 6)},
+    ),
+}
+FORMS |= SPELLINGS
+
+# Uses of a weight that get no vector, and what `summary` says of each of its parameters.
+NAMED = {
+    "bilinear": (
+        lambda: module(lambda s, x: F.bilinear(x, x, s.w), w=weight(6, 8, 8)),
+        (5, 8),
+        {"w": "used by bilinear"},
+    ),
+    "bilinear_module": (lambda: module(lambda s, x: s.b(x, x), b=nn.Bilinear(8, 8, 6)), (5, 8), {"b": "bilinear form"}),
+    "vecdot": (
+        lambda: module(lambda s, x: torch.linalg.vecdot(x[:, None], s.w), w=weight(6, 8)),
+        (5, 8),
+        {"w": "used by vecdot"},
+    ),
+    "multi_dot": (
+        lambda: module(lambda s, x: torch.linalg.multi_dot([x, s.w, s.v]), w=weight(8, 6), v=weight(6, 3)),
+        (5, 8),
+        {"w": "used by multi_dot", "v": "used by multi_dot"},
+    ),
+    "einsum_of_three": (
+        lambda: module(lambda s, x: torch.einsum("bi,ri,or->bo", x, s.a, s.b), a=weight(2, 8), b=weight(6, 2)),
+        (5, 8),
+        {"a": "used by einsum", "b": "used by einsum"},
+    ),
+    "einsum_diagonal": (
+        lambda: module(lambda s, x: torch.einsum("bi,ii->bi", x, s.w), w=weight(8, 8)),
+        (5, 8),
+        {"w": "used by einsum"},
+    ),
+    "product_of_parameters": (
+        lambda: module(lambda s, x: x @ (s.a @ s.b), a=weight(8, 2), b=weight(2, 6)),
+        (5, 8),
+        {"a": "used by matmul", "b": "used by matmul"},
+    ),
+    "computed": (lambda: module(lambda s, x: F.linear(x, s.w * 2), w=weight(6, 8)), (5, 8), {"w": "is computed from"}),
+    "quantised": (
+        lambda: module(lambda s, x: x @ (s.w * 20).to(torch.int8).to(x.dtype), w=weight(8, 6)),
+        (5, 8),
+        {"w": "is computed from"},
+    ),
+    "mixed": (
+        lambda: module(lambda s, x: F.linear(x, s.w.reshape(8, 6).T.contiguous()), w=weight(6, 8)),
+        (5, 8),
+        {"w": "a view that mixes its axes"},
+    ),
+    "attention": (
+        lambda: module(lambda s, x: F.scaled_dot_product_attention(x, s.k, s.k), k=weight(7, 8)),
+        (5, 8),
+        {"k": "used by scaled_dot_product_attention"},
+    ),
+    "convolution": (
+        lambda: module(lambda s, x: F.conv1d(x, s.w, padding=1), w=weight(6, 5, 3)),
+        (5, 8),
+        {"w": "a convolution"},
+    ),
+    "transposed_convolution": (
+        lambda: module(lambda s, x: F.conv_transpose1d(x, s.w), w=weight(5, 6, 3)),
+        (5, 8),
+        {"w": "used by conv_transpose1d"},
+    ),
+    "recurrent_cell": (lambda: module(lambda s, x: s.cell(x), cell=nn.GRUCell(8, 6)), (5, 8), {"cell": "recurrent"}),
+    "foreign_operator": (
+        lambda: module(lambda s, x: torch.ops.forms.linear(x, s.w), w=weight(6, 8)),
+        (5, 8),
+        {"w": "given to forms::linear"},
+    ),
+}
+
+# An operator of another library with a name of PyTorch's.
+_library = torch.library.Library("forms", "DEF")
+_library.define("linear(Tensor x, Tensor w) -> Tensor")
+_library.impl("linear", lambda x, w: F.linear(x, w).relu(), "CompositeImplicitAutograd")
+
 
 def build(name):
-    made, shape, vectors = FORMS[name]
+    made, shape, vectors = (FORMS | NAMED)[name]
     torch.manual_seed(0)
     return made(), torch.randn(*shape), vectors

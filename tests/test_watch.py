@@ -111,3 +111,15 @@ def test_experts_that_no_token_chose_are_not_dead():
     model, x, _ = build("experts_by_index")
     onelora.adapt(model)
     assert first_backward(model, x[:1]) == []
+
+
+def test_a_part_of_a_norm_s_output_is_no_constant_input():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(8), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(self.norm(x).view(-1, 2, 4))
+
+    assert first_backward(fast(onelora.adapt(Heads())), torch.randn(5, 8)) == []

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from forms import FORMS, build, module, weight
+from forms import FORMS, NAMED, SPELLINGS, build, module, weight
 from oracle import row_sums
 from torch import nn
 from torch.nn import functional as F
@@ -18,6 +18,8 @@ from onelora_compile.passes import run_passes
 from onelora_compile.testing import assert_parity, fill_vectors, gradients, merged_copy
 
 ADAPTED = [name for name, (_, _, vectors) in FORMS.items() if vectors is not None]
+LONG = [pytest.param(name, marks=[pytest.mark.slow] * (name in SPELLINGS)) for name in ADAPTED]
+IN_PLACE = {"addmm_in_place", "baddbmm_in_place"}  # the update stays on the weight
 
 
 def compiled(model, inner="aot_eager"):
@@ -49,7 +51,7 @@ def test_every_form_is_adapted_in_eager_and_compiled(name):
     assert torch.equal(onelora.detach(model)(x), base)
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("name", LONG)
 def test_every_form_folds_into_onnx(name, tmp_path):
     model, x, _ = build(name)
     fill_vectors(onelora.adapt(model), 0.5)
@@ -60,9 +62,12 @@ def test_every_form_folds_into_onnx(name, tmp_path):
     np.testing.assert_allclose(out, merged_copy(model)(x).detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTED if name != "one_column"])  # is its own row sums
+@pytest.mark.parametrize("name", [one for one in LONG if one.values[0] not in IN_PLACE | {"one_column"}])
 def test_no_weight_is_summed_forward_and_none_has_a_gradient(name):
-    """In the joint graph nothing but views has the size of the weight: no W + b, no gradient of W."""
+    """In the joint graph nothing but views has the size of the weight: no W + b, no gradient of W.
+
+    Of one column the row sums are the weight.
+    """
     model, x, _ = build(name)
     onelora.adapt(model)
     sizes = {target.weight.numel() for target in adapted_weights(model).values()}
@@ -101,6 +106,20 @@ def test_no_weight_is_summed_forward_and_none_has_a_gradient(name):
     # Of the base: clone is .contiguous().
     assert [op for op in computed if op != "aten.clone.default"] == []
     assert all(vector.grad.any() for vector in onelora.vectors(model).values())
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_other_use_in_a_contraction_is_named(name):
+    form, x, expected = build(name)
+    model = nn.ModuleDict({"form": form, "fc": nn.Linear(3, 3)})
+    base = form(x)
+    onelora.adapt(model)
+    assert list(onelora.vectors(model)) == ["fc"]
+    report = onelora.summary(model)
+    named = report.skipped | report.not_linear
+    assert {key.removeprefix("form.") for key in named} == set(expected)
+    assert all(expected[key.removeprefix("form.")] in why for key, why in named.items())
+    assert torch.equal(form(x), base)
 
 
 def test_a_weight_used_both_ways_is_reported():

@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from onelora_compile.inductor import size_hint
-from onelora_compile.passes.match_linear import example, op_name, operands
+from onelora_compile.passes.match_linear import example, operands
 from onelora_compile.passes.neighbours import stands_beside_kernel
+from onelora_compile.passes.op_names import arguments, op_name
 
 LOWERING = "onelora_lowering"  # key in node.meta: the Choice of what computes an update, and the name of its y
 DYNAMIC = "the size of a tensor is not known when compiling"
@@ -141,7 +142,9 @@ def update_of(node: fx.Node) -> Update:
 def _linear(y: fx.Node, s: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
     if op_name(y) != "linear" or len(y.users) != 1:
         return None
-    values = dict(zip(("input", "weight", "bias"), y.args, strict=False)) | y.kwargs
+    values = arguments(y)
+    if values is None or values.get("out") is not None:
+        return None
     x, weight, bias = (values.get(name) for name in ("input", "weight", "bias"))
     same = s.all_input_nodes == [x]
     if not same or not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
