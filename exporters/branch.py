@@ -1,18 +1,24 @@
-"""The rank-1 branch beside a quantised matmul: exact where folding would mean to quantise again.
+"""The rank-1 branch beside a quantised product: exact where folding would mean to quantise again.
 
-    y = matmul(x, dequantised W)   ->   y + sum(x) * b
+    y = x Wᵀ      ->   y + (x · u) v        with u ones and v the vector, where the product multiplies by W
+                                            with u the vector and v ones, where it multiplies by Wᵀ (a tied weight)
 
 and for MatMulNBits with floating zero points, which can hold the vector: (q - (z - b / scale)) * scale = W + b 1ᵀ.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onelora_compile.errors import ExportError
-from onelora_compile.exporters.operators import Lowering
+from onelora_compile.exporters.constants import Constants, attribute, real
+from onelora_compile.exporters.quantized import INTEGER, Product, later_scales
+from onelora_compile.exporters.quantizers import behind_pairs
+from onelora_compile.exporters.rank1 import Kind, feature_sum, kind_of, spread
+from onelora_compile.exporters.writing import Writer
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -21,6 +27,8 @@ if TYPE_CHECKING:
 def into_zero_points(node: onnx_ir.Node, vector: np.ndarray, ir: Any) -> bool:
     """Put b [out_features] into the zero points of a MatMulNBits; False where they are integers or can't hold it."""
     if node.op_type != "MatMulNBits" or len(node.inputs) < 4 or node.inputs[3] is None:
+        return False
+    if len(node.inputs) > 4 and node.inputs[4] is not None:  # blocks by activations: not each row has all of them
         return False
     scale, zero = node.inputs[2], node.inputs[3]
     if scale is None or scale.const_value is None or zero.const_value is None or len(zero.uses()) > 1:
@@ -36,121 +44,146 @@ def into_zero_points(node: onnx_ir.Node, vector: np.ndarray, ir: Any) -> bool:
     return True
 
 
+@dataclasses.dataclass(frozen=True)
+class _Ends:
+    """Where a branch begins and ends.
+
+    Attributes:
+        x: the floating input; or the quantised one, its scale and its zero point.
+        y: the floating output.
+        dtype: of both.
+        factor: what the op multiplies its product by.
+    """
+
+    x: tuple[onnx_ir.Value | None, ...]
+    y: onnx_ir.Value
+    dtype: onnx_ir.DataType
+    factor: float = 1.0
+
+
 class Branches:
-    """Adds branches to a model; the uses of one input share a feature sum."""
+    """Adds branches to a model; the products of one input share a feature sum."""
 
     def __init__(self, model: onnx_ir.Model) -> None:
-        self.model = model
-        self.lowering: dict[int, Lowering] = {}
-        self.sums: dict[onnx_ir.Value, onnx_ir.Value] = {}
-        self.opened: dict[onnx_ir.Value, onnx_ir.Value] = {}
+        self.writer = Writer(model)
+        self.constants = Constants(model)
+        # What products of one graph share; another graph's values are not there in a body.
+        self.sums: dict[tuple[onnx_ir.Graph, onnx_ir.Value, Kind], onnx_ir.Value] = {}
+        self.opened: dict[tuple[onnx_ir.Graph, onnx_ir.Value], onnx_ir.Value] = {}
 
-    def add(self, op: onnx_ir.Node, vector: np.ndarray, name: str) -> None:
-        """Add sum(x) * b to what an op computes.
+    def why_not(self, product: Product) -> str | None:
+        """Why no branch can stand beside a product; None where one can."""
+        try:
+            self._ends(product)
+        except ExportError as error:
+            return str(error)
+        return None
+
+    def add(self, product: Product, vector: np.ndarray, name: str, across: bool = False) -> onnx_ir.Value:
+        """Add (x · u) v to what a product computes.
 
         Args:
-            op: the quantised matmul, or the MatMul or Gemm behind DequantizeLinear.
-            vector: b [out_features] of the whole weight of the op, zero where no vector is.
+            product: the op and its matrix [out_features, in_features].
+            vector: of the whole matrix, zero where no vector is: [out_features], or [in_features] with `across`.
             name: of the new initializer.
+            across: the matrix is the transpose of the one that the vector is of.
+
+        Returns:
+            The output with the update.
 
         Raises:
             ExportError: the op's input or output in floating point can't be found.
         """
-        assert op.graph is not None
-        graph: Any = op.graph
-        lowering = self.lowering.setdefault(id(graph), Lowering(graph))
-        ir = lowering.ir
-        x, y, factor = self._ends(op, lowering)
-        after = y.producer()
-        assert after is not None
-        kinds = ir.DataType
-        dtype = _dtype(op, x, y) or kinds.FLOAT
-        half = dtype in (kinds.FLOAT16, kinds.BFLOAT16)
-        if x not in self.sums:
-            # Before the first op that reads x: op is only the first of those that fold.
-            first = min((user.node for user in x.uses() if user.node.graph is graph), key=list(graph).index, default=op)
-            wide = lowering.add(first, "Cast", x, to=kinds.FLOAT.value) if half else x
-            self.sums[x] = lowering.add(first, "ReduceSum", wide, lowering.constant(-1), keepdims=1)
-            self.sums[x].dtype = kinds.FLOAT
-        own = lowering.initializer(name, ir.tensor((vector * factor).astype(np.float32), name=name))
-        users = list(y.uses())
-        update = ir.node("Mul", [self.sums[x], own])
-        nodes = [update]
-        if half:
-            nodes.append(ir.node("Cast", [update.outputs[0]], {"to": dtype.value}))
-        total = ir.node("Add", [y, nodes[-1].outputs[0]])
-        graph.insert_after(after, [*nodes, total])
-        new = total.outputs[0]
-        new.dtype, new.shape = dtype, y.shape
-        for user in users:
-            user.node.replace_input_with(user.idx, new)
-        if y.is_graph_output():
-            place = list(graph.outputs).index(y)
-            graph.outputs[place] = new
-            new.name, y.name = y.name, f"{y.name}_without_vector"
+        graph: Any = product.op.graph
+        writer, kinds = self.writer, self.writer.ir.DataType
+        ends = self._ends(product)
+        wide = kinds.DOUBLE if ends.dtype == kinds.DOUBLE else kinds.FLOAT
+        rows, columns = product.shape
+        vector = vector.astype(wide.numpy())
+        u, v = (vector, np.ones(rows, wide.numpy())) if across else (None, vector)
+        kind = kind_of(product.op, product.side, product.window)
+        x = self._input(graph, ends, wide)
+        s = self.sums.get((graph, x, kind)) if u is None else None
+        if s is None:
+            s = feature_sum(writer, graph, kind, x, columns, u, name)
+        if u is None:
+            self.sums[graph, x, kind] = s
+        y = behind_pairs(ends.y, writer, self.constants)
+        update = spread(
+            writer, writer.made(y), kind, s, v * v.dtype.type(ends.factor), f"{name}.ones" if across else name
+        )
+        if wide != ends.dtype:
+            update = writer.add(writer.made(update), "Cast", update, dtype=ends.dtype, to=ends.dtype.value)
+        total = writer.add(writer.made(update), "Add", y, update, dtype=ends.dtype)
+        total.shape = y.shape
+        writer.replace(y, total)
+        return total
 
-    def _around(self, op: onnx_ir.Node, lowering: Lowering) -> onnx_ir.Value:
-        """The floating input of a QLinearMatMul; uses of one quantised input share it."""
-        q = op.inputs[0]
-        assert q is not None
-        if q not in self.opened:
-            self.opened[q] = lowering.add(op, "DequantizeLinear", *op.inputs[0:3])  # type: ignore[arg-type]
-            self.opened[q].dtype = lowering.ir.DataType.FLOAT
-        return self.opened[q]
-
-    def _ends(self, op: onnx_ir.Node, lowering: Lowering) -> tuple[onnx_ir.Value, onnx_ir.Value, float]:
-        """The floating input and output of the op, and what its product is multiplied by."""
-        x, y, kind = op.inputs[0], op.outputs[0], op.op_type
+    def _input(self, graph: onnx_ir.Graph, ends: _Ends, wide: onnx_ir.DataType) -> onnx_ir.Value:
+        """The input in floating point and in the dtype of the sum; uses of one input share it."""
+        x, *how = ends.x
         assert x is not None
-        if kind in ("MatMul", "MatMulNBits", "DynamicQuantizeMatMul"):
-            return x, y, 1.0
-        if kind == "FusedMatMul" and not _flag(op, "transA"):
-            return x, y, _number(op, "alpha", 1.0)
-        if kind == "Gemm" and not _flag(op, "transA"):
-            return x, y, _number(op, "alpha", 1.0)
-        if kind in ("MatMulInteger", "MatMulIntegerToFloat"):
-            source = x.producer()
-            if source is not None and source.op_type == "DynamicQuantizeLinear" and source.inputs[0] is not None:
-                return source.inputs[0], y if kind == "MatMulIntegerToFloat" else _scaled(y), 1.0
-        if kind == "QLinearMatMul":
-            return self._around(op, lowering), _reopened(op, lowering), 1.0
-        raise ExportError(f"{op.name or kind}: {kind} has no floating input and output to add a vector to")
+        if not how and ends.dtype == wide:
+            if x.dtype is None:
+                x.dtype = wide
+            return x
+        if (graph, x) not in self.opened:
+            new, writer = x, self.writer
+            if how:
+                new = writer.add(writer.behind(x, graph), "DequantizeLinear", x, *how, dtype=ends.dtype)
+            if ends.dtype != wide:
+                new = writer.add(writer.behind(new, graph), "Cast", new, dtype=wide, to=wide.value)
+            self.opened[graph, x] = new
+        return self.opened[graph, x]
 
+    def _ends(self, product: Product) -> _Ends:
+        """The floating input and output of a product, and what it multiplies by."""
+        op, side, kind = product.op, product.side, product.op.op_type
+        y = op.outputs[0]
+        where = f"{kind} {op.name!r}" if op.name else kind
+        x = op.inputs[INTEGER[kind][1 - side][0] if kind in INTEGER else 1 - side]
+        assert x is not None
+        plain = self.writer.ir.DataType.FLOAT
+        if kind in ("MatMul", "Gemm", "FusedMatMul", "Conv", "Einsum"):
+            if any(attribute(op, flag, 0) for flag in ("transBatchA", "transBatchB")):
+                raise ExportError(f"{where} moves batch axes, and no vector can be added to that")
+            weight = op.inputs[product.position]
+            assert weight is not None
+            return _Ends((x,), y, self.constants.dtype(weight), real(op, "alpha", 1.0))
+        if kind in ("MatMulNBits", "DynamicQuantizeMatMul"):
+            return _Ends((x,), y, self._scale_dtype(op, 2))
+        if kind in ("MatMulInteger", "ConvInteger", "MatMulIntegerToFloat"):
+            x_parts = self._source(op, side)
+            if kind == "MatMulIntegerToFloat":
+                return _Ends(x_parts, y, self._scale_dtype(op, 3 if side == 1 else 2))
+            floating, _ = later_scales(op, self.constants)
+            if floating is None:
+                raise ExportError(
+                    f"{where} is not followed by Cast and Mul with the scale of its input, so its product has no "
+                    "floating form that a vector could be added to"
+                )
+            return _Ends(x_parts, floating, plain)
+        raise ExportError(
+            f"{where} computes more than a product inside, so no vector can be added to that: quantise a model whose "
+            "attention and activations are not fused, or fold before quantising"
+        )
 
-def _dtype(op: onnx_ir.Node, x: onnx_ir.Value, y: onnx_ir.Value) -> onnx_ir.DataType | None:
-    """Of the op in floating point: values of foreign models need not say it, scales do."""
-    known = [y, x] + [value for value in op.inputs[2:3] if value is not None and op.op_type == "MatMulNBits"]
-    return next((value.dtype for value in known if value.dtype is not None), None)
+    def _source(self, op: onnx_ir.Node, side: int) -> tuple[onnx_ir.Value | None, ...]:
+        """The input of an integer op: what DynamicQuantizeLinear had, or the quantised one and what opens it."""
+        q_at, scale_at, zero_at = INTEGER[op.op_type][1 - side]
+        q = op.inputs[q_at]
+        assert q is not None
+        maker = q.producer()
+        if maker is not None and maker.op_type == "DynamicQuantizeLinear":
+            return (maker.inputs[0],)
+        if scale_at is not None:
+            zero = op.inputs[zero_at] if zero_at is not None and zero_at < len(op.inputs) else None
+            return (q, op.inputs[scale_at], zero)
+        if maker is not None and maker.op_type == "QuantizeLinear":
+            return (q, *maker.inputs[1:3])
+        raise ExportError(f"the scale of the quantised input of {op.op_type} {op.name!r} can't be found")
 
-
-def _reopened(op: onnx_ir.Node, lowering: Lowering) -> onnx_ir.Value:
-    """The output of a QLinearMatMul in floating point, which is quantised again after it."""
-    ir, graph, y = lowering.ir, op.graph, op.outputs[0]
-    assert graph is not None
-    users = list(y.uses())
-    opened = ir.node("DequantizeLinear", [y, *op.inputs[6:8]])
-    closed = ir.node("QuantizeLinear", [opened.outputs[0], *op.inputs[6:8]])
-    opened.outputs[0].dtype = ir.DataType.FLOAT
-    graph.insert_after(op, [opened, closed])
-    for user in users:
-        user.node.replace_input_with(user.idx, closed.outputs[0])
-    value: onnx_ir.Value = opened.outputs[0]
-    return value
-
-
-def _scaled(y: onnx_ir.Value) -> onnx_ir.Value:
-    """The product of a MatMulInteger in floating point: after its Cast and the multiplication with the scales."""
-    for wanted in ("Cast", "Mul"):
-        users = [use.node for use in y.uses()]
-        if len(users) != 1 or users[0].op_type != wanted:
-            raise ExportError("MatMulInteger is not followed by Cast and Mul, so its product has no floating form")
-        y = users[0].outputs[0]
-    return y
-
-
-def _flag(op: onnx_ir.Node, name: str) -> bool:
-    return bool(op.attributes[name].as_int()) if name in op.attributes else False
-
-
-def _number(op: onnx_ir.Node, name: str, default: float) -> float:
-    return float(op.attributes[name].as_float()) if name in op.attributes else default
+    def _scale_dtype(self, op: onnx_ir.Node, index: int) -> onnx_ir.DataType:
+        scale = op.inputs[index]
+        assert scale is not None
+        return self.constants.dtype(scale)

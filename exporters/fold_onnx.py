@@ -23,6 +23,7 @@ from onelora_compile.exporters.match_onnx import Matches, Place, match_weights
 from onelora_compile.exporters.metadata import Metadata, digest
 from onelora_compile.exporters.onnx_weights import Use, Weight, weights_of
 from onelora_compile.exporters.operators import float32
+from onelora_compile.exporters.pairs import open_operators
 from onelora_compile.exporters.save_onnx import save_model
 from onelora_compile.merge import FoldByRows, FoldLoss
 from onelora_compile.progress import counting
@@ -123,9 +124,11 @@ def fold_onnx(
     external = any(_external(value) for value in model.graph.initializers.values())
     try:
         with counting(f"fold {base.name}", progress) as count, _one_thread():
-            matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
-            _check(matches, file, base, on_unmatched, model.metadata_props)
+            _prepare(model)
             folder = _Folder(model, file)
+            matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
+            folder.refuse(matches)
+            _check(matches, file, base, on_unmatched, model.metadata_props)
             for weight, placed in folder.by_weight(matches):
                 folder.fold(weight, placed)
             replaced = _replace_saved(model, file)
@@ -149,6 +152,14 @@ def fold_onnx(
         replaced=replaced,
         seconds=time.perf_counter() - start,
     )
+
+
+def _prepare(model: onnx_ir.Model) -> None:
+    """Bring a model into a form in which every product stands in a graph, with a floating output."""
+    if model.functions:
+        passes: Any = require("onnx_ir.passes.common", "onnx", "fold into an ONNX model")
+        passes.InlinePass()(model)
+    open_operators(model)
 
 
 @contextlib.contextmanager
@@ -203,6 +214,15 @@ class _Folder:
         self.how: dict[str, str] = {}
         self.losses: dict[str, FoldLoss] = {}
 
+    def refuse(self, matches: Matches) -> None:
+        """Leave out vectors of quantised weights beside which no branch can stand, with the reason."""
+        for name, places in list(matches.places.items()):
+            uses = [use for place in places for use in place.uses if use.product is not None]
+            reasons = (self.branches.why_not(use.product) for use in uses if use.product is not None)
+            if reason := next((one for one in reasons if one is not None), None):
+                matches.unmatched[name] = reason
+                del matches.places[name]
+
     def by_weight(self, matches: Matches) -> list[tuple[Weight, list[tuple[str, Place]]]]:
         """What goes into each weight."""
         groups: dict[int, tuple[Weight, list[tuple[str, Place]]]] = {}
@@ -214,7 +234,7 @@ class _Folder:
     def fold(self, weight: Weight, placed: list[tuple[str, Place]]) -> None:
         """Fold all vectors of one weight."""
         for uses, own in _by_uses(placed):
-            if weight.quantized is not None:
+            if weight.quantized:
                 self._beside(weight, uses, own)
             else:
                 self._into(weight, uses, own)
@@ -278,18 +298,17 @@ class _Folder:
             use.op.replace_input_with(use.position, before)
 
     def _beside(self, weight: Weight, uses: Sequence[Use], placed: list[tuple[str, Place]]) -> None:
-        out = weight.shape[1] if placed[0][1].transposed else weight.shape[0]
-        vector = np.zeros(out, dtype=np.float32)
+        """Put vectors beside the products of a quantised weight, or into its zero points if these can hold them."""
+        turned = placed[0][1].transposed
+        vector = np.zeros(weight.shape[1] if turned else weight.shape[0], dtype=np.float32)
         for name, place in placed:
             vector[place.start : place.start + place.rows] += place.factor * float32(self.file.vectors[name]).flatten()
-        node = weight.quantized
-        assert node is not None
-        alone = len(weight.uses) == len(uses) == 1
-        how = "zero points" if alone and into_zero_points(node, vector, self.ir) else "branch"
+        alone = len(weight.uses) == len(uses) == 1 and not turned
+        how = "zero points" if alone and into_zero_points(uses[0].op, vector, self.ir) else "branch"
         if how == "branch":
-            for number, use in enumerate(uses):
-                suffix = f".{number}" if number else ""
-                self.branches.add(use.op, vector, f"{placed[0][0]}.vector{suffix}")
+            for use in uses:
+                assert use.product is not None
+                self.branches.add(use.product, vector, f"{placed[0][0]}.vector", across=turned != use.across)
         self.how |= dict.fromkeys((name for name, _ in placed), how)
 
 

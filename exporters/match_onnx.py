@@ -19,7 +19,7 @@ from onelora_compile.fingerprint import TOLERANCE, Fingerprint, signs
 
 _PARTS = 4096  # of a weight that are tried
 # What quantising a weight moves it by (relative Frobenius norm), with a margin: int8 0.005, int4 0.09 measured.
-_QUANTIZED = {"int8": 0.05, "uint8": 0.05, "int4": 0.25, "int2": 0.5}
+_QUANTIZED = {"int16": 1e-3, "uint16": 1e-3, "int8": 0.05, "uint8": 0.05, "int4": 0.25, "int2": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,8 @@ def _places(weight: Weight, groups: Sequence[_Group]) -> Iterable[tuple[str, Pla
     """Each vector whose fingerprint fits the weight somewhere."""
     tolerance = TOLERANCE.get(weight.dtype, _QUANTIZED.get(weight.dtype, 0.25))
     square, found = weight.shape[0] == weight.shape[1], False
-    usual = any(use.op.op_type == "MatMul" and len(use.nodes) == 1 for use in weight.uses)
+    # A quantised one is read as its op means it, so its transpose is the second guess.
+    usual = not weight.quantized and any(use.op.op_type == "MatMul" and len(use.nodes) == 1 for use in weight.uses)
     for transposed in (usual, not usual):
         if square and found:
             break  # it can't be its transpose too

@@ -1,45 +1,29 @@
 """Find the weights of an ONNX model, whatever wrote it, and what each is used for.
 
 A weight is a constant matrix: an initializer or a Constant node, in the main graph or in a body of If and Loop; stored
-as it is, or quantised behind DequantizeLinear, MatMulNBits and the integer matmuls.  A use is a way from there, through
-ops that only move or convert values, to the op that computes with it.
+as it is, or quantised.  A use is a way from there, through ops that only move or convert values, to the op that
+computes with it; of a quantised weight it is the product alone, with the matrix that arrives there.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onelora_compile.errors import require
+from onelora_compile.exporters.constants import Constants
 from onelora_compile.exporters.load_onnx import by_rows
-from onelora_compile.exporters.quantized import dequantized
+from onelora_compile.exporters.quantized import FLOATING, Product, products_of
+from onelora_compile.fingerprint import signs
 
 if TYPE_CHECKING:
     import onnx_ir
 
-_PASSED = {"Identity", "Cast", "Transpose", "DequantizeLinear", "Squeeze", "Unsqueeze", "Reshape"}
-# The op and the position of its weight: what is linear in another input of the op.
-_LINEAR = {
-    "MatMul": (0, 1),
-    "Gemm": (0, 1),
-    "FusedMatMul": (0, 1),
-    "FusedGemm": (0, 1),
-    "Einsum": (0, 1),
-    "Conv": (1,),
-    "FusedConv": (1,),
-    "Attention": (1,),
-    "QAttention": (1,),
-    "MatMulNBits": (1,),
-    "MatMulInteger": (1,),
-    "DynamicQuantizeMatMul": (1,),
-    "MatMulIntegerToFloat": (1,),
-    "QLinearMatMul": (3,),
-    "GemmFastGelu": (1,),
-}
+_PASSED = {"Identity", "Cast", "Transpose", "Squeeze", "Unsqueeze", "Reshape"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,10 +33,14 @@ class Use:
     Attributes:
         nodes: what it passes, the op that computes last.
         position: the input of that op.
+        product: the op with its matrix, of a quantised weight.
+        across: the op multiplies by the transpose of the weight; only of a quantised one.
     """
 
     nodes: tuple[onnx_ir.Node, ...]
     position: int
+    product: Product | None = None
+    across: bool = False
 
     @property
     def op(self) -> onnx_ir.Node:
@@ -62,7 +50,7 @@ class Use:
     @property
     def linear(self) -> bool:
         """Whether the op is linear in another input; a Gather of an embedding is not."""
-        return self.position in _LINEAR.get(self.op.op_type, ())
+        return self.product is not None or self.position in FLOATING.get(self.op.op_type, ())
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -83,55 +71,83 @@ class Weight:
 
     Attributes:
         value: the graph's value that holds its numbers, or the quantised ones.
-        shape: (rows, columns) of the matrix as it is stored, or as it is dequantised.
+        shape: (rows, columns) of the matrix as it is stored; of a quantised one [out_features, in_features] of its
+            first use.
         dtype: of storage: "float32", …, "int8", "int4".
         uses: what it is used for.
-        quantized: the node that dequantises it, or computes with it as it is; None for plain numbers.
     """
 
     value: onnx_ir.Value
     shape: tuple[int, int]
     dtype: str
     uses: tuple[Use, ...]
-    quantized: onnx_ir.Node | None
 
     @property
     def name(self) -> str:
         """Of the initializer."""
         return self.value.name or "a constant"
 
+    @property
+    def quantized(self) -> bool:
+        """Whether its numbers are quantised, and stay as they are."""
+        return any(use.product is not None for use in self.uses)
+
     def by_rows(self) -> Iterator[tuple[int, np.ndarray]]:
         """The numbers, floating point, some rows [n, columns] at a time with the first one's number."""
-        if self.quantized is not None:
-            found = dequantized(self.quantized, self.value)
-            assert found is not None
-            yield 0, found
+        product = self.uses[0].product if self.uses else None
+        if product is not None:
+            yield 0, np.ascontiguousarray(product.matrix())
         else:
             yield from by_rows(self.value.const_value, self.shape)
 
 
 def weights_of(model: onnx_ir.Model) -> list[Weight]:
-    """The weights of a model, in the order of its graphs."""
-    found = []
+    """The weights of a model: the quantised ones, then the others in the order of its graphs."""
+    found = list(_quantized(products_of(model, Constants(model))))
     for value in _constants(model):
         tensor = value.const_value
         if tensor is None:
-            continue
-        uses = tuple(_uses(value))
-        quantized = next((node for use in uses for node in use.nodes if _dequantizes(node, value)), None)
-        if quantized is not None:
-            numbers = dequantized(quantized, value)
-            if numbers is not None:
-                bits = _bits(quantized, tensor)
-                found.append(Weight(value, numbers.shape, f"int{bits}", uses, quantized))
             continue
         shape = tuple(tensor.shape)
         while len(shape) > 2 and shape[-1] == 1:
             shape = shape[:-1]  # of a 1x1 convolution
         if len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape) and _floating(tensor):
-            found.append(Weight(value, shape, tensor.dtype.name.lower(), uses, None))  # type: ignore[arg-type]
+            found.append(Weight(value, shape, tensor.dtype.name.lower(), tuple(_uses(value))))  # type: ignore[arg-type]
     names = {"float": "float32", "double": "float64"}
     return [dataclasses.replace(weight, dtype=names.get(weight.dtype, weight.dtype)) for weight in found]
+
+
+def _quantized(products: Iterable[Product]) -> Iterator[Weight]:
+    """The weights of products; one where they compute with the same matrix, or its transpose, of one stored tensor."""
+    by_stored: dict[int, list[Product]] = {}
+    for product in products:
+        by_stored.setdefault(id(product.stored), []).append(product)
+    for group in by_stored.values():
+        uses: list[tuple[np.ndarray, list[Use]]] = []
+        for product in group:
+            sketch = _sketch(product) if len(group) > 1 else np.zeros((4, 4))
+            for known, own in uses:
+                first = own[0].product
+                assert first is not None
+                if product.shape == first.shape and np.allclose(sketch, known, rtol=1e-4):
+                    own.append(Use((product.op,), product.position, product))
+                    break
+                if product.shape == first.shape[::-1] and np.allclose(_sketch(product, turned=True), known, rtol=1e-4):
+                    own.append(Use((product.op,), product.position, product, across=True))
+                    break
+            else:
+                uses.append((sketch, [Use((product.op,), product.position, product)]))
+        for _, own in uses:
+            first = own[0].product
+            assert first is not None
+            yield Weight(first.stored, first.shape, first.dtype, tuple(own))
+
+
+def _sketch(product: Product, turned: bool = False) -> np.ndarray:
+    """A projection of a product's matrix, or of its transpose, that tells two matrices apart: [4, 4]."""
+    matrix = product.matrix().T if turned else product.matrix()
+    sketch: np.ndarray = signs(matrix.shape[0], 0).T @ matrix @ signs(matrix.shape[1], 1)
+    return sketch
 
 
 def _constants(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
@@ -154,16 +170,6 @@ def _uses(value: onnx_ir.Value, before: tuple[onnx_ir.Node, ...] = ()) -> Iterat
             yield from _uses(user.node.outputs[0], nodes)
         else:
             yield Use(nodes, user.idx)
-
-
-def _dequantizes(node: onnx_ir.Node, value: onnx_ir.Value) -> bool:
-    return dequantized(node, value, look=True) is not None
-
-
-def _bits(node: onnx_ir.Node, tensor: Any) -> int:
-    if node.op_type == "MatMulNBits":
-        return int(node.attributes["bits"].as_int()) if "bits" in node.attributes else 4
-    return int(tensor.dtype.bitwidth)
 
 
 def _floating(tensor: Any) -> bool:
