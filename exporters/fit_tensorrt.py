@@ -16,8 +16,9 @@ import numpy as np
 from onelora_compile.errors import ConfigError, ExportError, require
 from onelora_compile.exporters.jetpacks import JetPack
 from onelora_compile.exporters.load_onnx import load_model, read_tensor
-from onelora_compile.exporters.lower_opset import lower_opset, write_out_norms
+from onelora_compile.exporters.lower_opset import lower_opset
 from onelora_compile.exporters.metadata import Metadata
+from onelora_compile.exporters.write_out import write_out_norms
 from onelora_compile.text import shortened
 
 if TYPE_CHECKING:

@@ -313,7 +313,7 @@ def _converted(program: ExportedProgram, opset_version: int | None, dynamic_shap
 
 def _in_opset(model: onnx_ir.Model, opset_version: int | None) -> None:
     """Hold the model to the opset that was asked for: torch.onnx may write another one without a word."""
-    if opset_version is not None and opset_version < NEWER:
+    if opset_version is not None:
         lower_opset(model, opset_version)
     if opset_version not in (None, found := model.opset_imports[""]):
         raise ExportError(f"opset_version={opset_version} was asked for, torch.onnx wrote {found}")
