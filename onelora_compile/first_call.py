@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from onelora_compile import inductor
@@ -86,8 +87,11 @@ class FirstCall:
                     if not was_adapted(model):
                         adapt(model, self.config)
                         adapted.append(model)
-                gm, inserted, reasons = insert_updates(self.gm, args, models)
-                with _as_before(models, reasons):
+                if len(adapted) == len(models) and not torch.is_grad_enabled():
+                    gm, inserted, reasons = self.gm, [], []  # nothing to train, and the base's bits
+                else:
+                    gm, inserted, reasons = insert_updates(self.gm, args, models)
+                with _as_before(models if gm is self.gm else ()):
                     result = gm(*args, *inserted)
             except BaseException:
                 for model in adapted:
@@ -229,10 +233,10 @@ def _without_weight(gm: fx.GraphModule, models: Sequence[nn.Module], modules: Ma
 
 
 @contextlib.contextmanager
-def _as_before(models: Sequence[nn.Module], reasons: Sequence[str]) -> Iterator[None]:
-    """Where the graph runs without the vectors: the base trainable as it was, so that a backward has a way to go."""
+def _as_before(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Models whose graph runs without the vectors: the base trainable as it was, so that a backward has a way to go."""
     changed: list[tuple[Tensor, bool]] = []
-    for model in models if reasons else ():
+    for model in models:
         state = state_of(model, "compile")
         for name, parameter in model.named_parameters(remove_duplicate=False):
             flag = state.requires_grad.get(clean_name(name), parameter.requires_grad)
