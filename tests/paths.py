@@ -6,6 +6,7 @@ import warnings
 
 import forms
 import onnxruntime
+import pytest
 import torch
 from architectures import ARCHITECTURES
 from architectures.outputs import main_output
@@ -19,6 +20,12 @@ CASES = {
     **{f"form:{name}": name for name, (_, _, vectors) in forms.FORMS.items() if vectors is not None},
     **{name: name for name in ARCHITECTURES},
 }
+
+
+# What fold_onnx refuses in a file that PyTorch wrote, and what it says: weights of more than two axes.
+NOT_FOLDED = dict.fromkeys(
+    ("form:bmm", "form:baddbmm_in_place", "form:left_experts"), "1 of 1 vectors have no place in .*: w: no weight"
+)
 
 
 class Graphs:
@@ -105,8 +112,13 @@ def first_call(run_it):
 
 
 def check_torch_paths(case, train, grad):
-    """One line, adapt then compile, and eager, against one oracle; returns how the first call went."""
+    """`check_model` of a form or an architecture."""
     model, inputs = build(case, train)
+    return check_model(model, inputs, grad)
+
+
+def check_model(model, inputs, grad, scale=0.02):
+    """One line, adapt then compile, and eager, against one oracle; returns whether the first call ran as it is."""
     mode = contextlib.nullcontext if grad else torch.no_grad
     with mode():
         base = run(copy.deepcopy(model), inputs).detach()
@@ -117,8 +129,10 @@ def check_torch_paths(case, train, grad):
         out, messages = first_call(lambda: run(fast, inputs))
     if not torch.equal(out.detach(), base):  # Dynamo itself may take another path, as the fused transformer layer's
         with mode():
-            captured = run(torch.compile(untouched, backend="eager"), inputs)
-        assert torch.equal(out.detach(), captured.detach()), "the first call is not the base"
+            base = run(torch.compile(untouched, backend="eager"), inputs).detach()
+        # Whether a weight is trained decides how matmul folds its arguments.
+        allowed = 8 * torch.finfo(base.dtype).eps * base.abs().max() if grad else 0
+        assert (out.detach() - base).abs().max() <= allowed, "the first call is not the base"
     message = next(one for one in messages if "adapted" in one)
     as_it_is = "run as it is" in message
     expected, found = onelora.vectors(adapted), onelora.vectors(model)
@@ -134,8 +148,8 @@ def check_torch_paths(case, train, grad):
         else:
             zero.check_gradients(out, found, "first call")
 
-    fill_vectors(model, 0.02)
-    fill_vectors(adapted, 0.02)
+    fill_vectors(model, scale)
+    fill_vectors(adapted, scale)
     oracle = Oracle(adapted, inputs, grad)
     assert (oracle.exact - base).abs().max() > 10 * (oracle.plain - oracle.exact).abs().max(), "too small to see"
     again, counted = compiled(adapted)
@@ -167,9 +181,14 @@ def check_onnx_paths(case, folder):
     onelora.save_adapter(model, folder / "a.safetensors")
     report = export_onnx(model, (), folder / "own.onnx", kwargs=inputs, progress=False)
     assert not report.unused
-    folded = fold_onnx(foreign, folder / "a.safetensors", folder / "folded.onnx", progress=False)
-    assert set(folded.folded) == set(onelora.vectors(model))
-    for what, path in (("exported", folder / "own.onnx"), ("folded into a foreign file", folder / "folded.onnx")):
+    ways = {"exported": folder / "own.onnx", "folded into a foreign file": folder / "folded.onnx"}
+    if case in NOT_FOLDED:
+        with pytest.raises(onelora.ExportError, match=NOT_FOLDED[case]):
+            fold_onnx(foreign, folder / "a.safetensors", ways.popitem()[1], progress=False)
+    else:
+        folded = fold_onnx(foreign, folder / "a.safetensors", folder / "folded.onnx", progress=False)
+        assert set(folded.folded) == set(onelora.vectors(model))
+    for what, path in ways.items():
         session = onnxruntime.InferenceSession(path)
         feeds = {one.name: inputs[one.name].numpy() for one in session.get_inputs()}
         oracle.check(torch.from_numpy(session.run(None, feeds)[index]), what)
