@@ -15,8 +15,12 @@ import torch
 
 from onelora_compile.exporters.load_onnx import as_torch
 from onelora_compile.exporters.onnx_weights import Use, Weight
-from onelora_compile.fingerprint import TOLERANCE, Fingerprint, signs
+from onelora_compile.fingerprint import OUTPUT, TOLERANCE, Fingerprint, signs
 
+OUTPUT_ONLY = (
+    "its module computes something else than W x + c (it scales, quantises or activates), so the vector, which adds to "
+    "its output, can't go into a weight; export the model with adapters='input' or 'bank'"
+)
 _PARTS = 4096  # of a weight that are tried
 # What quantising a weight moves it by (relative Frobenius norm), with a margin: int8 0.005, int4 0.09 measured.
 _QUANTIZED = {"int16": 1e-3, "uint16": 1e-3, "int8": 0.05, "uint8": 0.05, "int4": 0.25, "int2": 0.5}
@@ -89,7 +93,7 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint]) 
     for name, places in found.items():
         own = [dataclasses.replace(place, uses=_linear(place.weight)) for place in places if _linear(place.weight)]
         if not own:
-            unmatched[name] = _reason(name, places, nearest)
+            unmatched[name] = OUTPUT_ONLY if prints[name].dtype == OUTPUT else _reason(name, places, nearest)
             continue
         there = set[str]().union(*(at[id(place.weight), place.start] for place in own))
         twins = [other for other in found if other in there and other != name] if len(there) > 1 else []
@@ -128,7 +132,8 @@ class _Group:
 def _grouped(prints: Mapping[str, Fingerprint]) -> list[_Group]:
     by_shape: dict[tuple[int, int], list[str]] = {}
     for name, one in prints.items():
-        by_shape.setdefault(one.shape, []).append(name)
+        if one.dtype != OUTPUT:
+            by_shape.setdefault(one.shape, []).append(name)
     groups = []
     for shape, names in by_shape.items():
         known = [prints[name] for name in names]

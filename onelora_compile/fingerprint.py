@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onelora_compile.distributed import whole
+from onelora_compile.kinds import is_plain
 from onelora_compile.probe import base_effect
 from onelora_compile.target import Target
 
@@ -28,6 +30,9 @@ _CHUNK = 1 << 22  # entries of W that are converted at a time
 # Relative Frobenius distance that storing a weight in a dtype can cause, with a margin of about 5: measured
 # 2e-4 for float16 and 1.7e-3 for bfloat16 on transformers' weights; float64 and float32 differ by rounding alone.
 TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
+# Of a module that computes something else than W x + c: nothing can be folded where this is the dtype.
+OUTPUT = "output"
+TOLERANCE[OUTPUT] = 1e-2
 # Quantised storage: int4 in groups of 32 is 0.07 away from its original, int8 0.004; an unrelated weight is 1.0 to 1.4.
 _TOLERANCE_OTHER = 0.25
 
@@ -99,10 +104,23 @@ def fingerprint_of(target: Target) -> Fingerprint:
     """The fingerprint of the base weight of a target; its experts, if any, count as rows after each other.
 
     A weight that can't be read (quantised) is judged by what its module does to the columns of R; its norm is an
-    estimate then.
+    estimate then.  Of a module that computes something else than W x + c the dtype is "output".
     """
     weight = target.weight
-    return _of_effect(target) if weight is None else _of_blocks(target.blocks(), target.out_features, weight)
+    if weight is not None:
+        return _of_blocks(target.blocks(), target.out_features, weight)
+    return _of_effect(target) if target.dims is not None else _of_output(target)
+
+
+def _of_output(target: Target) -> Fingerprint:
+    """Of a module that computes something else than W x + c: of what it has as `weight`, else of its effect."""
+    sizes, stored = (target.out_features, target.in_features), target.module._parameters.get("weight")
+    if stored is not None and is_plain(stored) and tuple(stored.shape) in (sizes, sizes[::-1]):
+        rows = whole(stored.detach())
+        known = fingerprint(rows if tuple(stored.shape) == sizes else rows.T)
+    else:
+        known = _of_effect(target)
+    return dataclasses.replace(known, dtype=OUTPUT)
 
 
 def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerprint:

@@ -37,8 +37,8 @@ class Adapted(nn.Module):
     """What both forms share; mixed in before the module's own class, never instantiated alone."""
 
     _onelora_base: type[nn.Module]
-    # The names of the weights that have a vector, each with its input axes (none: not stored as a plain tensor).
-    _onelora_weights: Mapping[str, tuple[int, ...]]
+    # The names of the weights that have a vector, each with its input axes, as in `Target.dims`.
+    _onelora_weights: Mapping[str, tuple[int, ...] | None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Vectors that leave the meta device are zeros: `to_empty` would leave memory as it was."""
@@ -103,7 +103,7 @@ def _new_adapted(function: Any, base: Any, args: tuple[Any, ...], called: bool, 
 
 
 @functools.cache  # one class for each base, so that guards and `type(a) is type(b)` agree
-def _adapted_class(base: Any, called: bool, weights: tuple[tuple[str, tuple[int, ...]], ...]) -> Any:
+def _adapted_class(base: Any, called: bool, weights: tuple[tuple[str, tuple[int, ...] | None], ...]) -> Any:
     attributes = {"__module__": __name__, "__doc__": base.__doc__, "_onelora_base": base}
     attributes["_onelora_weights"] = dict(weights)
     if called:
@@ -111,7 +111,7 @@ def _adapted_class(base: Any, called: bool, weights: tuple[tuple[str, tuple[int,
             name for name in inspect.signature(base.forward).parameters if name != "self"
         )
     else:
-        attributes |= {parameter: property(_reader(parameter, dims)) for parameter, dims in weights}
+        attributes |= {parameter: property(_reader(parameter, dims or ())) for parameter, dims in weights}
     return type(f"OneLoRA{base.__name__}", (OneLoRALayer if called else OneLoRAWeights, base), attributes)
 
 
@@ -134,7 +134,7 @@ def is_adapted(module: object) -> bool:
 
 
 def attach(
-    module: nn.Module, called: bool, weights: Mapping[str, tuple[int, ...]], vectors: Mapping[str, Tensor]
+    module: nn.Module, called: bool, weights: Mapping[str, tuple[int, ...] | None], vectors: Mapping[str, Tensor]
 ) -> None:
     """Give a module its vectors and make it an adapted one.
 

@@ -217,11 +217,13 @@ def _loss(weight: Tensor, stored: Tensor, update: Tensor) -> FoldLoss:
 
 def _folded(name: str, target: Target) -> tuple[Tensor, FoldLoss]:
     weight = target.weight
-    if target.dims and target.parameter not in target.module._parameters:
+    if target.dims != () and target.parameter not in target.module._parameters:
         raise MergeError(
             f"{name!r}: its weight is not a parameter but computed from others (a parametrization, weight_norm): "
             "remove that first, for example with torch.nn.utils.parametrize.remove_parametrizations"
         )
+    if target.dims is None:
+        raise MergeError(f"{name!r}: {output_only(target)}")
     if weight is None:
         raise MergeError(
             f"{name!r}: {type(target.module).__name__} does not keep W as a plain tensor (it is quantised or packed), "
@@ -231,6 +233,16 @@ def _folded(name: str, target: Target) -> tuple[Tensor, FoldLoss]:
         return fold_weight(weight.detach(), target.vector, target.dims)
     except MergeError as error:
         raise MergeError(f"{name!r}: {error}") from None
+
+
+def output_only(target: Target) -> str:
+    """Why nothing can be merged into a module whose output alone is adapted."""
+    kind = getattr(target.module, "_onelora_base", type(target.module)).__name__
+    return (
+        f"{kind} computes something else than W x + c (it scales, quantises or activates, or its weight is computed), "
+        "so the vector, which adds to its output, can't go into its weight; keep the vectors beside the model (an "
+        "adapter file, export with adapters='input' or 'bank'), or leave it out with exclude_modules"
+    )
 
 
 def _readers(root: nn.Module) -> dict[int, int]:

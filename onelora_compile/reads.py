@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from onelora_compile.kinds import is_conv1d, is_linear, is_plain
+from onelora_compile.kinds import is_plain
 from onelora_compile.passes.match_linear import match_linear
 from onelora_compile.passes.other_uses import other_uses
 from onelora_compile.passes.weight_chain import input_axes, run_of_shapes
@@ -31,6 +31,7 @@ from onelora_compile.passes.weight_chain import input_axes, run_of_shapes
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 _MOST_ANSWERS = 1000  # then a loop on values is taken for endless
 BOTH_WAYS = "its weight is used as W and as its transpose: one vector can't be both"
+INSIDE = "used in the forward of a linear that is adapted by its own weight or output"
 MIXED = "used as a view that mixes its axes, so which of them are inputs can't be told"
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -63,29 +64,18 @@ def direct_reads(model: nn.Module, called: Container[nn.Module] = ()) -> list[Re
     """
     found: dict[tuple[nn.Module, str], Read] = {}
     for module in model.modules():
-        for read in _reads_of(module) if module not in called else ():
+        for read in _reads_of(module) if module not in called or _holds_more(module) else ():
+            if module in called and read.module is module:
+                if read.parameter == "weight":
+                    continue
+                read = dataclasses.replace(read, dims=None, why=INSIDE)
             key = (read.module, read.parameter)
             known = found.get(key)
             if known is None or (known.dims is None and known.why != BOTH_WAYS and read.dims is not None):
                 found[key] = read
             elif None not in (known.dims, read.dims) and known.dims != read.dims:
                 found[key] = dataclasses.replace(known, dims=None, why=BOTH_WAYS)
-    return [*found.values(), *_by_other_names(model, found)]
-
-
-def _by_other_names(model: nn.Module, found: dict[tuple[nn.Module, str], Read]) -> Iterator[Read]:
-    """The same reads of what shares a weight: a trace tells which parameter was read, not through which module.
-
-    An embedding does not change with the linear that it shares its weight with, so what is read there stays.
-    """
-    reads = {id(read.module._parameters[read.parameter]): read for read in found.values()}
-    for module in model.modules():
-        for name, weight in module._parameters.items():
-            if (read := reads.get(id(weight))) is None or (module, name) in found:
-                continue
-            as_called = not is_linear(module) or read.dims in (None, (0,) if is_conv1d(module) else (1,))
-            if as_called and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                yield dataclasses.replace(read, module=module, parameter=name)
+    return list(found.values())
 
 
 def _reads_of(module: nn.Module) -> Iterator[Read]:
@@ -96,6 +86,11 @@ def _reads_of(module: nn.Module) -> Iterator[Read]:
         yield Read(module.out_proj, "weight", (1,))
     elif _holds_weights(module) or (next(module.children(), None) is not None and _mentions_weights(type(module))):
         yield from _traced(module)
+
+
+def _holds_more(module: nn.Module) -> bool:
+    """Whether a linear has weights besides its own."""
+    return sum(p is not None and p.ndim > 1 for p in module._parameters.values()) > 1
 
 
 def _holds_weights(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ class Summary(Printable):
         sites: module name, in_features and out_features of every adapted linear.
         skipped: every linear without a vector, with the reason.
         not_linear: convolutions and embeddings, which the method does not adapt, with what they are.
+        output_only: adapted modules that compute something else than W x + c, so that nothing can be merged into them.
         vector_parameters: numbers in all vectors.
         other_parameters: trained besides, by modules_to_save and train_norms.
         base_parameters: numbers in the frozen base.
@@ -29,6 +30,7 @@ class Summary(Printable):
     sites: list[tuple[str, int, int]]
     skipped: dict[str, str]
     not_linear: dict[str, str]
+    output_only: list[str]
     vector_parameters: int
     other_parameters: int
     base_parameters: int
@@ -49,6 +51,8 @@ class Summary(Printable):
         lines[0] += f"{self.share:.3%} of {self.base_parameters:,} base parameters"
         if self.other_parameters:
             lines.append(f"trained besides: {self.other_parameters:,} numbers (modules_to_save, train_norms)")
+        if self.output_only:
+            lines.append(f"adapted by their output alone, can't be merged: {shortened(self.output_only, 6)}")
         for reasons in (self.skipped, self.not_linear):
             for reason in dict.fromkeys(reasons.values()):
                 names = [name for name, why in reasons.items() if why == reason]
@@ -72,6 +76,7 @@ def summary(model: nn.Module) -> Summary:
         sites=[(name, target.in_features, target.out_features) for name, target in targets.items()],
         skipped=dict(state.skipped),
         not_linear=dict(state.not_linear),
+        output_only=[name for name, target in targets.items() if target.dims is None],
         vector_parameters=entries,
         other_parameters=trained - sum(t.vector.numel() for t in targets.values() if t.vector.requires_grad),
         base_parameters=everything - entries,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.distributed import whole
-from onelora_compile.kinds import is_conv1d, is_plain
+from onelora_compile.kinds import is_plain
 from onelora_compile.layer import Adapted, OneLoRALayer, vector_name
 from onelora_compile.layer import attach as attach_vectors
 
@@ -24,14 +24,15 @@ class Target:
         parameter: its name there.
         called: whether the module is called, so that the update is added to its output; else the weight is read by
             the module itself or by one around it, and is handed out as W + vector 1ᵀ.
-        dims: input axes of the stored weight; empty where it is not stored as a plain tensor (quantised).
+        dims: input axes of the stored weight; empty where it is not stored as a plain tensor (quantised); None where
+            the module computes something else than W x + c, so that its output is adapted and no weight can be.
         shape: of the vector: [out_features], [experts, out_features] for the weights of experts.
     """
 
     module: nn.Module
     parameter: str
     called: bool
-    dims: tuple[int, ...]
+    dims: tuple[int, ...] | None
     shape: tuple[int, ...]
 
     @property
@@ -50,9 +51,10 @@ class Target:
     @property
     def in_features(self) -> int:
         """Columns of W."""
-        if self.called:
+        if self.called and self.weight is None:
             return _size(self.module, "in_features", "nx")
         assert self.weight is not None
+        assert self.dims
         return prod(self.weight.shape[dim] for dim in self.dims)
 
     @property
@@ -68,6 +70,7 @@ class Target:
         """The weight as matrices [out_features, in_features], one for each expert; views where that is possible."""
         weight = self.weight
         assert weight is not None
+        assert self.dims
         rest = [axis for axis in range(weight.ndim) if axis not in self.dims]
         lined = whole(weight.detach()).permute(*rest, *self.dims)  # [*out, *in]
         if len(rest) == 1:
@@ -82,10 +85,11 @@ def vector_key(module_name: str, parameter: str) -> str:
     return module_name if parameter == "weight" else f"{module_name}.{parameter}".removeprefix(".")
 
 
-def calling(module: nn.Module, dims: tuple[int, ...] | None = None) -> Target:
-    """The target of a module that is called: `nn.Linear`, a subclass, Conv1D; with `dims` what behaves like one."""
-    if dims is None:
-        dims = (0,) if is_conv1d(module) else (1,)
+def calling(module: nn.Module, dims: tuple[int, ...] | None) -> Target:
+    """The target of a module that is called: `nn.Linear`, Conv1D, what behaves like one; `dims` as in `Target`."""
+    weight = module._parameters.get("weight")
+    if dims and weight is not None and is_plain(weight) and weight.ndim == 2:
+        return Target(module, "weight", True, dims, (weight.shape[1 - dims[0]],))
     return Target(module, "weight", True, dims, (_size(module, "out_features", "nf"),))
 
 

@@ -14,8 +14,8 @@ from onelora_compile.errors import TargetError
 from onelora_compile.kinds import is_linear, is_plain
 from onelora_compile.layer import Adapted
 from onelora_compile.passes.contractions import conv_patches
-from onelora_compile.probe import linear_like, may_be_linear
-from onelora_compile.reads import BOTH_WAYS, direct_reads
+from onelora_compile.probe import linear_like, may_be_linear, weight_axes
+from onelora_compile.reads import BOTH_WAYS, INSIDE, direct_reads
 from onelora_compile.target import Target, calling, reading, targets_of, vector_key
 from onelora_compile.text import shortened
 
@@ -152,11 +152,18 @@ def _candidates(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str
     """Everything that is or resembles a linear op, in the order of the modules, by the name of its vector."""
     called = {module: _called(module) for module in names}
     read: dict[nn.Module, list[tuple[str, Target | None, str]]] = {}
+    inside: dict[nn.Module, list[tuple[str, str]]] = {}  # of modules that are linears as they are called
     for found in direct_reads(model, {module for module, (target, _) in called.items() if target is not None}):
         module, dims, why = found.module, found.dims, found.why
-        if isinstance(module, _CONVOLUTIONS):
+        if isinstance(module, _CONVOLUTIONS) or (dims is None and called[module][1] not in ("", *NOT_LINEAR)):
+            continue  # known by its call
+        own = called[module][0]
+        if own is not None and found.parameter != own.parameter:
+            inside.setdefault(module, []).append((found.parameter, why or INSIDE))
             continue
-        if dims is None and why != BOTH_WAYS and (own := called[module][0]) is not None:
+        if dims is None and why != BOTH_WAYS and own is not None:
+            if not own.dims:
+                continue  # known by its call
             dims, why = own.dims, ""  # what else reads the weight of a linear sees it adapted, as after a merge
         reason = TIED_EMBEDDING if isinstance(module, _EMBEDDINGS) else CONVOLUTION if found.convolution else why
         target = reading(module, found.parameter, dims) if dims and not reason else None
@@ -173,6 +180,8 @@ def _candidates(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str
             own, why = called[module]
             if own is not None or why:
                 result[aliases[0]] = _Candidate(module, aliases, own, why)
+            for parameter, why in inside.get(module, ()):
+                result[vector_key(aliases[0], parameter)] = _Candidate(module, [], None, why)
     return result
 
 
@@ -201,8 +210,11 @@ def _asked_for(config: OneLoRAConfig, names: dict[nn.Module, list[str]]) -> dict
 
 def _called(module: nn.Module) -> tuple[Target | None, str]:
     """The target of a module that is called, or why it has none; neither for a module that is no op of weights."""
+    if isinstance(module, Adapted):
+        return targets_of(module)[0], ""
     if is_linear(module):
-        return calling(module), ""
+        dims, reason = weight_axes(module)
+        return (None, reason) if reason else (calling(module, dims), "")
     if isinstance(module, _CONVOLUTIONS):
         patches = conv_patches(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
         if not patches:
@@ -218,7 +230,7 @@ def _called(module: nn.Module) -> tuple[Target | None, str]:
         return None, RECURRENT
     if may_be_linear(module):
         dims, reason = linear_like(module)
-        return (None, reason) if dims is None else (calling(module, dims), "")
+        return (None, reason) if reason else (calling(module, dims), "")
     return None, ""
 
 

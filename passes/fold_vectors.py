@@ -30,9 +30,27 @@ from onelora_compile.errors import MergeError, PassError
 from onelora_compile.layer import VECTOR
 from onelora_compile.merge import FoldLoss, fold_weight
 from onelora_compile.ops import ADAPTED_WEIGHT
-from onelora_compile.passes.match_linear import match_linear, operands, rank1_updates
+from onelora_compile.passes.match_linear import LinearSite, example, match_linear, operands, rank1_updates
+from onelora_compile.passes.op_names import op_name
 from onelora_compile.passes.subgraphs import Scope, scopes
 from onelora_compile.passes.weight_chain import input_axes
+
+OUTPUT_ONLY = (
+    "the module computes something else than W x + c (it scales, quantises or activates), so the vector, which adds to "
+    "its output, can't go into its weight; export with adapters='input' or 'bank', or leave it out with exclude_modules"
+)
+_SAME_FEATURES = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "to",
+    "_to_copy",
+    "contiguous",
+    "clone",
+    "alias",
+    "type_as",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +162,7 @@ class _Folder:
             self._fold_group(weight, vector, uses)
         for scope in self.scopes:
             for update in rank1_updates(scope.gm.graph):
-                raise PassError(
-                    f"{self._name_of(update)!r}: the linear below {update.name} was not found; nothing was folded"
-                )
+                raise PassError(f"{self._name_of(update)!r}: {OUTPUT_ONLY}")
         for scope in reversed(self.scopes[1:]):
             self._drop_inputs(scope)
         for vector in self.vectors:
@@ -171,6 +187,8 @@ class _Folder:
                     f"{self._name_of(site.update)!r}: its weight is computed in the graph ({site.weight}), so the "
                     "vector can't be folded into it; remove the parametrization first, or merge before the export"
                 )
+            if not _is_output_of(site):
+                raise PassError(f"{self._name_of(site.update)!r}: {OUTPUT_ONLY}")
             weight = scope.outer[root]
             shape = self.program.state_dict[self._target(weight)].shape
             dims = input_axes(site.chain, shape, site.axes)
@@ -284,6 +302,27 @@ class _Folder:
 
     def result(self) -> FoldResult:
         return FoldResult(self.losses, self.unused)
+
+
+def _is_output_of(site: LinearSite) -> bool:
+    """Whether the update is that of the site's weight: by the same input, last axis to last axis, not scaled."""
+    assert site.update is not None
+    plain = site.kind in ("linear", "matmul") and not site.fixed
+    return plain and _source(operands(site.update)[1]) is _source(site.x) and not _is_scaled(site)
+
+
+def _is_scaled(site: LinearSite) -> bool:
+    return not isinstance(site.alpha, (int, float)) or site.alpha != 1
+
+
+def _source(x: fx.Node) -> fx.Node:
+    """The node that an input comes from, seen through what changes neither its features nor its numbers."""
+    while op_name(x) in _SAME_FEATURES and isinstance(x.args[0], fx.Node):
+        before, now = example(x.args[0]), example(x)
+        if before is None or now is None or before.shape[-1] != now.shape[-1] or not now.is_floating_point():
+            break
+        x = x.args[0]
+    return x
 
 
 def _without(tree: Any, gone: set[fx.Node]) -> Any:

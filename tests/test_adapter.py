@@ -196,14 +196,14 @@ def test_subclass_of_linear_keeps_its_own_forward_and_class():
     assert type(model[0]) is Scaled
 
 
-def test_a_linear_that_returns_a_tuple_is_a_clear_error():
+def test_a_linear_that_returns_a_tuple_is_adapted_by_its_weight():
     class Pair(nn.Linear):
         def forward(self, x):
             return super().forward(x), None
 
-    model = onelora.adapt(nn.Sequential(Pair(4, 3)))
-    with pytest.raises(TypeError, match="exclude_modules"):
-        model(torch.randn(2, 4))
+    model, x = fill_vectors(onelora.adapt(nn.Sequential(Pair(4, 3)))), torch.randn(2, 4)
+    y, _ = model(x)
+    torch.testing.assert_close(y, merged_copy(model)(x)[0])
 
 
 def test_one_module_called_twice_has_one_vector():

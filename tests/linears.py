@@ -1,0 +1,149 @@
+"""Subclasses of nn.Linear with a forward of their own, and what becomes of each.
+
+name -> (build, what: "weight" if a call is W x + c by the parameter `weight`, "output" if it is something else, "read"
+if it returns something else than one output for an input, and the input axes of the weight)
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+IN, OUT = 8, 6
+
+
+def linear(forward, set_up=lambda self: None, sizes=(IN, OUT)):
+    """A linear with this forward(self, x); `set_up` may give it more."""
+
+    def build():
+        class Own(nn.Linear):
+            pass
+
+        Own.forward = forward
+        made = Own(*sizes)
+        set_up(made)
+        return made
+
+    return build
+
+
+def base(self, x):
+    return F.linear(x, self.weight, self.bias)
+
+
+def with_buffer(name, value):
+    return lambda self: self.register_buffer(name, value)
+
+
+def with_parameter(name, *shape):
+    return lambda self: setattr(self, name, nn.Parameter(torch.ones(shape)))
+
+
+def with_property(made, name="weight"):
+    """Its weight is a property: twice what is stored."""
+    kind = type(made)
+    made.__class__ = type("Own", (kind,), {name: property(lambda self: self._parameters[name] * 2)})
+
+
+def with_cache(self):
+    self.register_buffer("ready", torch.round(self.weight.detach() * 8) / 8)
+
+
+def bit_linear():
+    """What transformers makes of a linear for BitNet: weight and input are quantised in each call."""
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    return AutoBitLinear(IN, OUT)
+
+
+def bit_linear_online():
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    return AutoBitLinear(IN, OUT, online_quant=True)
+
+
+def fake_quantised():
+    import torch.ao.nn.qat as qat
+    from torch.ao.quantization import get_default_qat_qconfig
+
+    return qat.Linear(IN, OUT, qconfig=get_default_qat_qconfig("x86"))
+
+
+def scaled_conv1d():
+    from transformers.pytorch_utils import Conv1D
+
+    class Own(Conv1D):
+        def forward(self, x):
+            return super().forward(x) * 0.5
+
+    return Own(OUT, IN)
+
+
+def zeros():
+    made = linear(lambda self, x: base(self, x) * 3)()
+    nn.init.zeros_(made.weight)
+    return made
+
+
+LINEARS = {
+    "inherited": (linear(nn.Linear.forward), "weight", (1,)),
+    "functional": (linear(base), "weight", (1,)),
+    "matmul": (linear(lambda self, x: x @ self.weight.T + self.bias), "weight", (1,)),
+    "any_arguments": (linear(lambda self, *args, **kwargs: nn.Linear.forward(self, *args, **kwargs)), "weight", (1,)),
+    "cast": (linear(lambda self, x: base(self, x.to(self.weight.dtype)).to(x.dtype)), "weight", (1,)),
+    "rows": (linear(lambda self, x: base(self, x.reshape(-1, IN)).view(*x.shape[:-1], OUT)), "weight", (1,)),
+    "argument_without_effect": (linear(lambda self, x, scale=1.0, flag=False: base(self, x)), "weight", (1,)),
+    "other_bias": (linear(lambda self, x: F.linear(x, self.weight) + self.bias.relu()), "weight", (1,)),
+    "transposed": (linear(lambda self, x: x @ self.weight, sizes=(OUT, IN)), "weight", (0,)),
+    "own_lora": (
+        linear(lambda self, x: base(self, x) + x @ self.a * 0.5, with_parameter("a", IN, OUT)),
+        "weight",
+        (1,),
+    ),
+    "scaled": (linear(lambda self, x: base(self, x) * 0.5), "output", None),
+    "scaled_by_a_buffer_of_ones": (
+        linear(lambda self, x: base(self, x) * self.scale, with_buffer("scale", torch.ones(1))),
+        "output",
+        None,
+    ),
+    "scaled_by_a_parameter": (
+        linear(lambda self, x: base(self, x) * self.gain, with_parameter("gain", OUT)),
+        "output",
+        None,
+    ),
+    "scaled_addmm": (
+        linear(lambda self, x: torch.addmm(self.bias, x.reshape(-1, IN), self.weight.t(), alpha=0.5)),
+        "output",
+        None,
+    ),
+    "scaled_input": (linear(lambda self, x: base(self, x * 2)), "output", None),
+    "scaled_zeros": (zeros, "output", None),
+    "scaled_conv1d": (scaled_conv1d, "output", None),
+    "activated": (linear(lambda self, x: base(self, x).relu()), "output", None),
+    "input_activated": (linear(lambda self, x: base(self, x.tanh())), "output", None),
+    "normalised": (linear(lambda self, x: F.linear(x, F.normalize(self.weight), self.bias)), "output", None),
+    "masked": (
+        linear(lambda self, x: F.linear(x, self.weight.tril(), self.bias)),
+        "output",
+        None,
+    ),
+    "quantising": (linear(lambda self, x: F.linear(x, (self.weight * 8).round() / 8, self.bias)), "output", None),
+    "cached": (linear(lambda self, x: F.linear(x, self.ready, self.bias), with_cache), "output", None),
+    "fake_quantised": (fake_quantised, "output", None),
+    "bit_linear": (bit_linear, "output", None),
+    "bit_linear_online": (bit_linear_online, "output", None),
+    "argument_with_a_default": (linear(lambda self, x, scale=1.0: base(self, x) * scale), "output", None),
+    "argument_none": (
+        linear(lambda self, x, scale=None: base(self, x) if scale is None else base(self, x) * scale),
+        "output",
+        None,
+    ),
+    "property": (linear(base, with_property), "output", None),
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(IN, OUT)), "output", None),
+    "parametrized_and_activated": (
+        lambda: nn.utils.parametrizations.weight_norm(linear(lambda self, x: base(self, x).relu())()),
+        "output",
+        None,
+    ),
+    "two_outputs": (linear(lambda self, x: (base(self, x), None)), "read", (1,)),
+    "other_axis": (linear(lambda self, x: base(self, x.mT).mT), "read", (1,)),
+}

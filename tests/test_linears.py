@@ -1,0 +1,238 @@
+"""What counts as a linear: adapted alike on every path, or refused by name."""
+
+import copy
+import random
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from linears import IN, LINEARS, OUT, linear
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile import reads
+from onelora_compile.adapter import adapted_weights
+from onelora_compile.exporters import export_onnx, fold_onnx
+from onelora_compile.testing import fill_vectors, merged_copy
+
+OUTPUT = [name for name, (_, what, _) in LINEARS.items() if what == "output"]
+WEIGHT = [name for name, (_, what, _) in LINEARS.items() if what == "weight"]
+# Their ops have no ONNX translation, or are none of tracing's: exported by nobody.
+NOT_EXPORTED = {"fake_quantised"}
+# What the exported call computes is W x + c, by a constant that the file holds: it folds, and is right.
+FOLDED = {"cached", "argument_none"}
+
+
+CORE = {"functional", "scaled", "activated", "bit_linear", "argument_none", "property"}
+
+
+def long(names):
+    """Most of them only in the long run: each costs a compilation or an export."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in CORE)) for name in names]
+
+
+class Model(nn.Module):
+    def __init__(self, made):
+        super().__init__()
+        self.first, self.own = nn.Linear(5, IN), made
+
+    def forward(self, x):
+        y = self.own(self.first(x))
+        return y[0] if isinstance(y, tuple) else y
+
+
+def built(name):
+    torch.manual_seed(0)
+    model = Model(LINEARS[name][0]()).eval()
+    for parameter in model.parameters():
+        if not parameter.any() and parameter.ndim == 1:
+            nn.init.normal_(parameter)
+    return model, torch.randn(8, 5)
+
+
+def by_output(model, base, x):
+    """The function of a model that is adapted by its output, with nothing of the package."""
+    v = onelora.vectors(model)
+    h = base.first(x) + v["first"] * x.sum(-1, keepdim=True)
+    return base.own(h) + v["own"] * h.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_every_kind_is_told_by_what_it_does(name):
+    (_, what, dims), (model, x) = LINEARS[name], built(name)
+    base = copy.deepcopy(model) if name not in ("weight_norm",) else built(name)[0]
+    before = model(x)
+    onelora.adapt(model)
+    target = adapted_weights(model)["own"]
+    assert (target.called, target.dims) == (what != "read", dims)
+    assert torch.equal(model(x), before)
+    fill_vectors(model, 0.3)
+    expected = by_output(model, base, x) if what == "output" else merged_copy(model)(x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert onelora.summary(model).output_only == (["own"] if what == "output" else [])
+    onelora.detach(model)
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo, of autograd functions
+@pytest.mark.parametrize("name", long(LINEARS))
+def test_every_kind_compiled(name):
+    model, x = built(name)
+    fill_vectors(onelora.adapt(model), 0.3)
+    fast = torch.compile(model, backend="onelora", options={"inner": "aot_eager"})
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_further_parameters_of_a_linear_are_named():
+    model = onelora.adapt(built("own_lora")[0])
+    assert onelora.summary(model).skipped == {"own.a": reads.INSIDE}
+
+
+@pytest.mark.parametrize("name", [name for name in LINEARS if name not in OUTPUT])
+def test_one_that_is_w_x_merges(name):
+    model, x = built(name)
+    fill_vectors(onelora.adapt(model), 0.3)
+    expected = model(x)
+    onelora.merge(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OUTPUT)
+def test_merge_refuses_the_others_by_name(name, tmp_path):
+    model, x = built(name)
+    fill_vectors(onelora.adapt(model), 0.3)
+    expected = model(x)
+    with pytest.raises(onelora.MergeError, match="'own'"):
+        onelora.merge(model)
+    assert torch.equal(model(x), expected)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    twin, _ = built(name)
+    assert torch.equal(onelora.load_adapter(twin, tmp_path / "a.safetensors")(x), expected)
+
+
+@pytest.mark.parametrize("name", long(OUTPUT))
+def test_fold_onnx_refuses_the_others_by_name(name, tmp_path):
+    model, x = built(name)
+    onelora.save_adapter(fill_vectors(onelora.adapt(model), 0.3), tmp_path / "a.safetensors")
+    # Every weight of the base is in the file, under the names of the model: nothing but the kind speaks against it.
+    plain = Model(nn.Linear(IN, OUT))
+    if "weight" in model.own._parameters:
+        plain.own.weight.data = model.own._parameters["weight"].detach().clone().view(OUT, IN)
+    plain.first.weight.data, plain.first.bias.data = model.first.weight.data, model.first.bias.data
+    export_onnx(plain, (x,), tmp_path / "base.onnx")
+    with pytest.raises(onelora.ExportError, match=r"own: its module computes something else"):
+        fold_onnx(tmp_path / "base.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("mode", ["fold", "load"])
+@pytest.mark.parametrize("name", long([name for name in OUTPUT if name not in NOT_EXPORTED | FOLDED]))
+def test_export_refuses_to_fold_the_others_by_name(name, mode, tmp_path):
+    model, x = built(name)
+    fill_vectors(onelora.adapt(model), 0.3)
+    with pytest.raises(onelora.OneLoRAError, match="'own'"):
+        export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode)
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("mode", ["input", "fold"])
+@pytest.mark.parametrize("name", long([name for name in OUTPUT if name not in NOT_EXPORTED]))
+def test_export_is_the_same_function(name, mode, tmp_path):
+    if mode == "fold" and name not in FOLDED:
+        return  # refused, see above
+    model, x = built(name)
+    fill_vectors(onelora.adapt(model), 0.3)
+    export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(out, model(x).detach().numpy(), rtol=1e-3, atol=1e-3)
+
+
+CALLS = []
+
+
+class Leaky(nn.Linear):
+    """A forward that leaves traces wherever code can."""
+
+    calls = 0
+    seen = {}
+
+    def __init__(self):
+        super().__init__(IN, OUT)
+        self.config = {"sizes": [1]}
+        self.register_buffer("steps", torch.zeros(()))
+        self.norm = nn.BatchNorm1d(OUT)
+
+    def forward(self, x):
+        Leaky.calls += 1
+        Leaky.seen["last"] = x.shape
+        CALLS.append(x.shape)
+        self.config["sizes"].append(2)
+        self.steps += 1
+        self.last = x
+        noise = torch.rand(()) + random.random() + np.random.rand()
+        return self.norm(super().forward(x)) + 0 * noise
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_probe_leaves_no_trace(training, capsys):
+    model = Model(Leaky()).train(training)
+    model.own.register_forward_hook(lambda *args: CALLS.append("hook"))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    randoms = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    onelora.adapt(model)
+    onelora.detach(model)
+    assert torch.equal(torch.random.get_rng_state(), randoms[0])
+    assert random.getstate() == randoms[1]
+    assert (np.random.get_state()[1] == randoms[2]).all()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert (Leaky.calls, Leaky.seen, CALLS) == (0, {}, [])
+    assert model.own.config == {"sizes": [1]}
+    assert not hasattr(model.own, "last")
+    assert all(module.training is training for module in model.modules())
+    assert capsys.readouterr().out == ""
+
+
+def test_hooks_see_and_change_an_adapted_linear_as_they_do_its_base():
+    """A hook is around the forward, so W + b 1ᵀ in the weight and the update of the output are one function."""
+    model, x = Model(nn.Linear(IN, OUT)), torch.randn(8, 5)
+    model.own.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    model.own.register_forward_hook(lambda module, args, y: y.relu())
+    fill_vectors(onelora.adapt(model), 0.3)
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, backend="onelora", options={"inner": "aot_eager"})(x), expected)
+    onelora.merge(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_forward_of_the_instance_is_refused_by_name():
+    model = Model(nn.Linear(IN, OUT))
+    model.own.forward = lambda x: nn.functional.linear(x, model.own.weight) * 2
+    with pytest.raises(onelora.TargetError, match="'own' has a forward of its own on the instance"):
+        onelora.adapt(model)
+
+
+def test_one_that_needs_more_than_its_input_is_adapted_by_its_output():
+    made = linear(lambda self, x, gate: nn.functional.linear(x, self.weight) * gate)()
+    x, gate = torch.randn(3, IN), torch.randn(3, 1)
+    base = made(x, gate)
+    model = fill_vectors(onelora.adapt(nn.ModuleList([made])), 0.3)
+    torch.testing.assert_close(made(x, gate), base + x.sum(-1, keepdim=True) * onelora.vectors(model)["0"])
+    with pytest.raises(onelora.MergeError, match="'0'"):
+        onelora.merge(model)
+
+
+def test_weights_on_the_meta_device_are_told_too():
+    with torch.device("meta"):
+        model = Model(linear(lambda self, x: nn.functional.linear(x, self.weight) * 2)())
+        plain = Model(linear(lambda self, x: nn.functional.linear(x, self.weight))())
+    assert adapted_weights(onelora.adapt(model))["own"].dims is None
+    assert adapted_weights(onelora.adapt(plain))["own"].dims == (1,)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_under_autocast_and_in_half_precision():
+    model = Model(linear(lambda self, x: nn.functional.linear(x, self.weight, self.bias))()).to(torch.bfloat16)
+    with torch.autocast("cpu"):
+        assert adapted_weights(onelora.adapt(model))["own"].dims == (1,)
