@@ -26,7 +26,7 @@ _KERNELS = {
 }
 _KERNELS |= {"scaled_dot_product_attention", "conv1d", "conv2d", "conv3d", "grouped_mm", "_grouped_mm", "embedding"}
 _VIEWS = {"view", "reshape", "transpose", "permute", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous"}
-_VIEWS |= {"movedim", "getitem", "chunk", "split", "expand", "t", "_unsafe_view", "view_as", "mT", "T"}
+_VIEWS |= {"movedim", "getitem", "chunk", "split", "expand", "t", "_unsafe_view", "view_as", "mT", "T", "numpy_T"}
 
 
 def stands_beside_kernel(node: fx.Node, above: bool) -> bool:

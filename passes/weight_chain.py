@@ -23,7 +23,8 @@ from onelora_compile.ops import ADAPTED_WEIGHT
 from onelora_compile.passes.op_names import op_name
 
 _VIEWS = {
-    *("t", "numpy_T", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "adjoint"),
+    *("t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "adjoint"),
+    *("numpy_T", "mT", "matrix_H", "mH"),  # what Dynamo of torch 2.14 and newer makes of the attributes
     *("view", "reshape", "unflatten", "flatten", "unsqueeze", "squeeze", "_unsafe_view", "view_as", "ravel"),
     *("chunk", "split", "split_with_sizes", "unbind", "tensor_split", "select", "narrow", "slice", "getitem"),
     *("expand", "expand_as", "broadcast_to", "hsplit", "vsplit", "dsplit", "unsafe_chunk", "unsafe_split"),

@@ -67,6 +67,8 @@ FORMS = {
     "square": (lambda: module(lambda s, x: x @ s.w, w=weight(8, 8)), (5, 8), {"w": (8,)}),
     "matmul_T": (lambda: module(lambda s, x: x @ s.w.T, w=weight(6, 8)), (5, 8), {"w": (6,)}),
     "matmul_mT": (lambda: module(lambda s, x: torch.matmul(x, s.w.mT), w=weight(6, 8)), (5, 8), {"w": (6,)}),
+    "matmul_H": (lambda: module(lambda s, x: torch.matmul(x, s.w.H), w=weight(6, 8)), (5, 8), {"w": (6,)}),
+    "matmul_mH": (lambda: module(lambda s, x: torch.matmul(x, s.w.mH), w=weight(6, 8)), (5, 8), {"w": (6,)}),
     "mm": (lambda: module(lambda s, x: torch.mm(x, s.w.transpose(0, 1)), w=weight(6, 8)), (5, 8), {"w": (6,)}),
     "addmm": (lambda: module(lambda s, x: torch.addmm(s.c, x, s.w), w=weight(8, 6), c=weight(6)), (5, 8), {"w": (6,)}),
     "left": (lambda: module(lambda s, x: (s.w @ x.mT).mT, w=weight(6, 8)), (2, 5, 8), {"w": (6,)}),
