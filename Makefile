@@ -5,7 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow bench lint clean
+OTHER := $(VENV)-torch-$(TORCH)
+# Triton 3.6, which comes with it, needs an older NumPy for its interpreter.
+NEEDED_BY_2.11.0 := 'numpy<2.4'
+
+.PHONY: help setup demo test test-slow test-torch bench lint clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +34,20 @@ test: $(READY)  ## Run the tests
 test-slow: $(READY)  ## Run the long tail of the tests
 	$(BIN)/pytest -n auto --maxprocesses 4 -m slow
 
+# What depends on PyTorch's version goes with it; the rest is as tested.
+$(OTHER)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OTHER)
+	grep -vE '^(torch|triton|setuptools|sympy$(if $(NEEDED_BY_$(TORCH)),|numpy))==' constraints.txt > $(OTHER)/constraints.txt
+	@echo "installing PyTorch $(TORCH) and the other dependencies, a few minutes and gigabytes"
+	$(OTHER)/bin/pip install --disable-pip-version-check -q -c $(OTHER)/constraints.txt torch==$(TORCH) setuptools wheel
+	$(OTHER)/bin/pip install --disable-pip-version-check -q -c $(OTHER)/constraints.txt --no-build-isolation -e '.[dev]' \
+	  torch==$(TORCH) $(NEEDED_BY_$(TORCH))
+	touch $@
+
+test-torch: $(if $(TORCH),$(OTHER)/.ready)  ## Run the tests with another PyTorch: make test-torch TORCH=2.15.0
+	@test -n "$(TORCH)" || { echo "which? make test-torch TORCH=2.15.0"; exit 1; }
+	$(OTHER)/bin/pytest -n auto --maxprocesses 4
+
 bench: $(READY)  ## Run the CPU benchmarks and print their tables (ROUNDS=5: quicker, noisier)
 	@for one in linear spelling siblings train swap fold onnx; do \
 	  $(BIN)/python benchmarks/bench_$$one.py $(if $(ROUNDS),--rounds $(ROUNDS)) || exit 1; done
@@ -43,4 +61,4 @@ lint: $(READY)  ## Check style and types
 	  $(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e . && exit $$status
 
 clean:  ## Remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis onelora-demo
+	rm -rf $(VENV) $(VENV)-torch-* build dist *.egg-info .mypy_cache .ruff_cache .hypothesis onelora-demo

@@ -107,7 +107,10 @@ def train(dtype: torch.dtype, x: torch.Tensor, state: dict[str, torch.Tensor], l
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loss = compiled(x).float().square().sum()
+        try:
+            loss = compiled(x).float().square().sum()
+        except Exception as error:  # its text alone: what Dynamo of torch 2.11 raises has a module in it, no pickle
+            raise RuntimeError(str(error)) from None
         loss.backward()
     targets = [str(node.target) for gm in kept for node in gm.graph.nodes]
     gradients = {name: vector.grad for name, vector in onelora.vectors(model).items()}

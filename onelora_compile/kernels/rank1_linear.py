@@ -67,10 +67,11 @@ def rank1_matmul(
     with torch.cuda.device(a.device) if a.is_cuda else _nothing():
         if tile is None:
             tuned = _tuned(a.dtype.itemsize, left is not None)
-            tuned[grid](*arguments, **flags)
+            tuned[grid](*arguments, **flags, **configs.OPTIONS)
             height = tuned.best_config.kwargs["BLOCK_M"]
         else:
-            launch = {} if interpreted() else {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **configs.OPTIONS}
+            launch = {} if interpreted() else launch
             rank1_matmul_kernel[grid](*arguments, **flags, **tile.blocks, **launch)
             height = tile.BLOCK_M
     if left is not None:

@@ -40,7 +40,7 @@ def compiled(element, tile, use, capability, precision="ieee", ones=None, aligne
     attributes = {place[name]: [["tt.divisibility", 16]] for name in sixteens}
     values = {place[name]: value for name, value in constants.items()}
     source = ASTSource(rank1_matmul_kernel, {name: types[name] for name in names}, values, attributes)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **configs.OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
