@@ -56,6 +56,8 @@ def manifest_of(
         },
         "vectors": {name: list(metadata.vectors[name]) for name in metadata.vectors} if swappable else {},
         "fingerprints": {n: one.to_json() for n, one in metadata.fingerprints.items()} if swappable else {},
+        "trained": list(metadata.trained) if swappable else [],
+        "constant": dict(metadata.constant) if swappable else {},
         "bank": list(metadata.adapters) if fitted.mode == "bank" else [],
         "reference": reference,
     }
@@ -69,10 +71,10 @@ def adapter_entries(folder: Path, fitted: Fitted, files: Mapping[str, Path]) -> 
     if fitted.mode == "bank":
         names = [*fitted.metadata.adapters, "base"]
         return [{"name": name, "file": "", "sha256": ""} for name in names], names[0]
-    entries = [{"name": "base", "file": "", "sha256": ""}]
-    for name in ("default", *files):
-        file = f"adapters/{name}.safetensors"
-        entries.insert(-1, {"name": name, "file": file, "sha256": sha256_of(str(folder / file))})
+    paths = {name: f"adapters/{name}.safetensors" for name in ("default", *files)}
+    entries = [{"name": name, "file": file, "sha256": sha256_of(str(folder / file))} for name, file in paths.items()]
+    if not fitted.metadata.trained:  # with vectors alone, zeros are the base; of heads and norms nothing here knows it
+        entries.append({"name": "base", "file": "", "sha256": ""})
     return entries, "default"
 
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from onelora_compile.checkpoint import AdapterFile, metadata_of, read_adapter
+from onelora_compile.checkpoint import AdapterFile, read_adapter, write_adapter
 from onelora_compile.config import OneLoRAConfig
 from onelora_compile.errors import AdapterFileError, ConfigError, require
 from onelora_compile.exporters.load_onnx import load_model
@@ -34,9 +33,9 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
     Args:
         source: an adapter in one of the formats.
         out: the file to write, replaced in one step.
-        like: an ONNX model of the adapter's base, written by this package: gives the order of ".vectors", and what the
-            formats of runtimes do not hold (configuration, fingerprints) to ".safetensors". With it, an adapter that
-            does not belong to the model is refused.
+        like: an ONNX model of the adapter's base, of mode "load" or "input", written by this package: gives the order
+            of ".vectors", and what the formats of runtimes do not hold (configuration, fingerprints) to ".safetensors".
+            With it, an adapter that does not belong to the model is refused.
 
     Returns:
         `out`.
@@ -59,10 +58,6 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
     file, values = _read(source, model)
     if file is not None and model is not None:
         model.check_fits(file, str(like))
-    if file is not None and file.saved and out.suffix != ".safetensors":
-        raise AdapterFileError(
-            f"{source} also trained {', '.join(file.saved)}, which {out.suffix} can't hold: export the model with it"
-        )
     with replacing(out) as beside:
         if out.suffix == ".onnx_adapter":
             _write_ort(values, beside)
@@ -70,18 +65,42 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
             assert model is not None
             beside.write_bytes(b"".join(values[name].astype("<f4").tobytes() for name in model.vectors))
         else:
-            tensors = {name: torch.from_numpy(np.array(value)) for name, value in values.items()}
             if file is None:
                 assert model is not None
-                file = AdapterFile(_config(model), tensors, {}, dict(model.fingerprints), model.producer)
-            save_file({**tensors, **file.saved}, beside, metadata_of(file.config, file.fingerprints))
+                file = adapter_of(model, values, model.producer)
+            write_adapter(file, beside)
     return out
+
+
+def adapter_of(
+    model: Metadata, values: Mapping[str, np.ndarray], producer: str, config: OneLoRAConfig | None = None
+) -> AdapterFile:
+    """An adapter file of what a model takes.
+
+    Args:
+        model: what the model says.
+        values: float32 of all that it takes, by name.
+        producer: what made it.
+        config: None selects what there are values for: the formats of runtimes hold no configuration.
+    """
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in values.items()}
+    saved = {name: tensor for name, tensor in tensors.items() if name in model.trained}
+    vectors = {name: tensor for name, tensor in tensors.items() if name not in saved}
+    if config is None:
+        owners = {name.rpartition(".")[0] or name for name in saved}
+        config = OneLoRAConfig(target_modules=list(vectors), modules_to_save=sorted(owners))
+    return AdapterFile(config, vectors, saved, dict(model.fingerprints), producer, dict(model.trained))
 
 
 def _read(source: Path, model: Metadata | None) -> tuple[AdapterFile | None, dict[str, np.ndarray]]:
     if source.suffix == ".safetensors":
         file = read_adapter(source)
-        return file, {name: float32(vector) for name, vector in file.vectors.items()}
+        taken = (
+            file.tensors
+            if model is None
+            else {name: file.tensors[name] for name in model.vectors if name in file.tensors}
+        )
+        return file, {name: float32(value) for name, value in taken.items()}
     if not source.is_file():
         raise FileNotFoundError(f"there is no file {source}")
     if source.suffix == ".onnx_adapter":
@@ -130,9 +149,9 @@ def _metadata(path: Path) -> Metadata:
     found = Metadata.from_props(load_model(path).metadata_props, str(path))
     if not found.vectors:
         raise ConfigError(f"{path} says nothing of vectors: it was not written by this package from an adapted model")
+    if found.mode not in ("load", "input"):
+        raise ConfigError(
+            f"{path} takes no adapter file (mode {found.mode!r}): give a model that was exported with "
+            "adapters='load' or 'input'"
+        )
     return found
-
-
-def _config(model: Metadata) -> OneLoRAConfig:
-    """The formats of runtimes hold no configuration: the vectors by name are the selection."""
-    return OneLoRAConfig(target_modules=list(model.vectors))

@@ -30,7 +30,6 @@ from onelora_compile.errors import AdapterFileError, ConfigError, StateError, re
 from onelora_compile.exporters.fold_onnx import fold_onnx
 from onelora_compile.exporters.load_onnx import load_model, read_tensor
 from onelora_compile.exporters.metadata import Metadata, digest
-from onelora_compile.exporters.operators import float32
 from onelora_compile.merge import FoldLoss, fold_weight
 from onelora_compile.text import shortened
 
@@ -156,7 +155,7 @@ def _values(model: onnx_ir.Model, metadata: Metadata, file: AdapterFile | None, 
     if file is None:
         return {name: read_tensor(held[name].const_value).astype(np.float32) for name in metadata.vectors}
     metadata.check_fits(file, str(onnx))
-    return {name: float32(file.vectors[name]) for name in metadata.vectors}
+    return metadata.values_of(file)
 
 
 def _make_inputs(model: onnx_ir.Model, vectors: dict[str, np.ndarray]) -> None:

@@ -13,8 +13,8 @@ from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters.device_memory import ALIGNMENT, Array
 from onelora_compile.exporters.manifest import Manifest
+from onelora_compile.exporters.metadata import bank_id
 from onelora_compile.exporters.modes import IDS
-from onelora_compile.exporters.operators import float32
 from onelora_compile.text import shortened
 
 Adapter = str | os.PathLike[str] | AdapterFile | None
@@ -59,11 +59,11 @@ def vectors_to_feed(manifest: Manifest, engine: Path, adapter: Adapter) -> dict[
     file = manifest.initial_adapter(engine) if adapter is None else adapter
     file = file if isinstance(file, AdapterFile) else read_adapter(file)
     manifest.metadata.check_fits(file, str(engine))
-    return {name: float32(file.vectors[name]) for name in manifest.vectors}
+    return manifest.metadata.values_of(file)
 
 
 def adapter_id(manifest: Manifest, engine: Path, adapter: Adapter | int) -> int:
-    """The number of a bank's adapter, from its name, its file's name, or itself; -1 of None, the base.
+    """The number of a bank's adapter, from its name, its file (by content), or itself; -1 of None, the base.
 
     Raises:
         ExportError: the bank has no such adapter.
@@ -75,10 +75,7 @@ def adapter_id(manifest: Manifest, engine: Path, adapter: Adapter | int) -> int:
         if not -1 <= adapter < len(names):
             raise ExportError(f"{engine} has adapters 0 to {len(names) - 1}, and -1 for the base; not {adapter}")
         return adapter
-    name = "" if isinstance(adapter, AdapterFile) else Path(adapter).name.removesuffix(".safetensors")
-    if name not in names:
-        raise ExportError(f"{engine} has no adapter {name!r}; it has {shortened(names)}")
-    return names.index(name)
+    return bank_id(manifest.metadata, engine, adapter)
 
 
 def feed_of(

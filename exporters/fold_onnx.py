@@ -18,13 +18,16 @@ from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import BaseMismatchError, ConfigError, ExportError, OneLoRAError, require
 from onelora_compile.exporters.branch import Branches, into_zero_points
 from onelora_compile.exporters.check_onnx import check_opens
+from onelora_compile.exporters.fold_trained import fold_trained
 from onelora_compile.exporters.load_onnx import as_torch, by_rows, load_model
 from onelora_compile.exporters.match_onnx import Matches, Place, match_weights
+from onelora_compile.exporters.match_trained import TrainedPlaces, match_trained
 from onelora_compile.exporters.metadata import Metadata, digest
 from onelora_compile.exporters.onnx_weights import Use, Weight, weights_of
 from onelora_compile.exporters.operators import float32
 from onelora_compile.exporters.pairs import open_operators
 from onelora_compile.exporters.save_onnx import save_model
+from onelora_compile.exporters.strip_vectors import strip_vectors
 from onelora_compile.merge import FoldByRows, FoldLoss
 from onelora_compile.progress import counting
 from onelora_compile.text import Printable, bytes_text, shortened
@@ -60,7 +63,7 @@ class FoldReport(Printable):
         bytes: of all files together.
         folded: where each vector went.
         skipped: vectors without a place, with the reason; only with `on_unmatched="skip"`.
-        replaced: other trained tensors (modules_to_save, norms) that were put in by name.
+        replaced: other trained tensors (modules_to_save, norms) that took the place of their base values.
         seconds: wall time.
     """
 
@@ -101,7 +104,9 @@ def fold_onnx(
     another op needs too (a tied embedding) is copied for the adapted use.
 
     Args:
-        base: the model; its weights may be in external files beside it.  It is not changed, unless it is `out` too.
+        base: the model; its weights may be in external files beside it.  It is not changed, unless it is `out` too.  Of
+            an export that carries vectors (modes "load", "input", "bank") the base is taken: what is written is a plain
+            model with this adapter alone.  Into one that holds a folded adapter this one is folded on top.
         adapter: an adapter file, or one that was read.
         out: the file to write, replaced in one step; weights go into `<out>.data` if the base's are external.
         on_unmatched: "error", or "skip" to leave out vectors without a place, which the report then names.
@@ -121,19 +126,25 @@ def fold_onnx(
     base, out = Path(base), Path(out)
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
     model = load_model(base)
-    external = any(_external(value) for value in model.graph.initializers.values())
+    held = Metadata.from_props(model.metadata_props, str(base))
     try:
+        strip_vectors(model, held, str(base))
+        external = any(_external(value) for value in model.graph.initializers.values())
         with counting(f"fold {base.name}", progress) as count, _one_thread():
             _prepare(model)
             folder = _Folder(model, file)
             matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
             folder.refuse(matches)
             _check(matches, file, base, on_unmatched, model.metadata_props)
+            named = ((name, use) for name, places in matches.places.items() for one in places for use in one.uses)
+            trained = match_trained(model, file, named, held)
+            _check_trained(trained, base, on_unmatched)
             for weight, placed in folder.by_weight(matches):
                 folder.fold(weight, placed)
-            replaced = _replace_saved(model, file)
+            fold_trained(model, trained, file.saved)
             name = "" if isinstance(adapter, AdapterFile) else Path(adapter).name.removesuffix(".safetensors")
-            model.metadata_props.update(_metadata(model, base, file, folder.done, name).to_props())
+            put = [*folder.done, *trained.reads, *trained.dropped]
+            model.metadata_props.update(_metadata(model, base, file, put, name, held).to_props())
             count.start("write", len(model.graph.initializers))
             files = save_model(
                 model, out, external or None, check=lambda beside: check_opens(beside, base), written=count.step
@@ -148,8 +159,8 @@ def fold_onnx(
         files=files,
         bytes=sum(one.stat().st_size for one in files),
         folded=folder.report(),
-        skipped=matches.unmatched,
-        replaced=replaced,
+        skipped=matches.unmatched | trained.missing,
+        replaced=[name for name in file.saved if name in trained.reads or name in trained.dropped],
         seconds=time.perf_counter() - start,
     )
 
@@ -174,15 +185,20 @@ def _one_thread() -> Iterator[None]:
 
 
 def _metadata(
-    model: onnx_ir.Model, base: Path, file: AdapterFile, folded: Iterable[str], adapter_name: str
+    model: onnx_ir.Model, base: Path, file: AdapterFile, put: Iterable[str], name: str, before: Metadata
 ) -> Metadata:
-    held = {name: float32(file.vectors[name]) for name in folded}
+    """What the folded model says; a model that was folded before goes on to say so."""
+    values = {one: float32(file.tensors[one]) for one in put}
+    folded = before if before.mode == "fold" else Metadata()
+    names = (name,) if name else ()
+    if folded.mode == "fold":
+        names = (*(folded.adapters or ("unnamed",)), name or "unnamed")
     return Metadata(
         mode="fold",
-        vectors={name: vector.shape for name, vector in held.items()},
-        fingerprints={name: file.fingerprints[name] for name in held},
-        adapters=(adapter_name,) if adapter_name else (),
-        sha256=digest(held),
+        vectors={**folded.vectors, **{one: value.shape for one, value in values.items()}},
+        fingerprints={**folded.fingerprints, **{one: file.fingerprints[one] for one in values if one in file.vectors}},
+        adapters=names,
+        sha256=digest(values) if not folded.sha256 else digest({**values, folded.sha256: np.zeros(0)}),
         producer=f"onelora-compile {__version__}, from {base.name} by {model.producer_name or 'an unknown tool'}",
     )
 
@@ -199,6 +215,16 @@ def _check(matches: Matches, file: AdapterFile, base: Path, on_unmatched: str, p
         raise ExportError(
             f"{len(matches.unmatched)} of {len(file.vectors)} vectors have no place in {base}: {listed}. Weights of "
             f"the model that no vector took: {free}. Nothing was written; on_unmatched='skip' folds the others"
+        )
+
+
+def _check_trained(places: TrainedPlaces, base: Path, on_unmatched: str) -> None:
+    if places.missing and on_unmatched == "error":
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(places.missing.items())[:8])
+        raise ExportError(
+            f"the adapter also trained {shortened(places.missing)} (modules_to_save, train_norms), which have no place "
+            f"in {base}: {listed}. Nothing was written; load the adapter into the PyTorch model and export that, or "
+            "on_unmatched='skip' folds the others"
         )
 
 
@@ -349,26 +375,6 @@ def _by_uses(placed: list[tuple[str, Place]]) -> list[tuple[tuple[Use, ...], lis
     return list(groups.items())
 
 
-def _replace_saved(model: onnx_ir.Model, file: AdapterFile) -> list[str]:
-    """Put in what was trained besides vectors, by name: there is no fingerprint of it."""
-    ir: Any = require("onnx_ir", "onnx", "fold into an ONNX model")
-    missing = []
-    for name, value in file.saved.items():
-        held = model.graph.initializers.get(name)
-        tensor = held.const_value if held is not None else None
-        if held is None or tensor is None or tuple(tensor.shape) != tuple(value.shape):
-            missing.append(name)
-        else:
-            stored = value.to(as_torch(np.zeros(0, dtype=tensor.dtype.numpy())).dtype)
-            held.const_value = ir.Tensor(_numpy(stored.contiguous()), dtype=tensor.dtype, shape=tensor.shape, name=name)
-    if missing:
-        raise ExportError(
-            f"the adapter also trained {shortened(missing)} (modules_to_save, train_norms), which the model does not "
-            "hold by these names: load the adapter into the PyTorch model and export that"
-        )
-    return list(file.saved)
-
-
 def _own(error: BaseException | None) -> OneLoRAError | None:
     """This package's error among the causes of one."""
     while error is not None and not isinstance(error, OneLoRAError):
@@ -378,11 +384,3 @@ def _own(error: BaseException | None) -> OneLoRAError | None:
 
 def _external(value: onnx_ir.Value) -> bool:
     return hasattr(value.const_value, "location")
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()

@@ -23,6 +23,7 @@ def freeze(
     dynamic_shapes: Any = None,
     place: Place = "folded",
     originals: Mapping[str, Tensor] | None = None,
+    trained: Mapping[str, str] | None = None,
 ) -> tuple[ExportedProgram, FoldResult]:
     """Export a plain model in evaluation mode and bring its vectors to their place; the model is not changed.
 
@@ -34,13 +35,14 @@ def freeze(
         place: of the vectors: "folded" into the weights, beside each "weight" as `adapted_weight`, or beside each
             "activation" as `add_rank1` of feature sums, one for each input.
         originals: as in `fold_vectors`.
+        trained: as in `carry_vectors`, where vectors are carried.
     """
     dynamic_shapes = _dims(dynamic_shapes)
     with evaluating(model):
         program = torch.export.export(
             model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
         )
-    return fold_vectors(program, originals=originals) if place == "folded" else carry_vectors(program, place)
+    return fold_vectors(program, originals=originals) if place == "folded" else carry_vectors(program, place, trained)
 
 
 def _dims(shapes: Any) -> Any:

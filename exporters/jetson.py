@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.table import Table
-from safetensors.torch import save_file
 
-from onelora_compile.checkpoint import metadata_of, read_adapter
-from onelora_compile.config import OneLoRAConfig
+from onelora_compile.checkpoint import read_adapter, write_adapter
 from onelora_compile.errors import ConfigError, ExportError, StateError, require
 from onelora_compile.exporters import device
 from onelora_compile.exporters.bundle_manifest import adapter_entries, manifest_of, tolerances, types_text
+from onelora_compile.exporters.convert import adapter_of
 from onelora_compile.exporters.device.deployed import Deployed
 from onelora_compile.exporters.device.folder import BundleError, Folder, sha256_of
 from onelora_compile.exporters.device.measure import Check, selftest
@@ -37,6 +35,7 @@ from onelora_compile.exporters.readme import readme
 from onelora_compile.exporters.references import default_swaps, reference_cases
 from onelora_compile.exporters.runner import OnnxRunner
 from onelora_compile.exporters.save_onnx import save_model
+from onelora_compile.exporters.trained import other_values
 from onelora_compile.exporters.trtexec import trtexec_script
 from onelora_compile.files import replacing_folder
 from onelora_compile.progress import steps
@@ -211,13 +210,10 @@ def _adapter_files(fitted: Fitted, adapters: Sequence[PathLike], source: Path) -
 
 def _template(fitted: Fitted) -> dict[str, np.ndarray]:
     """Distinct values that are not zero, for the engine to be built with: equal constants might be merged."""
-    generator, built = np.random.default_rng(0), {}
-    for name, value in fitted.values.items():
-        base = fitted.metadata.fingerprints[name]
-        size = 0.2 * base.norm / (base.shape[0] * base.shape[1]) ** 0.5
-        built[name] = generator.normal(0, size or 1.0, value.shape).astype(np.float32)
-        ir = require("onnx_ir", "onnx", "make a bundle")
-        fitted.model.graph.initializers[name].const_value = ir.tensor(built[name], name=name)
+    built = other_values(fitted.metadata, fitted.values, np.random.default_rng(0))
+    ir = require("onnx_ir", "onnx", "make a bundle")
+    for name, value in built.items():
+        fitted.model.graph.initializers[name].const_value = ir.tensor(value, name=name)
     return built
 
 
@@ -247,10 +243,9 @@ def _write_adapters(folder: Path, fitted: Fitted, files: Mapping[str, Path]) -> 
     (folder / "adapters").mkdir()
     for name, path in files.items():
         shutil.copyfile(path, folder / "adapters" / f"{name}.safetensors")
-    tensors = {name: torch.from_numpy(value.copy()) for name, value in fitted.values.items()}
-    config = OneLoRAConfig(target_modules=list(tensors))
+    default = adapter_of(fitted.metadata, fitted.values, fitted.metadata.producer)
     own = folder / "adapters" / "default.safetensors"
-    save_file(tensors, own, metadata_of(config, fitted.metadata.fingerprints))
+    write_adapter(default, own)
     own.chmod(0o644)
 
 

@@ -25,7 +25,8 @@ from onelora_compile.files import replacing
 from onelora_compile.fingerprint import Fingerprint
 from onelora_compile.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_SINCE_2: dict[str, Any] = {"trained": {}, "constant": {}, "digests": []}  # what older manifests do not have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Manifest:
         adapters: names of the adapters of a bank.
         vectors: shape of each vector.
         fingerprints: of the base weights.
+        trained: as in `Metadata`, and so are `constant` and `digests`.
         inputs: of the engine, vectors and ids of a bank too.
         outputs: of the engine.
         profiles: for each, (min, opt, max) of the dynamic inputs.
@@ -81,6 +83,9 @@ class Manifest:
     adapters: tuple[str, ...] = ()
     vectors: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     fingerprints: Mapping[str, Fingerprint] = dataclasses.field(default_factory=dict)
+    trained: Mapping[str, Fingerprint] = dataclasses.field(default_factory=dict)
+    constant: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    digests: tuple[str, ...] = ()
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
     profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...] = ()
@@ -92,7 +97,8 @@ class Manifest:
     def write(self, engine: Path) -> Path:
         """Write `<engine>.json`, replaced in one step."""
         fields = {"format": "onelora-engine", "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        fields["fingerprints"] = {name: one.to_json() for name, one in self.fingerprints.items()}
+        for prints in ("fingerprints", "trained"):
+            fields[prints] = {name: one.to_json() for name, one in getattr(self, prints).items()}
         path = manifest_path(engine)
         with replacing(path) as beside:
             beside.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
@@ -125,6 +131,7 @@ class Manifest:
                     "to "
                     f"{FORMAT_VERSION}: upgrade it with pip install -U onelora-compile"
                 )
+            raw = {**_SINCE_2, **raw} if raw["format_version"] < 2 else raw
             return cls(**_typed({field.name: raw[field.name] for field in dataclasses.fields(cls)}))
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ExportError(f"{path} is not a manifest of an engine, or is damaged: {error!r}") from error
@@ -132,7 +139,17 @@ class Manifest:
     @property
     def metadata(self) -> Metadata:
         """The same of the vectors, as an ONNX model's metadata: what checks that an adapter belongs here."""
-        return Metadata(self.mode, self.vectors, self.fingerprints, self.adapters, self.adapter_sha256, self.producer)
+        return Metadata(
+            mode=self.mode,
+            vectors=self.vectors,
+            fingerprints=self.fingerprints,
+            trained=self.trained,
+            constant=self.constant,
+            adapters=self.adapters,
+            digests=self.digests,
+            sha256=self.adapter_sha256,
+            producer=self.producer,
+        )
 
     def initial_adapter(self, engine: Path) -> AdapterFile:
         """The vectors that the engine starts with.
@@ -144,7 +161,7 @@ class Manifest:
         if not self.initial or not path.is_file():
             raise ExportError(f"{path}, the vectors that {engine} starts with, is missing: copy it with the engine")
         file = read_adapter(path)
-        if digest({name: float32(vector) for name, vector in file.vectors.items()}) != self.adapter_sha256:
+        if digest({name: float32(value) for name, value in file.tensors.items()}) != self.adapter_sha256:
             raise ExportError(f"{path} does not hold the vectors that {engine} was built with: copy both again")
         return file
 
@@ -213,9 +230,12 @@ def l4t_release() -> str:
 
 def _typed(raw: dict[str, Any]) -> dict[str, Any]:
     """The fields of JSON with the types of `Manifest`."""
-    raw["targets"], raw["adapters"] = tuple(map(str, raw["targets"])), tuple(map(str, raw["adapters"]))
+    for key in ("targets", "adapters", "digests"):
+        raw[key] = tuple(map(str, raw[key]))
+    raw["constant"] = {str(name): str(one) for name, one in raw["constant"].items()}
     raw["vectors"] = {str(name): tuple(map(int, shape)) for name, shape in raw["vectors"].items()}
-    raw["fingerprints"] = {name: Fingerprint.from_json(one) for name, one in raw["fingerprints"].items()}
+    for key in ("fingerprints", "trained"):
+        raw[key] = {str(name): Fingerprint.from_json(one) for name, one in raw[key].items()}
     for key in ("inputs", "outputs"):
         raw[key] = tuple(Tensor(one["name"], one["dtype"], tuple(map(int, one["shape"]))) for one in raw[key])
     raw["profiles"] = tuple(

@@ -5,6 +5,9 @@
     bank     a row of a table [adapters + 1, out_features], chosen by the input `adapter_ids` [batch]: an adapter for
              each row of the batch; the last row is zero, so that id -1 is the base
 
+What was trained as it is, heads and norms (modules_to_save, train_norms), takes the same places: an initializer, an
+input, a table whose last row holds the base's values (bank_trained.py).
+
 Mode "fold" has no vectors: they are in the weights (passes/fold_vectors.py).
 """
 
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from onelora_compile.errors import ExportError, require
+from onelora_compile.exporters.bank_trained import TrainedRows
 from onelora_compile.exporters.operators import DOMAIN, Lowering
 
 if TYPE_CHECKING:
@@ -29,7 +33,12 @@ Vectors = Mapping[str, np.ndarray]
 
 
 def place_vectors(
-    model: onnx_ir.Model, mode: Mode, vectors: Vectors, bank: Sequence[Vectors] = (), part: str = ""
+    model: onnx_ir.Model,
+    mode: Mode,
+    vectors: Vectors,
+    bank: Sequence[Vectors] = (),
+    part: str = "",
+    bases: Vectors | None = None,
 ) -> list[str]:
     """Replace the project's operators in a converted model, in place.
 
@@ -39,6 +48,7 @@ def place_vectors(
         vectors: float32 values of the modes "load" and "input"; for "bank" their shapes count.
         bank: for mode "bank": the vectors of each adapter.
         part: of the exported model, which the names of vectors are relative to.
+        bases: of those that replace a base value as a whole, that value; a bank's last row is made of them.
 
     Returns:
         The names of the vectors that the model uses.
@@ -53,7 +63,7 @@ def place_vectors(
             node.attributes.add(lowering.ir.AttrString("name", _name(node).removeprefix(f"{part}.")))
     names = list(dict.fromkeys(_name(node) for node in marks))
     if mode == "bank":
-        _Bank(lowering, vectors, bank).place(marks)
+        _Bank(lowering, vectors, bank, bases or {}).place(marks)
     else:
         for name in names:
             _rename(model.graph, name)
@@ -62,12 +72,19 @@ def place_vectors(
                 model.graph.inputs.append(value)
             for node in marks:
                 if _name(node) == name:
-                    node.outputs[0].replace_all_uses_with(value)
+                    node.outputs[0].replace_all_uses_with(_as_used(lowering, node, value))
     lowering.finish()
     # The marks, what was between them and a table, and the parameters below them.
     require("onnx_ir.passes.common", "onnx", "export to ONNX").RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(DOMAIN, None)
     return names
+
+
+def _as_used(lowering: Lowering, mark: onnx_ir.Node, value: onnx_ir.Value) -> onnx_ir.Value:
+    """A head or a norm of a half-precision model in its dtype; vectors are read in float32, and cast where needed."""
+    dtype = mark.outputs[0].dtype
+    readers = {use.node.domain for use in mark.outputs[0].uses()}
+    return value if dtype is None or readers == {DOMAIN} else lowering.cast(mark, value, dtype)
 
 
 def _name(node: onnx_ir.Node) -> str:
@@ -85,12 +102,13 @@ def _rename(graph: onnx_ir.Graph, name: str) -> None:
 class _Bank:
     """The tables of a bank: one for each update, since what an update reads may be a part of a vector."""
 
-    def __init__(self, lowering: Lowering, known: Vectors, bank: Sequence[Vectors]) -> None:
+    def __init__(self, lowering: Lowering, known: Vectors, bank: Sequence[Vectors], bases: Vectors) -> None:
         self.lowering = lowering
         self.ir = lowering.ir
         self.graph = lowering.graph
         self.known = known
         self.bank = bank
+        self.bases = bases
         self.gathered: dict[onnx_ir.Value, onnx_ir.Value] = {}
 
     def place(self, marks: Sequence[onnx_ir.Node]) -> None:
@@ -101,6 +119,7 @@ class _Bank:
         int64 = self.ir.TensorType(self.ir.DataType.INT64)
         ids = self.ir.Value(name=IDS, shape=self.ir.Shape([self.batch]), type=int64)
         self.graph.inputs.append(ids)
+        whole = [(node.outputs[0], _name(node)) for node in marks if _name(node) in self.bases]
         self.vectors = {node.outputs[0]: _name(node) for node in marks}
         for node in list(self.graph.all_nodes()):
             if node.domain != DOMAIN:
@@ -112,6 +131,7 @@ class _Bank:
                 )
             if node.op_type == "AddRank1":
                 self._update(node, ids)
+        TrainedRows(self.lowering, ids, self._batch_axis, self._numbers).place(whole)
 
     def _update(self, node: onnx_ir.Node, ids: onnx_ir.Value) -> None:
         y, _, vector = node.inputs
@@ -146,13 +166,18 @@ class _Bank:
 
     def _table(self, vector: onnx_ir.Value, name: str) -> onnx_ir.Value:
         """[adapters + 1, *vector] of what an update reads, the last row zero."""
-        inside = [node for node in _ancestors(vector) if node.outputs[0] not in self.vectors]
-        zeros = np.zeros_like(self.known[name])  # of an adapter that leaves this linear out, and of the base
-        rows = [self._part(vector, inside, values.get(name, zeros)) for values in (*self.bank, {})]
         own, taken = name, self.graph.initializers
         while own in taken:
             own += "_"
-        return self.lowering.initializer(own, self.ir.tensor(np.stack(rows).astype(np.float32), name=own))
+        return self.lowering.initializer(own, self.ir.tensor(self._numbers(vector, name), name=own))
+
+    def _numbers(self, vector: onnx_ir.Value, name: str) -> np.ndarray:
+        """For each adapter what a value is that is made of a vector, the base's last; float32."""
+        inside = [node for node in _ancestors(vector) if node.outputs[0] not in self.vectors]
+        zeros = np.zeros_like(self.known[name])  # of an adapter that leaves this linear out, and of the base
+        base = self.bases.get(name, zeros)
+        rows = [self._part(vector, inside, values.get(name, base)) for values in (*self.bank, {})]
+        return np.stack(rows).astype(np.float32)
 
     def _part(self, vector: onnx_ir.Value, inside: list[onnx_ir.Node], whole: np.ndarray) -> np.ndarray:
         """The part of a vector that an update reads: the nodes between, computed now."""

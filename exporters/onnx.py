@@ -28,6 +28,7 @@ from onelora_compile.exporters.metadata import Metadata, digest
 from onelora_compile.exporters.modes import MODES, Mode, Vectors, place_vectors
 from onelora_compile.exporters.operators import float32, translations
 from onelora_compile.exporters.save_onnx import save_model
+from onelora_compile.exporters.trained import Trained, trained_of
 from onelora_compile.exporters.verify import Parity, check_export
 from onelora_compile.fingerprint import fingerprint_of
 from onelora_compile.merge import FoldLoss
@@ -166,16 +167,19 @@ def export_onnx(
         # By the names that the adapter file has, also where the adapted model is exported inside a wrapper.
         part, adapted = adapted_part(root)
         prints = {name: fingerprint_of(target) for name, target in adapted_weights(adapted).items()}
-        held = {name: float32(vector) for name, vector in vectors(adapted).items()}
-        banked = _read_bank(adapted, bank)
+        trained = trained_of(root, part, adapted)
+        held = {name: float32(vector) for name, vector in vectors(adapted).items()} | trained.values
+        banked = _read_bank(adapted, trained, bank)
         step("capture")
         given, given_kwargs = _cast((tuple(args), dict(kwargs or {})), dtype)
-        program, folded = _captured(root, given, given_kwargs, dynamic_shapes, adapters, dtype)
+        inside = f"{part}." if part else ""
+        targets = {target: inside + name for target, name in trained.targets.items() if name in trained.values}
+        program, folded = _captured(root, given, given_kwargs, dynamic_shapes, adapters, dtype, targets)
         folded = _inside(folded, part)
         step("convert to ONNX")
         ir_model = _converted(program, opset_version, dynamic_shapes)
         used = (
-            place_vectors(ir_model, mode, held, list(banked.values()), part)
+            place_vectors(ir_model, mode, held, list(banked.values()), part, trained.originals)
             if adapters != "fold"
             else list(folded.losses)
         )
@@ -183,8 +187,11 @@ def export_onnx(
         metadata = Metadata(
             mode=adapters if held else "base",
             vectors={name: held[name].shape for name in used},
-            fingerprints={name: prints[name] for name in used},
+            fingerprints={name: prints[name] for name in used if name in prints},
+            trained={name: trained.bases[name] for name in used if name in trained.bases},
+            constant=trained.constants(program, used) | dict.fromkeys(folded.unused, "") if mode != "fold" else {},
             adapters=tuple(banked),
+            digests=tuple(digest({name: one[name] for name in used if name in one}) for one in banked.values()),
             sha256=digest(held) if held else "",
             producer=f"onelora-compile {__version__}, torch {torch.__version__}",
         )
@@ -214,40 +221,43 @@ def export_onnx(
 
 @contextlib.contextmanager
 def _carrying(root: nn.Module, bank: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
-    """A model that nobody adapted carries the adapter of a bank with most vectors while it is exported."""
+    """A model that nobody adapted carries the adapter of a bank that trained most while it is exported."""
     if not bank or adapted_weights(root):
         yield
         return
-    load_adapter(root, max(bank, key=lambda path: len(read_adapter(path).vectors)))
+    load_adapter(root, max(bank, key=lambda path: len(read_adapter(path).tensors)))
     try:
         yield
     finally:
         undo_adapt(root)
 
 
-def _read_bank(root: nn.Module, files: Sequence[str | os.PathLike[str]]) -> dict[str, Vectors]:
-    """The vectors of each file, by a name for it."""
+def _read_bank(root: nn.Module, trained: Trained, files: Sequence[str | os.PathLike[str]]) -> dict[str, Vectors]:
+    """What each file trained, by a name for it."""
     bank: dict[str, Vectors] = {}
     for path in files:
         file = read_adapter(path)
-        _check_bankable(root, file, path)
+        _check_bankable(root, trained, file, path)
         name = Path(path).name.removesuffix(".safetensors")
         if name in bank:
             raise ConfigError(f"two files of the bank are called {name!r}: their names tell the adapters apart")
-        bank[name] = {vector: float32(value) for vector, value in file.vectors.items()}
+        bank[name] = {one: float32(value) for one, value in file.tensors.items() if one not in trained.counters}
     return bank
 
 
-def _check_bankable(root: nn.Module, file: AdapterFile, path: str | os.PathLike[str]) -> None:
+def _check_bankable(root: nn.Module, trained: Trained, file: AdapterFile, path: str | os.PathLike[str]) -> None:
     here = adapted_weights(root)
     if other := sorted(set(file.vectors) - set(here)):
         raise AdapterFileError(f"{path} has vectors that the model does not have: {shortened(other)}")
     check_base({name: here[name] for name in file.vectors}, file, path)
-    own = dict(root.state_dict(keep_vars=True))
-    if differ := [name for name, value in file.saved.items() if not torch.equal(own[name].cpu(), value)]:
+    saved = {name: value for name, value in file.saved.items() if name not in trained.counters}
+    if other := sorted(set(saved) - set(trained.values)):
         raise AdapterFileError(
-            f"{path} also trained {shortened(differ)}, which a bank holds once for all adapters: train vectors alone"
+            f"{path} also trained {shortened(other)}, which the model does not train: export it adapted with "
+            "modules_to_save and train_norms as that file was, or not adapted"
         )
+    if wrong := [name for name, value in saved.items() if tuple(value.shape) != trained.values[name].shape]:
+        raise AdapterFileError(f"{path}: {shortened(wrong)} have other shapes than the model's")
 
 
 def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
@@ -275,10 +285,11 @@ def _captured(
     dynamic_shapes: Any,
     mode: str,
     dtype: torch.dtype | None,
+    trained: Mapping[str, str],
 ) -> tuple[ExportedProgram, FoldResult]:
     originals = {name: value for name, value in root.state_dict().items() if dtype and vector_of(name) is None}
     try:
-        return freeze(_in_dtype(root, dtype), args, kwargs, dynamic_shapes, _PLACES[mode], originals)
+        return freeze(_in_dtype(root, dtype), args, kwargs, dynamic_shapes, _PLACES[mode], originals, trained)
     except OneLoRAError:
         raise
     except Exception as error:  # torch.export raises what it likes, also the model's own exceptions

@@ -104,7 +104,7 @@ class Weight:
 def weights_of(model: onnx_ir.Model) -> list[Weight]:
     """The weights of a model: the quantised ones, then the others in the order of its graphs."""
     found = list(_quantized(products_of(model, Constants(model))))
-    for value in _constants(model):
+    for value in constants_of(model):
         tensor = value.const_value
         if tensor is None:
             continue
@@ -112,7 +112,7 @@ def weights_of(model: onnx_ir.Model) -> list[Weight]:
         while len(shape) > 2 and shape[-1] == 1:
             shape = shape[:-1]  # of a 1x1 convolution
         if len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape) and _floating(tensor):
-            found.append(Weight(value, shape, tensor.dtype.name.lower(), tuple(_uses(value))))  # type: ignore[arg-type]
+            found.append(Weight(value, shape, tensor.dtype.name.lower(), tuple(uses_of(value))))  # type: ignore[arg-type]
     names = {"float": "float32", "double": "float64"}
     return [dataclasses.replace(weight, dtype=names.get(weight.dtype, weight.dtype)) for weight in found]
 
@@ -150,7 +150,8 @@ def _sketch(product: Product, turned: bool = False) -> np.ndarray:
     return sketch
 
 
-def _constants(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
+def constants_of(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
+    """The values that are constants: initializers and what Constant nodes give, of all graphs."""
     ir = require("onnx_ir", "onnx", "fold into an ONNX model")
     for graph in [model.graph, *model.graph.subgraphs()]:
         inputs = set(graph.inputs) if graph is not model.graph else set()
@@ -163,11 +164,12 @@ def _constants(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
                 yield value
 
 
-def _uses(value: onnx_ir.Value, before: tuple[onnx_ir.Node, ...] = ()) -> Iterator[Use]:
+def uses_of(value: onnx_ir.Value, before: tuple[onnx_ir.Node, ...] = ()) -> Iterator[Use]:
+    """Every way from a value to an op that computes with it."""
     for user in value.uses():
         nodes = (*before, user.node)
         if user.node.op_type in _PASSED and user.idx == 0 and len(nodes) < 16:
-            yield from _uses(user.node.outputs[0], nodes)
+            yield from uses_of(user.node.outputs[0], nodes)
         else:
             yield Use(nodes, user.idx)
 

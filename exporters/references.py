@@ -103,5 +103,7 @@ def default_swaps(runner: OnnxRunner, files: Mapping[str, Path]) -> dict[str, Sw
         return {"base": -1, **{name: index for index, name in enumerate(runner.metadata.adapters)}}
     if mode not in ("input", "load"):
         return {("folded" if mode == "fold" else "base"): None}
+    if runner.metadata.trained:  # the base's values of these are nowhere
+        return {"default": None, **files}
     base = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     return {"default": None, "base": base, **files}

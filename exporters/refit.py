@@ -23,7 +23,6 @@ from onelora_compile.exporters.engine_errors import engine_error
 from onelora_compile.exporters.load_onnx import load_model, read_tensor
 from onelora_compile.exporters.manifest import Manifest
 from onelora_compile.exporters.metadata import digest
-from onelora_compile.exporters.operators import float32
 from onelora_compile.exporters.tensorrt import write_engine
 from onelora_compile.exporters.tensorrt_api import Api, find_api
 from onelora_compile.text import Printable, bytes_text, shortened
@@ -120,7 +119,7 @@ def vectors_for(
         raise StateError(f"{engine} can't be refitted (mode {manifest.mode!r}): {_INSTEAD.get(manifest.mode, '')}")
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
     manifest.metadata.check_fits(file, str(engine))
-    return file, {name: float32(file.vectors[name]) for name in manifest.vectors}
+    return file, manifest.metadata.values_of(file)
 
 
 def load_engine(api: Api, engine: Path, manifest: Manifest) -> Any:

@@ -16,9 +16,8 @@ import numpy as np
 from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import ExportError, OneLoRAError, StateError, require
 from onelora_compile.exporters.load_onnx import load_model, read_tensor
-from onelora_compile.exporters.metadata import Metadata
+from onelora_compile.exporters.metadata import Metadata, bank_id
 from onelora_compile.exporters.modes import IDS
-from onelora_compile.exporters.operators import float32
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -174,17 +173,13 @@ class OnnxRunner:
         return other
 
     def adapter_id(self, adapter: Adapter | int) -> int:
-        """The number of a bank's adapter, from its name, its file, or itself."""
-        names = self.metadata.adapters
+        """The number of a bank's adapter, from its name, its file (by content), or itself."""
         if adapter is None:
             return -1
         if isinstance(adapter, int):
             self._checked_ids(np.asarray([adapter]))
             return adapter
-        name = Path(str(adapter)).name.removesuffix(".safetensors")
-        if name not in names:
-            raise ExportError(f"{self.path} has no adapter {name!r}; it has {', '.join(names)}")
-        return names.index(name)
+        return bank_id(self.metadata, self.path, adapter)
 
     def _defaults(self) -> dict[str, np.ndarray]:
         """The vectors that a model of mode "input" was exported with."""
@@ -214,7 +209,7 @@ class OnnxRunner:
             )
         file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
         self.metadata.check_fits(file, str(self.path))
-        return {name: float32(file.vectors[name]) for name in self.metadata.vectors}
+        return self.metadata.values_of(file)
 
     def _open(self, vectors: Mapping[str, np.ndarray]) -> onnxruntime.InferenceSession:
         runtime = require("onnxruntime", "onnx", "run an ONNX model")

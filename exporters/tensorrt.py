@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
-from safetensors.torch import save_file
 
-from onelora_compile.checkpoint import AdapterFile, metadata_of, read_adapter
-from onelora_compile.config import OneLoRAConfig
+from onelora_compile.checkpoint import AdapterFile, read_adapter, write_adapter
+from onelora_compile.exporters.convert import adapter_of
 from onelora_compile.exporters.engine_adapters import Prepared, hash_files, prepared
 from onelora_compile.exporters.engine_errors import engine_error
 from onelora_compile.exporters.engine_network import (
@@ -224,6 +223,9 @@ def _manifest(api: Api, model: Prepared, onnx: Path, adapter: Any) -> Manifest:
         adapters=model.metadata.adapters if model.mode == "bank" else (),
         vectors=model.metadata.vectors,
         fingerprints=model.metadata.fingerprints,
+        trained=model.metadata.trained,
+        constant=model.metadata.constant,
+        digests=model.metadata.digests if model.mode == "bank" else (),
     )
 
 
@@ -242,8 +244,7 @@ def write_engine(
     if initial is not None:
         path = engine.with_name(manifest.initial)
         with replacing(path) as beside:
-            tensors = {name: vector.contiguous() for name, vector in initial.vectors.items()}
-            save_file(tensors, beside, metadata_of(initial.config, initial.fingerprints))
+            write_adapter(initial, beside)
         files.append(path)
     with replacing(engine) as beside:
         with open(beside, "wb") as stream:
@@ -268,6 +269,5 @@ def _initial(model: Prepared, adapter: Any, onnx: Path) -> AdapterFile | None:
     if not model.vectors:
         return None
     file = read_adapter(adapter) if isinstance(adapter, str | os.PathLike) else adapter
-    config = file.config if file is not None else OneLoRAConfig(target_modules=list(model.vectors))
-    tensors = {name: torch.from_numpy(vector.copy()) for name, vector in model.vectors.items()}
-    return AdapterFile(config, tensors, {}, dict(model.metadata.fingerprints), f"from {onnx.name}")
+    config = file.config if file is not None else None
+    return adapter_of(model.metadata, model.vectors, f"from {onnx.name}", config)

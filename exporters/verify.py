@@ -15,10 +15,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from onelora_compile.adapter import adapted_part, vectors
+from onelora_compile.adapter import adapted_part, saved_tensors, state_or_none, vectors
 from onelora_compile.errors import ExportError, require
 from onelora_compile.exporters.freeze import evaluating
 from onelora_compile.exporters.runner import OnnxRunner
+from onelora_compile.exporters.trained import other_values, trained_of
 from onelora_compile.text import Printable
 
 # Largest difference over the largest magnitude of an output that rounding in this dtype explains.
@@ -204,12 +205,18 @@ def _scenarios(
     runner: OnnxRunner, model: nn.Module, bank: Sequence[Mapping[str, np.ndarray]]
 ) -> Iterator[tuple[str, OnnxRunner, dict[str, Tensor]]]:
     """What to compare: how to call it, the runner, and the parameters of the model for it."""
-    held = vectors(adapted_part(model)[1])
-    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    part, adapted = adapted_part(model)
+    trained, state = trained_of(model, part, adapted), state_or_none(adapted)
+    held: dict[str, Tensor] = {**vectors(adapted)}
+    base: dict[str, Tensor] = {name: torch.zeros_like(vector) for name, vector in held.items()}
+    if state is not None:
+        held |= {name: value for name, value in saved_tensors(adapted, state).items() if name in trained.values}
+        base |= {name: value for name, value in state.originals.items() if name in trained.values}
+    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names = {id(value): name for name, value in everything}
 
     def with_values(values: Mapping[str, Any]) -> dict[str, Tensor]:
-        missing = {name: torch.zeros_like(vector) for name, vector in held.items() if name not in values}
-        own = {name: torch.as_tensor(value).to(held[name]) for name, value in values.items()} | missing
+        own = {name: torch.as_tensor(values.get(name, base[name])).to(one) for name, one in held.items()}
         return {names[id(held[name])]: value for name, value in own.items()}
 
     if runner.mode == "bank":
@@ -219,11 +226,8 @@ def _scenarios(
     yield "with its vectors", runner, {}
     if runner.mode in ("load", "input"):
         generator = np.random.default_rng(0)
-        other = {name: value.detach().float().cpu().numpy() for name, value in held.items()}
-        for name, shape in runner.metadata.vectors.items():
-            base = runner.metadata.fingerprints[name]
-            size = 0.2 * base.norm / (base.shape[0] * base.shape[1]) ** 0.5
-            other[name] = generator.normal(0, size, shape).astype(np.float32)
+        now = {name: value.detach().float().cpu().numpy() for name, value in held.items()}
+        other = now | other_values(runner.metadata, now, generator)
         swapped = runner.with_vectors({name: other[name] for name in runner.metadata.vectors})
         yield "with other vectors", swapped, with_values(other)
 

@@ -4,7 +4,9 @@ Layout, format version 1
     tensors     `<module name>`               float32 [out_features], one per adapted weight; a parameter that is
                                               not called `weight` has its own name, one of experts [experts, out]
                 `<parameter or buffer name>`  as trained: modules_to_save, norms, batch-norm statistics
-    metadata    format = "onelora", format_version = "1", config, fingerprints (JSON), producer
+    metadata    format = "onelora", format_version = "1", config, fingerprints (JSON), producer; saved_fingerprints,
+                saved_aliases (JSON): of the base values of what is stored as trained, and the other names of tied ones;
+                older versions wrote neither
 A name is a vector's if and only if `fingerprints` holds it.
 """
 
@@ -37,10 +39,10 @@ from onelora_compile.config import OneLoRAConfig
 from onelora_compile.distributed import together, whole, write_whole
 from onelora_compile.errors import AdapterFileError, BaseMismatchError, ConfigError
 from onelora_compile.files import replacing
-from onelora_compile.fingerprint import Fingerprint, fingerprint_of
+from onelora_compile.fingerprint import Fingerprint, fingerprint_of, fingerprint_of_values
 from onelora_compile.progress import over_weights
 from onelora_compile.target import Target
-from onelora_compile.targets import Selection, available_targets, select
+from onelora_compile.targets import Selection, available_targets, clean_name, select
 from onelora_compile.text import shortened
 from onelora_compile.version import __version__
 
@@ -60,6 +62,9 @@ class AdapterFile:
         saved: what else was trained, by parameter or buffer name.
         fingerprints: of the base weight of each vector, by the same name.
         producer: the package and version that wrote it.
+        bases: fingerprints of the values that `saved` had before training, of floating tensors; empty if an older
+            version wrote the file.
+        aliases: of trained parameters that are tied to others, the names of these.
     """
 
     config: OneLoRAConfig
@@ -67,6 +72,13 @@ class AdapterFile:
     saved: dict[str, Tensor]
     fingerprints: dict[str, Fingerprint]
     producer: str
+    bases: dict[str, Fingerprint] = dataclasses.field(default_factory=dict)
+    aliases: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was trained, by name."""
+        return self.vectors | self.saved
 
 
 def save_adapter(model: nn.Module, path: PathLike) -> None:
@@ -85,22 +97,44 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     extra = {name: whole(tensor.detach()).to("cpu", copy=True) for name, tensor in saved_tensors(root, state).items()}
     _check_finite(tensors | extra, "nothing was written: the training has diverged")
     targets = over_weights("fingerprint of the base", adapted_weights(root))
-    metadata = metadata_of(state.config, {name: fingerprint_of(target) for name, target in targets})
+    prints = {name: fingerprint_of(target) for name, target in targets}
+    tied = _tied(root, state)
+    file = AdapterFile(state.config, tensors, extra, prints, "", bases_of(state.originals), tied)
     with together(list(root.parameters()), Path(path)) as mine:
         if mine:
             with replacing(path) as beside:
-                save_file({name: tensor.contiguous() for name, tensor in (tensors | extra).items()}, beside, metadata)
+                write_adapter(file, beside)
 
 
-def metadata_of(config: OneLoRAConfig, fingerprints: Mapping[str, Fingerprint]) -> dict[str, str]:
-    """The metadata of an adapter file."""
-    return {
+def bases_of(originals: Mapping[str, Tensor]) -> dict[str, Fingerprint]:
+    """Fingerprints of what heads and norms were before training; counters have none."""
+    return {name: fingerprint_of_values(value) for name, value in originals.items() if value.is_floating_point()}
+
+
+def _tied(root: nn.Module, state: AdapterState) -> dict[str, tuple[str, ...]]:
+    """The other names of trained parameters that are used in several places."""
+    found: dict[str, tuple[str, ...]] = {}
+    names: dict[int, list[str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(clean_name(name))
+    for name, value in saved_tensors(root, state).items():
+        if others := tuple(one for one in names.get(id(value), ()) if one != name):
+            found[name] = others
+    return found
+
+
+def write_adapter(file: AdapterFile, path: PathLike) -> None:
+    """Write what an adapter file holds, to a path that nothing reads yet (`replacing`)."""
+    metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "producer": f"onelora-compile {__version__}",
-        "config": config.to_json(),
-        "fingerprints": json.dumps({name: one.to_json() for name, one in fingerprints.items()}),
+        "config": file.config.to_json(),
+        "fingerprints": json.dumps({name: one.to_json() for name, one in file.fingerprints.items()}),
+        "saved_fingerprints": json.dumps({name: one.to_json() for name, one in file.bases.items()}),
+        "saved_aliases": json.dumps(file.aliases),
     }
+    save_file({name: tensor.contiguous() for name, tensor in file.tensors.items()}, path, metadata)
 
 
 def load_adapter(model: Model, path: PathLike) -> Model:
@@ -158,7 +192,11 @@ def read_adapter(path: PathLike) -> AdapterFile:
         config = OneLoRAConfig.from_json(metadata["config"])
         raw = json.loads(metadata["fingerprints"])
         prints = {name: Fingerprint.from_json(fields) for name, fields in raw.items()}
-    except (ConfigError, KeyError, ValueError, AttributeError, RecursionError) as error:
+        raw = json.loads(metadata.get("saved_fingerprints", "{}"))
+        bases = {name: Fingerprint.from_json(fields) for name, fields in raw.items()}
+        raw = json.loads(metadata.get("saved_aliases", "{}"))
+        aliases = {name: tuple(map(str, others)) for name, others in raw.items()}
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise AdapterFileError(f"{path}: damaged metadata: {error}") from error
     if missing := sorted(set(prints) - set(tensors)):
         raise AdapterFileError(f"{path}: the file names vectors that it does not hold: {shortened(missing)}")
@@ -173,7 +211,9 @@ def read_adapter(path: PathLike) -> AdapterFile:
         raise AdapterFileError(f"{path} holds no vector")
     _check_finite(tensors, f"{path} was not loaded")
     saved = {name: tensor for name, tensor in tensors.items() if name not in prints}
-    return AdapterFile(config, found, saved, prints, metadata.get("producer", "unknown"))
+    if strange := sorted(set(bases) - set(saved)):
+        raise AdapterFileError(f"{path}: the file names trained tensors that it does not hold: {shortened(strange)}")
+    return AdapterFile(config, found, saved, prints, metadata.get("producer", "unknown"), bases, aliases)
 
 
 def attach_like(root: nn.Module, file: AdapterFile, path: PathLike) -> AdapterState:
@@ -203,9 +243,12 @@ def attach_like(root: nn.Module, file: AdapterFile, path: PathLike) -> AdapterSt
 
 def _check_fits(root: nn.Module, state: AdapterState, file: AdapterFile, path: PathLike) -> None:
     targets = adapted_weights(root)
+    current = saved_tensors(root, state)
+    # A file that was an ONNX model's adapter in between has no counters, which say nothing to a model in evaluation.
+    counted = {name for name, value in current.items() if not value.is_floating_point()} - set(file.saved)
     for what, here, there in (
         ("vectors", set(targets), set(file.vectors)),
-        ("trained parameters", set(saved_tensors(root, state)), set(file.saved)),
+        ("trained parameters", set(current) - counted, set(file.saved)),
     ):
         if here != there:
             raise AdapterFileError(
@@ -214,7 +257,6 @@ def _check_fits(root: nn.Module, state: AdapterState, file: AdapterFile, path: P
                 f"Missing in the model: {shortened(sorted(there - here))}. Detach the model and load again to take the "
                 "file's selection"
             )
-    current: dict[str, Tensor] = saved_tensors(root, state)
     for name, value in file.saved.items():
         if value.shape != current[name].shape:
             raise AdapterFileError(

@@ -123,6 +123,12 @@ def _of_output(target: Target) -> Fingerprint:
     return dataclasses.replace(known, dtype=OUTPUT)
 
 
+def fingerprint_of_values(values: Tensor) -> Fingerprint:
+    """The fingerprint of a floating tensor of any shape: [n] counts as [n, 1], other axes as columns."""
+    rows = values.shape[0] if values.ndim else 1
+    return fingerprint(values.detach().reshape(rows, -1))
+
+
 def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerprint:
     dtype = torch.float64 if stored.dtype == torch.float64 or stored.is_cuda else torch.float32
     left = torch.from_numpy(signs(rows, 0))

@@ -3,6 +3,7 @@
     place="weight"       rank1_update(linear(x, W, c), x, b)  ->  linear(x, adapted_weight(W, vector(b, "name")), c)
     place="activation"   adapted_weight(W, b), rank1_update   ->  add_rank1(y, feature_sum(x), vector(b, "name")),
                                                                   one feature sum for each input
+    trained              a head's or a norm's parameter p     ->  vector(p, "name"), where an adapter's values go
 
 `onelora::vector` is the identity.  Exporters fold, merge and rename constants; behind an op that they do not know a
 vector stays what it is, whatever they make of the parameter.  "weight" is for runtimes that fold the sum when they
@@ -13,6 +14,7 @@ The given program is left as it is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import fx
@@ -28,9 +30,14 @@ from onelora_compile.passes.weight_to_activation import weight_to_activation
 
 
 def carry_vectors(
-    program: ExportedProgram, place: Literal["weight", "activation"]
+    program: ExportedProgram, place: Literal["weight", "activation"], trained: Mapping[str, str] | None = None
 ) -> tuple[ExportedProgram, FoldResult]:
     """A program that computes the same, with its vectors in one place.
+
+    Args:
+        program: not changed.
+        place: of the vectors.
+        trained: names for parameters and buffers that adapters replace as a whole, by their names in the program.
 
     Raises:
         PassError: an update whose linear can't be found, or a vector that a higher-order op uses.
@@ -46,8 +53,13 @@ def carry_vectors(
     unused = []
     for node in gm.graph.find_nodes(op="placeholder"):
         target = specs[node.name].target
-        name = vector_of(target) if target is not None else None
-        if name is None:
+        if target is None:
+            continue
+        if whole := (trained or {}).get(target):
+            if node.users:
+                _named(gm.graph, node, whole)
+            continue
+        if (name := vector_of(target)) is None:
             continue
         if node in inside and node.users:
             raise PassError(f"{name!r} is used inside a higher-order op, where a vector can't stay by itself: fold it")

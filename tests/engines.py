@@ -80,7 +80,7 @@ def _folder():
 def linear(folder, mode="fold", dtype=torch.float16, scale=0.3):
     """One adapted linear as ONNX with a dynamic batch, in `folder`; and the model."""
     source, model = _linear(mode, dtype, scale)
-    for file in source.parent.glob(f"{source.name}*"):
+    for file in [*source.parent.glob(f"{source.name}*"), *source.parent.glob("*.safetensors")]:
         shutil.copy(file, folder)
     return folder / source.name, copy.deepcopy(model)
 

@@ -28,7 +28,7 @@ Vectors = Dict[str, Tensor]
 
 
 def read_adapter(path: str, folder: Folder, sha256: str | None = None) -> Vectors:
-    """The vectors of an adapter file, float32 by name, of exactly those that the model takes.
+    """What an adapter file gives the model, float32 by name: vectors, and the trained heads and norms that it takes.
 
     Args:
         path: the file.
@@ -51,18 +51,34 @@ def read_adapter(path: str, folder: Folder, sha256: str | None = None) -> Vector
         raise BundleError(f"{path} has format version {version!r}; this script reads up to {_FORMAT_VERSION}")
     prints = _fingerprints(metadata, path)
     known: dict[str, list[int]] = folder.manifest["vectors"]
-    vectors = {name: tensor for name, tensor in tensors.items() if name in prints}
-    _check_names(path, set(vectors), set(known), set(tensors) - set(prints))
+    trained = set(folder.manifest.get("trained", ()))
+    constant: dict[str, str] = folder.manifest.get("constant", {})
+    saved = {name: tensor for name, tensor in tensors.items() if name not in prints}
+    held = {name for name in set(saved) - set(known) if not _same(name, saved[name], constant.get(name))}
+    _check_names(path, (set(prints) & set(tensors)) - set(constant), set(known) - trained, held)
+    if absent := sorted(trained - set(saved)):
+        raise BundleError(f"{path} has no trained values for {_shortened(absent)}")
     for name, shape in known.items():
-        vector = vectors[name]
-        if list(vector.shape) != list(shape) or vector.dtype != "float32":
+        value = tensors[name]
+        kind = "trained tensor" if name in trained else "vector"
+        floating = value.dtype.startswith(("float", "bfloat")) if name in trained else value.dtype == "float32"
+        if list(value.shape) != list(shape) or not floating:
             raise BundleError(
-                f"{path}: the vector {name!r} is {vector.dtype} {list(vector.shape)}; the model takes float32 {shape}"
+                f"{path}: the {kind} {name!r} is {value.dtype} {list(value.shape)}; the model takes float32 {shape}"
             )
-        if not vector.is_finite():
+        if not value.is_finite():
             raise BundleError(f"{path}: NaN or infinity in {name!r}: its training diverged")
     _check_base(path, prints, folder.manifest["fingerprints"])
-    return {name: vectors[name] for name in known}
+    return {name: tensors[name].to("float32") for name in known}
+
+
+def _same(name: str, value: Tensor, digest: str | None) -> bool:
+    """Whether the model does without a tensor of the file, or holds it as it is: as `Metadata` of the package notes."""
+    if digest is None or digest == "":
+        return digest == ""
+    numbers = [float(number) for number in value.values()]
+    raw = Tensor.from_values("float32", value.shape, numbers).data
+    return hashlib.sha256(name.encode() + raw).hexdigest() == digest
 
 
 def zeros(folder: Folder) -> Vectors:

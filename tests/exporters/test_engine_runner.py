@@ -109,7 +109,7 @@ def test_start_vectors_of_another_build(built, tmp_path):
 
 def test_ids_of_a_bank(built):
     engine, found = built / "bank.engine", manifest(built, "bank")
-    assert [adapter_id(found, engine, one) for one in (None, "linear", "x/linear.safetensors", 0, -1)] == [
+    assert [adapter_id(found, engine, one) for one in (None, "linear", built / "linear.safetensors", 0, -1)] == [
         -1,
         0,
         0,

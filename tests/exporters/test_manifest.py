@@ -125,9 +125,20 @@ def test_every_field_is_read_or_missed(key, folder):
 
 
 def test_a_newer_format(folder):
-    change(folder / "fold.engine", format_version=2)
-    with pytest.raises(onelora.ExportError, match=r"format version 2; .* upgrade it"):
+    change(folder / "fold.engine", format_version=3)
+    with pytest.raises(onelora.ExportError, match=r"format version 3; .* upgrade it"):
         Manifest.read(folder / "fold.engine")
+
+
+def test_an_older_format_says_nothing_of_trained_tensors(folder):
+    file = folder / "input.engine.json"
+    raw = json.loads(file.read_text())
+    for key in ("trained", "constant", "digests"):
+        del raw[key]
+    file.write_text(json.dumps({**raw, "format_version": 1}))
+    found = Manifest.read(folder / "input.engine")
+    assert (found.trained, found.constant, found.digests) == ({}, {}, ())
+    assert found.vectors
 
 
 def test_a_jetsons_release(tmp_path, monkeypatch):
