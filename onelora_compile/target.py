@@ -107,7 +107,7 @@ def targets_of(module: nn.Module) -> list[Target]:
         return []
     if isinstance(module, OneLoRALayer):
         return [calling(module, module._onelora_weights["weight"])]
-    return [reading(module, parameter, dims) for parameter, dims in module._onelora_weights.items()]
+    return [reading(module, parameter, dims or ()) for parameter, dims in module._onelora_weights.items()]
 
 
 def attach(targets: Sequence[Target], dtype: torch.dtype | None) -> None:

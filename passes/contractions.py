@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import string
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -280,7 +280,7 @@ def _letters(rank: int | None, last: str, letters: str) -> str | None:
     return None if rank is None else letters[: rank - 1] + last
 
 
-_READERS: dict[str, Callable[[str, Mapping[str, Any], Container[fx.Node]], Use | None]] = {
+_READERS: dict[str, Callable[[str, Mapping[str, Any], Chains], Use | None]] = {
     "linear": _linear,
     **dict.fromkeys(("mm", "bmm", "matmul", "mv", "addmm", "addmv", "baddbmm"), _matmul),
     "__rmatmul__": _reversed_matmul,

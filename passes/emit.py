@@ -11,6 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from onelora_compile.inductor import on_examples
+from onelora_compile.passes.op_names import as_operator
 
 _EXAMPLES = ("example_value", "val")
 
@@ -37,6 +38,8 @@ class _Recording(fx.proxy.GraphAppendingTracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         key = "val" if "val" in self.like.meta else "example_value"
+        if key == "val":
+            as_operator(node)
         node.meta = {name: value for name, value in self.like.meta.items() if name not in _EXAMPLES}
         if (value := _run(node, self.like)) is not None:
             node.meta[key] = value

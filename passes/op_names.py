@@ -101,23 +101,37 @@ def arguments(node: fx.Node) -> dict[str, Any] | None:
             return None
         bound.apply_defaults()
         return dict(bound.arguments)
-    for schema in _schemas(node):
-        if (found := _bind(schema, node.args, node.kwargs)) is not None:
+    for overload in _overloads(node):
+        if (found := _bind(overload._schema, node.args, node.kwargs)) is not None:
             return found
     return None
 
 
-def _schemas(node: fx.Node) -> Iterator[Any]:
+def as_operator(node: fx.Node) -> None:
+    """Make a function or a method the operator of aten that it is, in place: exported programs hold nothing else."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return
+    for overload in _overloads(node):
+        if (found := _bind(overload._schema, node.args, node.kwargs)) is not None:
+            known = overload._schema.arguments
+            node.op, node.target = "call_function", overload
+            node.args = tuple(found[one.name] for one in known if not one.kwarg_only)
+            node.kwargs = {one.name: found[one.name] for one in known if one.kwarg_only}
+            return
+
+
+def _overloads(node: fx.Node) -> Iterator[Any]:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
-        yield target._schema
+        yield target
         return
     packet = target if isinstance(target, torch._ops.OpOverloadPacket) else None
     if packet is None and (name := op_name(node)) and "::" not in name:
         names = (name, f"linalg_{name}", name.replace("__rmatmul__", "matmul"))
         packet = next((getattr(torch.ops.aten, own) for own in names if hasattr(torch.ops.aten, own)), None)
     if packet is not None:
-        yield from (getattr(packet, overload)._schema for overload in packet.overloads())
+        for overload in packet.overloads():  # type: ignore[no-untyped-call]
+            yield getattr(packet, overload)
 
 
 def _bind(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -140,7 +154,16 @@ def _bind(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
             return None
         elif "Tensor" not in str(one.type) and _is_tensor(given[name]):
             return None
+        elif _is_of_another_type(str(one.type), given[name]):
+            return None
     return {name: given[name] for name in known}
+
+
+def _is_of_another_type(kind: str, value: Any) -> bool:
+    """What tells the overloads of aten apart besides their tensors."""
+    if kind == "int":
+        return isinstance(value, (str, list, tuple))
+    return kind == "List[int]" and isinstance(value, str)
 
 
 def _wants_tensor(argument: Any) -> bool:

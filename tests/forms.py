@@ -287,7 +287,7 @@ SPELLINGS = {
     ),
     "einsum_ellipsis_in_both": (
         lambda: module(lambda s, x: torch.einsum("...ni,...io->...no", x, s.w), w=weight(3, 8, 6)),
-        (2, 3, 5, 8),
+        (3, 5, 8),
         {"w": (3, 6)},
     ),
 }

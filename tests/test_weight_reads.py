@@ -51,11 +51,12 @@ def test_every_form_is_adapted_in_eager_and_compiled(name):
     assert torch.equal(onelora.detach(model)(x), base)
 
 
+@pytest.mark.parametrize("mode", ["fold", pytest.param("input", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LONG)
-def test_every_form_folds_into_onnx(name, tmp_path):
+def test_every_form_goes_into_onnx(name, mode, tmp_path):
     model, x, _ = build(name)
     fill_vectors(onelora.adapt(model), 0.5)
-    report = export_onnx(model, (x,), tmp_path / "m.onnx")
+    report = export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode)
     assert not report.unused
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})

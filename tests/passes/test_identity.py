@@ -11,7 +11,7 @@ from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
 from onelora_compile.passes import match_linear, weight_to_activation
 from onelora_compile.passes.mutation import mutates
 from onelora_compile.passes.neighbours import stands_beside_kernel
-from onelora_compile.passes.op_names import arguments, op_name
+from onelora_compile.passes.op_names import arguments, as_operator, op_name
 from onelora_compile.passes.weight_chain import weight_chains
 
 _library = torch.library.Library("onelora_test_identity", "DEF")
@@ -165,3 +165,25 @@ def test_an_op_that_writes_keeps_its_adapted_weight_and_says_why(how):
     assert "writes into a tensor" in result.skips[y.name]
     assert adapted.users
     assert not any(node.target is RANK1_UPDATE for node in own.nodes)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda own, x: own.call_method("squeeze", (x, -1)), "aten.squeeze.dim"),
+        (lambda own, x: own.call_method("transpose", (x, -1, -2)), "aten.transpose.int"),
+        (lambda own, x: own.call_method("movedim", (x, [0, 1], [1, 0])), "aten.movedim.intlist"),
+        (lambda own, x: own.call_function(torch.permute, (x,), {"dims": [1, 0]}), "aten.permute.default"),
+        (lambda own, x: own.call_function(torch.ops.aten.relu.default, (x,)), "aten.relu.default"),
+    ],
+)
+def test_functions_and_methods_as_operators(call, expected):
+    own, x = graph("x")
+    node = call(own, x)
+    before = list(own.find_nodes(op=node.op, target=node.target))
+    as_operator(node)
+    assert (node.op, str(node.target)) == ("call_function", expected)
+    assert list(own.find_nodes(op="call_function", target=node.target)) == before
+    own.output(node)
+    value = torch.randn(5, 1)
+    assert torch.is_tensor(fx.GraphModule({}, own)(value))
