@@ -2,7 +2,8 @@
 
 from onelora_compile.exporters.convert import convert_adapter
 from onelora_compile.exporters.engine_runner import EngineRunner
-from onelora_compile.exporters.fold_onnx import FoldReport, fold_onnx
+from onelora_compile.exporters.fold_onnx import fold_onnx
+from onelora_compile.exporters.fold_report import FoldReport
 from onelora_compile.exporters.jetson import BundleReport, bundle
 from onelora_compile.exporters.onnx import ExportReport, export_onnx
 from onelora_compile.exporters.refit import RefitReport, refit_engine

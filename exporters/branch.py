@@ -69,6 +69,8 @@ class Branches:
         self.constants = Constants(model)
         # What products of one graph share; another graph's values are not there in a body.
         self.sums: dict[tuple[onnx_ir.Graph, onnx_ir.Value, Kind], onnx_ir.Value] = {}
+        self.vectors: list[onnx_ir.Value] = []  # the constants that hold vectors
+        self.totals: list[onnx_ir.Value] = []  # what vectors were added to
         self.opened: dict[tuple[onnx_ir.Graph, onnx_ir.Value], onnx_ir.Value] = {}
 
     def why_not(self, product: Product) -> str | None:
@@ -109,14 +111,15 @@ class Branches:
         if u is None:
             self.sums[graph, x, kind] = s
         y = behind_pairs(ends.y, writer, self.constants)
-        update = spread(
-            writer, writer.made(y), kind, s, v * v.dtype.type(ends.factor), f"{name}.ones" if across else name
-        )
+        v, label = v * v.dtype.type(ends.factor), f"{name}.ones" if across else name
+        held, update = spread(writer, writer.made(y), kind, s, v, label)
+        self.vectors.append(held)
         if wide != ends.dtype:
             update = writer.add(writer.made(update), "Cast", update, dtype=ends.dtype, to=ends.dtype.value)
         total = writer.add(writer.made(update), "Add", y, update, dtype=ends.dtype)
         total.shape = y.shape
         writer.replace(y, total)
+        self.totals.append(total)
         return total
 
     def _input(self, graph: onnx_ir.Graph, ends: _Ends, wide: onnx_ir.DataType) -> onnx_ir.Value:

@@ -109,7 +109,8 @@ class Constants:
         ]
         graph = helper.make_graph([proto], "g", inputs, [self._onnx.ValueInfoProto(name=f"o{index}")])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self._opset)])
-        return np.asarray(ReferenceEvaluator(model).run(None, feeds)[0])
+        found: Any = ReferenceEvaluator(model).run(None, feeds)
+        return np.asarray(found[0])
 
     def shape(self, value: onnx_ir.Value) -> tuple[int, ...]:
         """The shape of a constant value, without computing it where the ops on its way tell."""
@@ -131,18 +132,18 @@ class Constants:
         """The dtype that a constant value has in the model."""
         stored = self._stored(value)
         if stored is not None:
-            return stored.dtype  # type: ignore[no-any-return]
+            return stored.dtype
         node = value.producer()
         assert node is not None
         attribute = {"Cast": "to", "DequantizeLinear": "output_dtype", "QuantizeLinear": "output_dtype"}.get(
             node.op_type
         )
         if attribute is not None and attribute in node.attributes and (to := node.attributes[attribute].as_int()):
-            return self._ir.DataType(to)  # type: ignore[no-any-return]
+            return self._ir.DataType(to)
         place = {"DequantizeLinear": 1, "CastLike": 1, "QuantizeLinear": 2}.get(node.op_type, 0)
         source = node.inputs[place] if place < len(node.inputs) else None
         if source is None:
-            return self._ir.DataType.UINT8  # type: ignore[no-any-return]  # of QuantizeLinear without a zero point
+            return self._ir.DataType.UINT8  # of QuantizeLinear without a zero point
         return self.dtype(source)
 
     def leaves(self, value: onnx_ir.Value) -> tuple[list[onnx_ir.Value], onnx_ir.DataType | None]:

@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,11 +74,17 @@ class Prepared:
 
 @contextlib.contextmanager
 def prepared(
-    onnx: Path, mode: str | None, adapter: Any, scratch: Path | None = None, progress: bool = False
+    onnx: Path,
+    mode: str | None,
+    adapter: Any,
+    scratch: Path | None = None,
+    progress: bool = False,
+    ranges: Mapping[str, Any] | None = None,
 ) -> Iterator[Prepared]:
     """Yield the model for an engine of a mode, with an adapter's vectors in it.
 
-    A base that is folded first is written to a folder in `scratch`, which is gone afterwards.
+    A base that is folded first is written to a folder in `scratch`, which is gone afterwards; `ranges` are the options
+    of `fold_onnx` for quantised activations.
 
     Raises:
         ConfigError: an unknown mode, or one that can't be built from this model; the message says from which.
@@ -99,7 +105,7 @@ def prepared(
     if adapter is not None and metadata.mode == "base":
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             folded = Path(folder) / onnx.name
-            report = fold_onnx(onnx, adapter, folded, progress=progress)
+            report = fold_onnx(onnx, adapter, folded, progress=progress, **(ranges or {}))
             losses = {name: one.loss for name, one in report.folded.items() if one.loss is not None}
             model = load_model(folded)
             metadata = Metadata.from_props(model.metadata_props, str(onnx))

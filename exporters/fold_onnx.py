@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import BaseMismatchError, ConfigError, ExportError, OneLoRAError, require
 from onelora_compile.exporters.branch import Branches, into_zero_points
 from onelora_compile.exporters.check_onnx import check_opens
+from onelora_compile.exporters.fold_report import FoldedVector, FoldReport
 from onelora_compile.exporters.fold_trained import fold_trained
 from onelora_compile.exporters.load_onnx import as_torch, by_rows, load_model
 from onelora_compile.exporters.match_onnx import Matches, Place, match_weights
@@ -26,11 +25,12 @@ from onelora_compile.exporters.metadata import Metadata, digest
 from onelora_compile.exporters.onnx_weights import Use, Weight, weights_of
 from onelora_compile.exporters.operators import float32
 from onelora_compile.exporters.pairs import open_operators
+from onelora_compile.exporters.ranges import ON_SATURATION, settle_ranges
 from onelora_compile.exporters.save_onnx import save_model
 from onelora_compile.exporters.strip_vectors import strip_vectors
 from onelora_compile.merge import FoldByRows, FoldLoss
 from onelora_compile.progress import counting
-from onelora_compile.text import Printable, bytes_text, shortened
+from onelora_compile.text import shortened
 from onelora_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -39,62 +39,14 @@ if TYPE_CHECKING:
 ON_UNMATCHED = ("error", "skip")
 
 
-@dataclasses.dataclass(frozen=True)
-class FoldedVector:
-    """Where one vector went.
-
-    Attributes:
-        where: names of the initializers.
-        how: "weight", "zero points" or "branch".
-        loss: what rounding lost; None where nothing is rounded.
-    """
-
-    where: tuple[str, ...]
-    how: str
-    loss: FoldLoss | None
-
-
-@dataclasses.dataclass(frozen=True)
-class FoldReport(Printable):
-    """What `fold_onnx` did.
-
-    Attributes:
-        files: that were written.
-        bytes: of all files together.
-        folded: where each vector went.
-        skipped: vectors without a place, with the reason; only with `on_unmatched="skip"`.
-        replaced: other trained tensors (modules_to_save, norms) that took the place of their base values.
-        seconds: wall time.
-    """
-
-    files: list[Path]
-    bytes: int
-    folded: dict[str, FoldedVector]
-    skipped: dict[str, str]
-    replaced: list[str]
-    seconds: float
-
-    def __rich__(self) -> Table:
-        size = f"{bytes_text(self.bytes)}, {self.seconds:.1f} s"
-        table = Table(title=f"folded {len(self.folded)} vectors into {self.files[0]} ({size})")
-        for column in ("vector", "went into", "how", "lost to rounding"):
-            table.add_column(column, overflow="fold")
-        for name, one in self.folded.items():
-            lost = f"{one.loss.relative:.1e}" if one.loss is not None else "nothing"
-            table.add_row(name, shortened(one.where, 3), one.how, lost)
-        for name, reason in self.skipped.items():
-            table.add_row(name, "-", f"skipped: {reason}", "-")
-        for name in self.replaced:
-            table.add_row(name, name, "replaced as it was trained", "-")
-        return table
-
-
 def fold_onnx(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str] | AdapterFile,
     out: str | os.PathLike[str],
     on_unmatched: str = "error",
     progress: bool = True,
+    calibration: Any = None,
+    on_saturation: str = "error",
 ) -> FoldReport:
     """Put the vectors of an adapter into an ONNX model of its base, whatever tool wrote or changed that.
 
@@ -103,6 +55,9 @@ def fold_onnx(
     stays as it is: its vector goes into floating zero points, or beside the matmul as sum(x) * b.  A weight that
     another op needs too (a tied embedding) is copied for the adapted use.
 
+    Activations that are quantised with fixed ranges clip to what they were in the base.  Updates are added behind such
+    quantisers where that is the same; what comes after may still leave its range, which only data can tell.
+
     Args:
         base: the model; its weights may be in external files beside it.  It is not changed, unless it is `out` too.  Of
             an export that carries vectors (modes "load", "input", "bank") the base is taken: what is written is a plain
@@ -110,11 +65,16 @@ def fold_onnx(
         adapter: an adapter file, or one that was read.
         out: the file to write, replaced in one step; weights go into `<out>.data` if the base's are external.
         on_unmatched: "error", or "skip" to leave out vectors without a place, which the report then names.
+        calibration: inputs of the model, to measure those ranges and widen the ones that are too narrow: arrays by
+            name, or in the inputs' order; one such input, several, or a CalibrationDataReader of ONNX Runtime.
+        on_saturation: "error", or "allow" to leave ranges that are unknown, or can't be widened, as they are.
         progress: show a progress bar if standard error is a terminal.
 
     Raises:
         BaseMismatchError: the model is not the adapter's base.
-        ExportError: vectors have no place, which the message names; or not an ONNX model, or a damaged one.
+        ExportError: vectors have no place, which the message names; ranges may clip them; or not an ONNX model, or a
+            damaged one.
+        ConfigError: an option that is not one, or calibration inputs that do not fit the model.
         MergeError: a result that the weight's dtype can't hold.
         AdapterFileError: a damaged adapter file.
         OSError: a file can't be read or written.
@@ -122,6 +82,8 @@ def fold_onnx(
     """
     if on_unmatched not in ON_UNMATCHED:
         raise ConfigError(f"on_unmatched={on_unmatched!r} is not one of {', '.join(map(repr, ON_UNMATCHED))}")
+    if on_saturation not in ON_SATURATION:
+        raise ConfigError(f"on_saturation={on_saturation!r} is not one of {', '.join(map(repr, ON_SATURATION))}")
     start = time.perf_counter()
     base, out = Path(base), Path(out)
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
@@ -142,6 +104,10 @@ def fold_onnx(
             for weight, placed in folder.by_weight(matches):
                 folder.fold(weight, placed)
             fold_trained(model, trained, file.saved)
+            ops = [read.use.op for reads in trained.reads.values() for read in reads]
+            ops += [op for dropped in trained.dropped.values() for op in dropped]
+            changed = [*folder.changed, *folder.branches.totals, *(output for op in ops for output in op.outputs)]
+            saturation = settle_ranges(model, changed, folder.branches, calibration, on_saturation, external)
             name = "" if isinstance(adapter, AdapterFile) else Path(adapter).name.removesuffix(".safetensors")
             put = [*folder.done, *trained.reads, *trained.dropped]
             model.metadata_props.update(_metadata(model, base, file, put, name, held).to_props())
@@ -161,6 +127,7 @@ def fold_onnx(
         folded=folder.report(),
         skipped=matches.unmatched | trained.missing,
         replaced=[name for name in file.saved if name in trained.reads or name in trained.dropped],
+        saturation=saturation,
         seconds=time.perf_counter() - start,
     )
 
@@ -236,15 +203,21 @@ class _Folder:
         self.model = model
         self.file = file
         self.branches = Branches(model)
+        self.changed: list[onnx_ir.Value] = []  # outputs of ops whose weights are folded
         self.done: dict[str, list[str]] = {}
         self.how: dict[str, str] = {}
         self.losses: dict[str, FoldLoss] = {}
 
     def refuse(self, matches: Matches) -> None:
-        """Leave out vectors of quantised weights beside which no branch can stand, with the reason."""
+        """Leave out vectors of quantised weights beside which no branch can stand, or one stands, with the reason."""
+        held = Metadata.from_props(self.model.metadata_props, "the model")
+        present = set(held.vectors) if held.mode == "fold" else set()
         for name, places in list(matches.places.items()):
-            uses = [use for place in places for use in place.uses if use.product is not None]
-            reasons = (self.branches.why_not(use.product) for use in uses if use.product is not None)
+            products = [use.product for place in places for use in place.uses if use.product is not None]
+            reasons = [self.branches.why_not(product) for product in products]
+            if products and name in present:  # the quantised numbers are the base's still, so they tell nothing
+                adapters = ", ".join(held.adapters) or "unnamed"
+                reasons = [f"the model holds a vector beside that weight already (of {adapters}): fold into the base"]
             if reason := next((one for one in reasons if one is not None), None):
                 matches.unmatched[name] = reason
                 del matches.places[name]
@@ -275,6 +248,7 @@ class _Folder:
         }
 
     def _into(self, weight: Weight, uses: Sequence[Use], placed: list[tuple[str, Place]]) -> None:
+        self.changed += [output for use in uses for output in use.op.outputs]
         value = weight.value
         shared = [use for use in weight.uses if use not in uses] or value.is_graph_output()
         source: Any = value.const_value
@@ -331,7 +305,9 @@ class _Folder:
             vector[place.start : place.start + place.rows] += place.factor * float32(self.file.vectors[name]).flatten()
         alone = len(weight.uses) == len(uses) == 1 and not turned
         how = "zero points" if alone and into_zero_points(uses[0].op, vector, self.ir) else "branch"
-        if how == "branch":
+        if how == "zero points":
+            self.changed += uses[0].op.outputs
+        else:
             for use in uses:
                 assert use.product is not None
                 self.branches.add(use.product, vector, f"{placed[0][0]}.vector", across=turned != use.across)

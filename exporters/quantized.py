@@ -11,6 +11,7 @@ Source: the operators' texts in onnx/defs (opset 23) and in ONNX Runtime's docs/
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -100,10 +101,12 @@ def _of_floating(node: onnx_ir.Node, constants: Constants) -> Iterator[Product]:
         order = _order(node, position, window)
         if order is not None:
             shape, oriented = order
-            yield Product(
-                node, position, position, window, stored, shape, _name(quantized),
-                lambda value=value, oriented=oriented: oriented(constants.numbers(value).astype(np.float32)),
-            )  # fmt: skip
+            matrix = functools.partial(_arriving, constants, value, oriented)
+            yield Product(node, position, position, window, stored, shape, _name(quantized), matrix)
+
+
+def _arriving(constants: Constants, value: onnx_ir.Value, oriented: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return oriented(constants.numbers(value).astype(np.float32))
 
 
 _Oriented = tuple[tuple[int, int], Callable[[np.ndarray], np.ndarray]]
@@ -162,7 +165,7 @@ def _of_integers(node: onnx_ir.Node, constants: Constants) -> Iterator[Product]:
         shape, oriented = order
         where = sides[position][0]
 
-        def matrix(position: int = position, q: onnx_ir.Value = q, oriented: Callable = oriented) -> np.ndarray:  # type: ignore[type-arg]
+        def matrix(position: int = position, q: onnx_ir.Value = q, oriented: Callable = oriented) -> np.ndarray:
             scale, zero = (_given(node, index) for index in sides[position][1:])
             numbers = oriented(constants.numbers(q).astype(np.float32))
             if zero is not None:

@@ -79,8 +79,9 @@ def feature_sum(
         return add(after, "Einsum", x, held(-1), dtype=x.dtype, equation=equation)
     right = kind.name == "last"
     if kind.details == ("FusedMatMul",):  # of any rank
-        both, flag = ((x, held(-1, 1)), "transA") if right else ((held(1, -1), x), "transB")
-        return add(after, "FusedMatMul", *both, dtype=x.dtype, domain="com.microsoft", **{flag: 1})
+        both = (x, held(-1, 1)) if right else (held(1, -1), x)
+        flags: dict[str, Any] = {"transA" if right else "transB": 1}
+        return add(after, "FusedMatMul", *both, dtype=x.dtype, domain="com.microsoft", **flags)
     if kind.details == ("Transpose",):
         x = add(after, "Transpose", x, dtype=x.dtype, perm=[1, 0])
         after = writer.behind(x, graph)
@@ -89,19 +90,18 @@ def feature_sum(
 
 def spread(
     writer: Writer, after: onnx_ir.Node, kind: Kind, s: onnx_ir.Value, v: np.ndarray, label: str
-) -> onnx_ir.Value:
-    """The product of s and v [out_features], in the axes of the product's output."""
-    graph = after.graph
-
-    def held(*shape: int) -> onnx_ir.Value:
-        return writer.constant(graph, v.reshape(shape), label)  # type: ignore[arg-type]
-
+) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+    """The constant that holds v [out_features], and the product of s and v in the axes of the product's output."""
+    shape: tuple[int, ...] = (-1,)
     if kind.name == "first":
-        return writer.add(after, "MatMul", held(-1, 1), s, dtype=s.dtype)
+        shape = (-1, 1)
+    elif kind.name == "window":
+        shape = (-1, *[1] * (len(kind.details[0]) - 2))
+    held = writer.constant(after.graph, v.reshape(shape), label)  # type: ignore[arg-type]
+    if kind.name == "first":
+        return held, writer.add(after, "MatMul", held, s, dtype=s.dtype)
     if kind.name == "letters":
         _, _, row, out = kind.details
         equation = f"{out.replace(row, '')},{row}->{out}"
-        return writer.add(after, "Einsum", s, held(-1), dtype=s.dtype, equation=equation)
-    if kind.name == "window":
-        return writer.add(after, "Mul", s, held(-1, *[1] * (len(kind.details[0]) - 2)), dtype=s.dtype)
-    return writer.add(after, "Mul", s, held(-1), dtype=s.dtype)
+        return held, writer.add(after, "Einsum", s, held, dtype=s.dtype, equation=equation)
+    return held, writer.add(after, "Mul", s, held, dtype=s.dtype)

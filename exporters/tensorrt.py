@@ -103,6 +103,8 @@ def build_engine(
     shapes: Any = None,
     adapters: str | None = None,
     adapter: PathLike | AdapterFile | None = None,
+    calibration: Any = None,
+    on_saturation: str = "error",
     precision: str | Sequence[str] | None = None,
     workspace: int | None = None,
     optimization_level: int | None = None,
@@ -129,6 +131,8 @@ def build_engine(
             TensorRT 10.2 or newer, and the GPU.
             None is the first of these that the model allows.
         adapter: adapter file to build with, in the place of the vectors that the model was exported with.
+        calibration: inputs for an adapter of a base with quantised activations, see `fold_onnx`.
+        on_saturation: "error" or "allow", see `fold_onnx`.
         precision: None computes in the dtypes of the model. "fp16", "bf16", "int8" or several allow TensorRT 8 to 10 to
             choose these for layers of a model in float32 (weak typing).
         workspace: bytes that a layer may use; None is all of the GPU's memory.
@@ -152,7 +156,8 @@ def build_engine(
     check_targets(api, targets)
     api.messages.clear()
     start = time.perf_counter()
-    with prepared(onnx, adapters, adapter, engine.parent, progress) as model:
+    ranges = {"calibration": calibration, "on_saturation": on_saturation}
+    with prepared(onnx, adapters, adapter, engine.parent, progress, ranges) as model:
         if model.mode == "refit":
             check_refit(api)
         typing = typing_of(api, model.model, precision)

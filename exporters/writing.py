@@ -49,10 +49,12 @@ class Writer:
         if isinstance(after, self.ir.Node):
             assert after.graph is not None
             after.graph.insert_after(after, node)
-        elif len(after):  # type: ignore[arg-type]
-            after.insert_before(after[0], node)
         else:
-            after.append(node)
+            graph: Any = after
+            if len(graph):
+                graph.insert_before(graph[0], node)
+            else:
+                graph.append(node)
         value: onnx_ir.Value = node.outputs[0]
         value.name = self.name(f"{label}_out")
         if dtype is not None:

@@ -94,11 +94,28 @@ def fold(
     adapter: Annotated[Path, typer.Argument(help="The adapter (.safetensors).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write; may be the base.")],
     skip: Annotated[bool, typer.Option("--skip-unmatched", help="Leave out vectors that have no place.")] = False,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Inputs by name, a .npz; once for each. Widens ranges of quantised activations where needed."
+        ),
+    ] = None,
+    keep_ranges: Annotated[
+        bool, typer.Option("--keep-ranges", help="Let quantised activations clip what vectors add.")
+    ] = False,
 ) -> None:
     """Put an adapter into the weights of an ONNX model, without PyTorch's model."""
     from onelora_compile.exporters import fold_onnx
 
-    Console().print(fold_onnx(base, adapter, output, on_unmatched="skip" if skip else "error"))
+    report = fold_onnx(
+        base,
+        adapter,
+        output,
+        on_unmatched="skip" if skip else "error",
+        calibration=[_load_arrays(path) for path in calibration] if calibration else None,
+        on_saturation="allow" if keep_ranges else "error",
+    )
+    Console().print(report)
 
 
 @app.command()

@@ -307,7 +307,10 @@ def test_fold_onnx_of_a_quantised_base_costs_no_kernel(name, tmp_path):
     fold_onnx(tmp_path / "float.onnx", tmp_path / "a.safetensors", tmp_path / "folded.onnx")
     quantized(tmp_path / "folded.onnx", tmp_path / "folded-int8.onnx", inputs)  # fold, then quantise
     quantized(tmp_path / "float.onnx", tmp_path / "int8.onnx", inputs)
-    report = fold_onnx(tmp_path / "int8.onnx", tmp_path / "a.safetensors", tmp_path / "branch.onnx")  # the other way
+    inputs_of_base = [{name: value.numpy() for name, value in inputs.items()}]
+    report = fold_onnx(  # the other way
+        tmp_path / "int8.onnx", tmp_path / "a.safetensors", tmp_path / "branch.onnx", calibration=inputs_of_base
+    )
     assert {one.how for one in report.folded.values()} == {"branch"}
     found, options = {}, {"shapes": {"batch": (1, 4, 8)}, **OPTIONS}
     for form in ("int8", "folded-int8", "branch"):
@@ -317,7 +320,8 @@ def test_fold_onnx_of_a_quantised_base_costs_no_kernel(name, tmp_path):
     assert len(found["branch"]) <= len(found["folded-int8"]) == len(found["int8"]), found
     assert any("Sum" in kernel for kernel in found["branch"])
     # The same in one step: an adapter for the quantised base.
-    built = build_engine(tmp_path / "int8.onnx", tmp_path / "m.engine", adapter=tmp_path / "a.safetensors", **options)
+    options |= {"adapter": tmp_path / "a.safetensors", "calibration": inputs_of_base}
+    built = build_engine(tmp_path / "int8.onnx", tmp_path / "m.engine", **options)
     assert built.manifest.mode == "fold"
     assert kernels((tmp_path / "m.engine").read_bytes()) == found["branch"]
 
