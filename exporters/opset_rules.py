@@ -182,6 +182,6 @@ _RULES: dict[tuple[str, int], Callable[[onnx_ir.Node], None]] = {
     ("DequantizeLinear", 23): _scale_says_dtype,
     ("QuantizeLinear", 23): _one_dtype,
     ("RMSNormalization", 23): write_out_rms_norm,
-    # Bodies are nodes of the model, and each goes its own way.
-    **{(name, opset): _as_it_is for name in ("If", "Loop", "Scan") for opset in range(18, 29)},
+    # Bodies are nodes of the model, and each goes its own way; a constant may be a weight, which nobody need copy.
+    **{(name, opset): _as_it_is for name in ("If", "Loop", "Scan", "Constant") for opset in range(18, 29)},
 }
