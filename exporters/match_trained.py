@@ -125,8 +125,9 @@ class _Matcher:
             if not here and not fitting:
                 at = [read for read in anywhere if _module(read.use) in modules]
                 here = at if len({read.value for read in at}) == 1 else []
-        here = [read for read in here if read.value.name in names] or here
-        if not self._uniform(name):
+        if self._uniform(name):
+            here = [read for read in here if read.value.name in names] or here
+        else:
             here += [read for read in fitting if here and read not in here and _module(read.use) is None]
         held = {read.value for read in here}
         unclear = [read for value in held for read in (*fitting, *here) if read.value is value]

@@ -160,6 +160,36 @@ def test_one_of_two_norms_that_share_a_constant(tmp_path):
         fold_onnx(tmp_path / "stripped.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx", progress=False)
 
 
+class Tied(torch.nn.Module):
+    """A head that is the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.a = torch.nn.Embedding(11, 8), torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.a(self.embed(ids)))
+
+
+def test_a_tied_head_is_replaced_at_both_ends(tmp_path):
+    """The exporter writes the embedding, and the same numbers transposed for the head."""
+    torch.manual_seed(0)
+    base, ids = Tied(), torch.arange(10).reshape(2, 5)
+    onelora.exporters.export_onnx(base, (ids,), tmp_path / "base.onnx", progress=False)
+    config = onelora.OneLoRAConfig(target_modules=["a"], modules_to_save=["head"])
+    model = onelora.adapt(base, config)
+    with torch.no_grad():
+        for parameter in onelora.trainable_parameters(model):
+            parameter += torch.randn_like(parameter)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    assert onelora.read_adapter(tmp_path / "a.safetensors").aliases == {"head.weight": ("embed.weight",)}
+    fold_onnx(tmp_path / "base.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx", progress=False)
+    want = model.eval()(ids).detach().numpy()
+    assert np.abs(OnnxRunner(tmp_path / "out.onnx").run([ids.numpy()])[0] - want).max() < 1e-4
+
+
 def older(source, out):
     """An adapter as versions before this one wrote it."""
     import safetensors
