@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from onelora_compile.adapter import adapt, adapted_weights, unwrap
+from onelora_compile.adapter import adapt, adapted_weights, detach, unwrap
 from onelora_compile.errors import ConfigError
 from onelora_compile.progress import steps
 from onelora_compile.testing import saved_bytes
@@ -92,12 +92,11 @@ def bench(
     if rounds < 2:
         raise ConfigError(f"rounds={rounds}: at least 2 are needed for quantiles")
     root = unwrap(model)
-    own = copy.deepcopy(root).eval()
-    if not adapted_weights(own):
+    own, base = copy.deepcopy(root).eval(), copy.deepcopy(root).eval()
+    if adapted_weights(root):
+        detach(base)
+    else:
         adapt(own)
-    base = copy.deepcopy(own).eval()
-    for target in adapted_weights(base).values():
-        target.vector.requires_grad_(False)
     models = {BASE: base.requires_grad_(False), OWN: own}
     given, named = _with_gradient((tuple(args), dict(kwargs or {})), models)
     rows: list[Row] = []

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Group
 from rich.table import Table
 from torch import fx, nn
 
 from onelora_compile import inductor
 from onelora_compile.adapter import adapted_weights, state_of, unwrap
+from onelora_compile.capture import capture
 from onelora_compile.config import OneLoRAConfig
 from onelora_compile.draw import draw
 from onelora_compile.errors import TargetError
@@ -118,8 +118,9 @@ class Explanation(Printable):
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Capture a call as `torch.compile` does, run the passes, and report each linear op.
 
-    The model is run once, without gradients, and not changed; one that is not adapted is explained as it is, with
-    what the default configuration would adapt as the reason.
+    The model is run once, without gradients.  It, its inputs, the random states and what is compiled already are not
+    changed, and every call gives the same answer.  A model that is not adapted is explained as it is, with what the
+    default configuration would adapt as the reason.
     """
     root = unwrap(model)
     captured: list[tuple[fx.GraphModule, fx.GraphModule]] = []
@@ -138,8 +139,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         breaks.append(inductor.break_reason(gm))
         return gm.forward
 
-    with torch.no_grad():
-        torch.compile(root, backend=collect)(*args, **kwargs)
+    capture(root, args, kwargs, collect)
     reasons, not_linear = _reasons(root)
     sites = []
     for index, (before, after) in enumerate(captured):

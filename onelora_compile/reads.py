@@ -10,12 +10,9 @@ what it misses is found, and named in a warning, when a graph of the model is ca
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import inspect
 import io
-import itertools
-import warnings
 from collections.abc import Container, Iterator
 from types import CodeType
 from typing import Any
@@ -27,6 +24,7 @@ from onelora_compile.kinds import is_plain
 from onelora_compile.passes.match_linear import match_linear
 from onelora_compile.passes.other_uses import other_uses
 from onelora_compile.passes.weight_chain import input_axes, run_of_shapes
+from onelora_compile.untouched import Kept, mentioned, silently
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 _MOST_ANSWERS = 1000  # then a loop on values is taken for endless
@@ -106,7 +104,7 @@ def _mentions_weights(kind: type[nn.Module]) -> bool:
     """Whether code of the class, other than PyTorch's, has an attribute `weight` in it."""
     classes = [c for c in kind.__mro__ if issubclass(c, nn.Module) and not c.__module__.startswith("torch.")]
     functions = (value for c in classes for name, value in vars(c).items() if not name.startswith("_init"))
-    return any("weight" in _names(code) for f in functions if (code := _code(f)) is not None)
+    return any("weight" in mentioned(code) for f in functions if (code := _code(f)) is not None)
 
 
 def _code(function: Any) -> CodeType | None:
@@ -114,14 +112,9 @@ def _code(function: Any) -> CodeType | None:
     return code if isinstance(code, CodeType) else None
 
 
-def _names(code: CodeType) -> set[str]:
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*map(_names, inner))
-
-
 def _traced(module: nn.Module) -> Iterator[Read]:
-    for answer, defaults in itertools.product((False, True), (True, False)):
-        gm = _trace(module, answer, defaults)
+    kept = Kept(module)
+    for gm in _traces(module, kept):
         for site in match_linear(gm):
             if site.chain is None or (held := _parameter(module, site.chain.root)) is None:
                 continue
@@ -132,6 +125,18 @@ def _traced(module: nn.Module) -> Iterator[Read]:
                 yield Read(*held[:2], None, why=use.reason)
 
 
+def _traces(module: nn.Module, kept: Kept) -> Iterator[fx.GraphModule]:
+    """The graph for every pair of answers that makes a difference; the module is as before after each."""
+    plain = inspect.signature(type(module).forward).parameters.values()
+    for defaults in (True, False) if any(one.default is not one.empty for one in plain) else (True,):
+        for answer in (False, True):
+            with kept:
+                gm, asked = silently(_trace, module, answer, defaults)
+            yield gm
+            if not asked:
+                break
+
+
 def _parameter(module: nn.Module, root: fx.Node) -> tuple[nn.Module, str, Tensor] | None:
     """The module that holds a parameter of the graph, its name there, and it; None if it can't be a weight."""
     path, _, name = str(root.target).rpartition(".")
@@ -140,31 +145,30 @@ def _parameter(module: nn.Module, root: fx.Node) -> tuple[nn.Module, str, Tensor
     return None if weight is None or not is_plain(weight) or weight.ndim < 2 else (holder, name, weight)
 
 
-def _trace(module: nn.Module, answer: bool, defaults: bool) -> fx.GraphModule:
-    """The graph of one forward, as far as it can be followed.
+def _trace(module: nn.Module, answer: bool, defaults: bool) -> tuple[fx.GraphModule, int]:
+    """The graph of one forward, as far as it can be followed, and how many answers it asked for.
 
     Args:
         module: whose forward.
         answer: what an `if` on a value goes by.
         defaults: whether arguments with a default keep it, or are values as the others.
     """
-    # A copy, with dictionaries of its own: what the forward assigns to self must not stay.
-    shadow = copy.copy(module)
+    # A module of its own, as the class is another; what the forward changes elsewhere is put back by `Kept`.
+    shadow = object.__new__(_with_plain_forward(type(module), defaults))
+    shadow.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):
-        setattr(shadow, name, dict(getattr(module, name)))
-    shadow.__class__ = _with_plain_forward(type(module), defaults)
+        shadow.__dict__[name] = dict(getattr(module, name))
     tracer = _Tracer(answer)
     try:
-        # What the code prints or warns of is about values that it does not have.
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        # What the code prints is about values that it does not have.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             graph = tracer.trace(shadow)
     except Exception:  # the user's code on values that it does not expect may raise anything
         graph = tracer.graph
         graph.output(None)
     for node in graph.nodes:
         tracer.note(node)
-    return fx.GraphModule(shadow, graph)
+    return fx.GraphModule(shadow, graph), tracer.asked
 
 
 def _with_plain_forward(kind: type[nn.Module], defaults: bool) -> Any:

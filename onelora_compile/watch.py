@@ -53,6 +53,8 @@ def observe(module: nn.Module, x: Tensor) -> None:
     """Called by adapted linears in eager; costs a look into an empty dictionary once the first backward is over."""
     if not _watched or module not in _watched or not torch.is_grad_enabled() or torch._C._is_tracing():
         return
+    if torch._C._are_functorch_transforms_active():
+        return  # what vmap and its kind hand in must not outlive them
     if not x.numel():
         _empty.add(module)
         return
