@@ -177,7 +177,7 @@ def state(model):
         count,
         helper,
         Leaky,
-        [name for name in globals() if not name.startswith("__")],
+        [name for name in globals() if not name.startswith("_")],
     ]
     caches = [once.cache_info(), logged_once.cache_info(), repr(model.counter)]
     modes = [torch.is_grad_enabled(), str(torch.get_default_dtype())]
