@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import BaseMismatchError, ConfigError, ExportError, OneLoRAError, require
@@ -22,10 +20,13 @@ from onelora_compile.exporters.load_onnx import as_torch, by_rows, load_model
 from onelora_compile.exporters.match_onnx import Matches, Place, match_weights
 from onelora_compile.exporters.match_trained import TrainedPlaces, match_trained
 from onelora_compile.exporters.metadata import Metadata, digest
-from onelora_compile.exporters.onnx_weights import Use, Weight, weights_of
+from onelora_compile.exporters.one_thread import one_thread
+from onelora_compile.exporters.onnx_weights import Use, Weight, names_of, weights_of
 from onelora_compile.exporters.operators import float32
+from onelora_compile.exporters.owners import Known
 from onelora_compile.exporters.pairs import open_operators
 from onelora_compile.exporters.ranges import ON_SATURATION, settle_ranges
+from onelora_compile.exporters.redirect import redirect
 from onelora_compile.exporters.save_onnx import save_model
 from onelora_compile.exporters.strip_vectors import strip_vectors
 from onelora_compile.merge import FoldByRows, FoldLoss
@@ -92,10 +93,11 @@ def fold_onnx(
     try:
         strip_vectors(model, held, str(base))
         external = any(_external(value) for value in model.graph.initializers.values())
-        with counting(f"fold {base.name}", progress) as count, _one_thread():
+        with counting(f"fold {base.name}", progress) as count, one_thread():
             _prepare(model)
             folder = _Folder(model, file)
-            matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints)
+            known = Known(file.config, frozenset(names_of(model)))
+            matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints, known)
             folder.refuse(matches)
             _check(matches, file, base, on_unmatched, model.metadata_props)
             named = ((name, use) for name, places in matches.places.items() for one in places for use in one.uses)
@@ -138,17 +140,6 @@ def _prepare(model: onnx_ir.Model) -> None:
         passes: Any = require("onnx_ir.passes.common", "onnx", "fold into an ONNX model")
         passes.InlinePass()(model)
     open_operators(model)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The work is bound by memory and disk: on two busy cores, two threads took six times the processor time of one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _metadata(
@@ -250,15 +241,14 @@ class _Folder:
     def _into(self, weight: Weight, uses: Sequence[Use], placed: list[tuple[str, Place]]) -> None:
         self.changed += [output for use in uses for output in use.op.outputs]
         value = weight.value
-        shared = [use for use in weight.uses if use not in uses] or value.is_graph_output()
-        source: Any = value.const_value
-        name = f"{weight.name}.{placed[0][0]}.folded" if shared else weight.name
+        # What ops compute is taken now: they are removed when nothing else reads them.
+        source: Any = weight.tensor if weight.computed is None else self.ir.tensor(weight.computed.numpy())
+        shared = len(uses) < len(weight.uses) or value.is_graph_output() or value.producer() is not None
+        name = self.branches.writer.name(f"{weight.name}.{placed[0][0]}.folded") if shared else weight.name
         streamed = _Streamed(lambda: self._folded(weight, source, placed), tuple(source.shape))
         tensor = self.ir.LazyTensor(lambda: streamed, dtype=source.dtype, shape=source.shape, name=name)
         if shared:
-            self._redirect(weight, uses, tensor, name)
-        elif value.producer() is not None:  # a Constant node
-            self._redirect(weight, uses, tensor, f"{name}.folded")
+            redirect(self.branches.writer, self.model.graph, uses, tensor)
         else:
             value.const_value = tensor
 
@@ -279,23 +269,6 @@ class _Folder:
             part = slice(place.start, place.start + place.rows)
             return FoldByRows((columns, place.rows), values, (0,), columns=part, measured=_MEASURED)
         return FoldByRows((place.rows, columns), values, (1,), first=place.start, measured=_MEASURED)
-
-    def _redirect(self, weight: Weight, uses: Sequence[Use], tensor: Any, name: str) -> None:
-        """Give some uses a weight of their own, and the nodes on their way too."""
-        graph = self.model.graph
-        own = self.ir.Value(name=name, shape=tensor.shape, type=self.ir.TensorType(tensor.dtype), const_value=tensor)
-        graph.initializers[name] = own
-        for use in uses:
-            before = own
-            for node in use.nodes[:-1]:
-                copy = self.ir.node(node.op_type, [before, *node.inputs[1:]], node.attributes, domain=node.domain)
-                assert node.graph is not None
-                node.graph.insert_before(node, copy)
-                copy.outputs[0].shape = node.outputs[0].shape
-                if node.outputs[0].dtype is not None:  # foreign models need not say it
-                    copy.outputs[0].dtype = node.outputs[0].dtype
-                before = copy.outputs[0]
-            use.op.replace_input_with(use.position, before)
 
     def _beside(self, weight: Weight, uses: Sequence[Use], placed: list[tuple[str, Place]]) -> None:
         """Put vectors beside the products of a quantised weight, or into its zero points if these can hold them."""

@@ -15,6 +15,7 @@ import torch
 
 from onelora_compile.exporters.load_onnx import as_torch
 from onelora_compile.exporters.onnx_weights import Use, Weight
+from onelora_compile.exporters.owners import Known, decided
 from onelora_compile.fingerprint import OUTPUT, TOLERANCE, Fingerprint, signs
 
 OUTPUT_ONLY = (
@@ -69,8 +70,14 @@ class Matches:
     nearest: dict[str, float]
 
 
-def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint]) -> Matches:
-    """Find the weight of each vector; every weight is read once."""
+def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], known: Known | None = None) -> Matches:
+    """Find the weight of each vector; every weight is read once.
+
+    Args:
+        weights: of the model.
+        prints: of the vectors' base weights.
+        known: what tells equal weights apart besides names; None is the default config's.
+    """
     groups = _grouped(prints)
     found: dict[str, list[Place]] = {name: [] for name in prints}
     every = []
@@ -95,15 +102,18 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint]) 
         if not own:
             unmatched[name] = OUTPUT_ONLY if prints[name].dtype == OUTPUT else _reason(name, places, nearest)
             continue
+        # Zeros are equal by chance, the numbers of a trained weight only as its copy.
+        theirs = places if prints[name].norm else own
+        if strange := [use for place in theirs for use in place.weight.uses if use.strange]:
+            unmatched[name] = f"its weight {own[0].weight.name!r} also goes into {_ops(strange)}, which is not followed"
+            continue
         there = set[str]().union(*(at[id(place.weight), place.start] for place in own))
         twins = [other for other in found if other in there and other != name] if len(there) > 1 else []
-        decided = _decided(name, own, twins)
-        if decided is None:
-            where = ", ".join(place.weight.name for place in own)
-            others = f", as of {', '.join(twins)}" if twins else ""
-            unmatched[name] = f"the same numbers are at {where}{others}, and no names tell them apart"
+        chosen_or_why = decided(name, own, twins, known or Known())
+        if isinstance(chosen_or_why, str):
+            unmatched[name] = chosen_or_why
         else:
-            chosen[name] = decided
+            chosen[name] = chosen_or_why
     taken = {id(place.weight) for places in chosen.values() for place in places}
     return Matches(chosen, unmatched, [weight for weight in every if id(weight) not in taken], nearest)
 
@@ -163,7 +173,10 @@ def _places(weight: Weight, groups: Sequence[_Group]) -> Iterable[tuple[str, Pla
             if group.shape[0] == out:
                 np.minimum(group.nearest, distances, out=group.nearest)
             allowed = np.maximum(tolerance, group.tolerances)
-            for index in np.flatnonzero(distances <= allowed):
+            # Of a few numbers any others are nearly a multiple: then it must be the weight itself.
+            by_chance = allowed ** (min(16, group.shape[0] * group.shape[1]) - 1) > 1e-4
+            fits = (distances <= allowed) & ~(by_chance & (np.abs(factors - 1) > np.maximum(allowed, 1e-4)))
+            for index in np.flatnonzero(fits):
                 exact = abs(factors[index] - 1) <= max(allowed[index], 1e-4)
                 factor, found = 1.0 if exact else float(factors[index]), True
                 yield group.names[index], Place(weight, transposed, int(starts[index]), group.shape, factor, ())
@@ -213,47 +226,13 @@ def _linear(weight: Weight) -> tuple[Use, ...]:
     return tuple(use for use in weight.uses if use.linear)
 
 
-def _decided(name: str, places: Sequence[Place], twins: Sequence[str]) -> list[Place] | None:
-    """The places and uses that are the vector's, None where that can't be told.
-
-    One place that no other vector has is its own, whatever it is called, but for uses that are called otherwise.
-    """
-    alone = not twins and len(places) == 1
-    owners = {use: _owner(use, place.weight, (name, *twins)) for place in places for use in place.uses}
-    if name not in owners.values():
-        return list(places) if alone else None
-    if not alone and any(owner is None for owner in owners.values()):
-        return None
-    mine = {use for use, owner in owners.items() if owner == name or (alone and owner is None)}
-    kept = [dataclasses.replace(place, uses=tuple(use for use in place.uses if use in mine)) for place in places]
-    return [place for place in kept if place.uses]
-
-
-def _owner(use: Use, weight: Weight, names: Sequence[str]) -> str | None:
-    """Which vector an op belongs to by the names that tools left: "" another one, None where they do not tell."""
-    if use.modules:
-        path = use.modules[-1]
-    elif len(_linear(weight)) == 1 and weight.name.endswith(".weight"):
-        path = weight.name.removesuffix(".weight")
-    else:
-        return None
-    # A vector of a parameter that is read, "attention.in_proj_weight", belongs to the ops of "attention".
-    for candidates in ({name: name for name in names}, {name.rpartition(".")[0]: name for name in names}):
-        if path in candidates:
-            return candidates[path]
-        if inside := [one for one in candidates if _ends(path, one)]:
-            return candidates[max(inside, key=len)]
-    return ""
-
-
-def _ends(path: str, name: str) -> bool:
-    """Whether one path is the end of the other: tools add and drop what is around a model."""
-    return bool(path) and bool(name) and (f".{path}".endswith(f".{name}") or f".{name}".endswith(f".{path}"))
+def _ops(uses: Sequence[Use]) -> str:
+    return ", ".join(sorted({use.op.op_type for use in uses}))
 
 
 def _reason(name: str, places: Sequence[Place], nearest: Mapping[str, float]) -> str:
     if places:
-        ops = ", ".join(sorted({use.op.op_type for place in places for use in place.weight.uses})) or "nothing"
+        ops = _ops([use for place in places for use in place.weight.uses]) or "nothing"
         return f"its weight is {places[0].weight.name!r}, which is not used by a linear op but by {ops}"
     if name in nearest:
         return f"no weight is its base's; the nearest of its shape differs by {nearest[name]:.1%}"

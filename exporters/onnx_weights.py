@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import onnx_ir
 
 _PASSED = {"Identity", "Cast", "Transpose", "Squeeze", "Unsqueeze", "Reshape"}
+# What reads a weight as a table or its shape; an adapted layer's is not meant.
+_READS = {"Gather", "GatherElements", "GatherND", "Shape", "Size", "EmbedLayerNormalization", "SkipLayerNormalization"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,12 +37,14 @@ class Use:
         position: the input of that op.
         product: the op with its matrix, of a quantised weight.
         across: the op multiplies by the transpose of the weight; only of a quantised one.
+        constant: what the op gives is constant too, and a weight of its own where a linear op reads it.
     """
 
     nodes: tuple[onnx_ir.Node, ...]
     position: int
     product: Product | None = None
     across: bool = False
+    constant: bool = False
 
     @property
     def op(self) -> onnx_ir.Node:
@@ -51,6 +55,11 @@ class Use:
     def linear(self) -> bool:
         """Whether the op is linear in another input; a Gather of an embedding is not."""
         return self.product is not None or self.position in FLOATING.get(self.op.op_type, ())
+
+    @property
+    def strange(self) -> bool:
+        """Whether the op does with the weight what is neither linear nor a look-up; what constants give is followed."""
+        return not self.linear and not self.constant and self.op.op_type not in _READS
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -75,12 +84,19 @@ class Weight:
             first use.
         dtype: of storage: "float32", …, "int8", "int4".
         uses: what it is used for.
+        computed: the tensor, where ops compute it from constants.
     """
 
     value: onnx_ir.Value
     shape: tuple[int, int]
     dtype: str
     uses: tuple[Use, ...]
+    computed: Any = None
+
+    @property
+    def tensor(self) -> Any:
+        """The numbers as they are stored, or as constants give them."""
+        return self.value.const_value if self.computed is None else self.computed
 
     @property
     def name(self) -> str:
@@ -98,23 +114,63 @@ class Weight:
         if product is not None:
             yield 0, np.ascontiguousarray(product.matrix())
         else:
-            yield from by_rows(self.value.const_value, self.shape)
+            yield from by_rows(self.tensor, self.shape)
 
 
 def weights_of(model: onnx_ir.Model) -> list[Weight]:
-    """The weights of a model: the quantised ones, then the others in the order of its graphs."""
-    found = list(_quantized(products_of(model, Constants(model))))
+    """The weights of a model: the quantised ones, then the others in the order of its graphs, then computed ones."""
+    constants = Constants(model)
+    found = list(_quantized(products_of(model, constants)))
+    stored: set[onnx_ir.Value] = set()
     for value in constants_of(model):
         tensor = value.const_value
-        if tensor is None:
-            continue
-        shape = tuple(tensor.shape)
-        while len(shape) > 2 and shape[-1] == 1:
-            shape = shape[:-1]  # of a 1x1 convolution
-        if len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape) and _floating(tensor):
-            found.append(Weight(value, shape, tensor.dtype.name.lower(), tuple(uses_of(value))))  # type: ignore[arg-type]
+        if tensor is not None and (shape := _matrix(tuple(tensor.shape))) and _floating(tensor):
+            stored.add(value)
+            uses = [dataclasses.replace(use, constant=constants.known(use.op.outputs[0])) for use in uses_of(value)]
+            found.append(Weight(value, shape, tensor.dtype.name.lower(), tuple(uses)))
+    found += _computed(model, constants, stored)
     names = {"float": "float32", "double": "float64"}
     return [dataclasses.replace(weight, dtype=names.get(weight.dtype, weight.dtype)) for weight in found]
+
+
+def _matrix(shape: tuple[Any, ...]) -> tuple[int, int] | None:
+    """The shape of a matrix, also where a convolution's window or a batch gives it axes of size one."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    return shape if len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape) else None  # type: ignore[return-value]
+
+
+def _computed(model: onnx_ir.Model, constants: Constants, stored: set[onnx_ir.Value]) -> Iterator[Weight]:
+    """What ops read that is computed from constants: parts of a weight, several put together, multiples."""
+    ir = require("onnx_ir", "onnx", "fold into an ONNX model")
+    seen: dict[onnx_ir.Value, list[Use]] = {}
+    for node in model.graph.all_nodes():
+        for position in FLOATING.get(node.op_type, ()):
+            value = node.inputs[position] if position < len(node.inputs) else None
+            if value is not None and value.const_value is None and constants.known(value):
+                seen.setdefault(value, []).append(Use((node,), position))
+    for value, uses in seen.items():
+        if _origin(value) in stored or constants.leaves(value)[1] is not None:
+            continue
+        shape, dtype = constants.shape(value), constants.dtype(value)
+        if matrix := _matrix(shape):
+            others = [use for use in uses_of(value) if use.op not in {one.op for one in uses}]
+            tensor = ir.LazyTensor(
+                lambda value=value: ir.tensor(np.ascontiguousarray(constants.numbers(value))),
+                dtype=dtype, shape=ir.Shape(shape), name=value.name,
+            )  # fmt: skip
+            yield Weight(value, matrix, dtype.name.lower(), (*uses, *others), tensor)
+
+
+def _origin(value: onnx_ir.Value) -> onnx_ir.Value:
+    """Where a value comes from through ops that only move or convert it."""
+    node = value.producer()
+    while node is not None and node.op_type in _PASSED and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
 
 
 def _quantized(products: Iterable[Product]) -> Iterator[Weight]:
@@ -162,6 +218,14 @@ def constants_of(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
                 if value.const_value is None:
                     value.const_value = ir.convenience.get_const_tensor(value)
                 yield value
+
+
+def names_of(model: onnx_ir.Model) -> Iterator[str]:
+    """Names of the values of all graphs: among them those of modules' parameters, where a tool kept them."""
+    for graph in [model.graph, *model.graph.subgraphs()]:
+        yield from graph.initializers
+    for node in model.graph.all_nodes():
+        yield from (value.name for value in node.outputs if value.name)
 
 
 def uses_of(value: onnx_ir.Value, before: tuple[onnx_ir.Node, ...] = ()) -> Iterator[Use]:
