@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from onelora_compile.errors import StateError
 from onelora_compile.exporters.device.folder import FORMAT_VERSION, sha256_of
 from onelora_compile.exporters.fit_tensorrt import Fitted
 from onelora_compile.exporters.jetpacks import JetPack
 from onelora_compile.exporters.modes import IDS
+from onelora_compile.text import shortened
 from onelora_compile.version import __version__
 
+FORMAT = "onelora-bundle"
 # Largest difference on the device over the largest magnitude of an output.  float32 is computed in TF32 there, with 10
 # bits of mantissa.  Not measured on a device: `selftest --tolerance` takes another one.
 _ON_DEVICE = {"float32": 5e-3, "float16": 2e-2, "bfloat16": 5e-2, "int8": 1e-1}
@@ -31,7 +36,7 @@ def manifest_of(
     metadata = fitted.metadata
     swappable = bool(fitted.values)
     return {
-        "format": "onelora-bundle",
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "producer": f"onelora-compile {__version__}",
         "device": {
@@ -99,3 +104,25 @@ def types_text(fitted: Fitted, jetpack: JetPack, weak_fp16: bool) -> str:
     if main == "float32" and not fitted.quantized:
         return "float32: for float16 export with dtype=torch.float16, or pass weak_fp16=True"
     return f"{main} allowed, TensorRT {jetpack.tensorrt} may take float32 for some layers"
+
+
+def check_free(out: Path) -> None:
+    """Whether a bundle may be written to a path: nothing is there, an empty folder, or a bundle and nothing else.
+
+    Raises:
+        StateError: something else is there, or a bundle that somebody added files to.
+    """
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return
+    if (out / "local").exists():
+        raise StateError(f"{out} is a bundle that was built or updated in its place: remove it, or give another name")
+    try:
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        ours = {"manifest.json", *manifest["files"]} if manifest["format"] == FORMAT else set()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        ours = set()
+    if not ours:
+        raise StateError(f"{out} is there and is no bundle: give another name")
+    found = (path.relative_to(out) for path in out.rglob("*") if not path.is_dir() and "__pycache__" not in path.parts)
+    if more := sorted(path.as_posix() for path in found if path.as_posix() not in ours):
+        raise StateError(f"{out} is a bundle, and holds what is none of it: {shortened(more)}. Give another name")

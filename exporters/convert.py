@@ -21,7 +21,7 @@ from onelora_compile.errors import AdapterFileError, ConfigError, require
 from onelora_compile.exporters.load_onnx import load_model
 from onelora_compile.exporters.metadata import Metadata
 from onelora_compile.exporters.operators import float32
-from onelora_compile.files import replacing
+from onelora_compile.files import refuse_overwriting, replacing
 
 PathLike = str | os.PathLike[str]
 _FORMATS = (".safetensors", ".onnx_adapter", ".vectors")
@@ -41,7 +41,7 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
         `out`.
 
     Raises:
-        ConfigError: an unknown ending, or `like` is missing where it is needed.
+        ConfigError: `out` is `source` or `like`, an unknown ending, or `like` is missing where it is needed.
         AdapterFileError: a damaged source, or one with other vectors than the model.
         BaseMismatchError: the adapter was trained on another base than the model.
     """
@@ -49,6 +49,7 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
     for path in (source, out):
         if path.suffix not in _FORMATS:
             raise ConfigError(f"{path}: the ending names the format, one of {', '.join(_FORMATS)}")
+    refuse_overwriting(out, [source, *([] if like is None else [like])])
     model = None if like is None else _metadata(Path(like))
     needs = ".vectors" in (source.suffix, out.suffix) or (
         source.suffix != ".safetensors" and out.suffix == ".safetensors"

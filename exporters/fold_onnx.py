@@ -29,6 +29,7 @@ from onelora_compile.exporters.ranges import ON_SATURATION, settle_ranges
 from onelora_compile.exporters.redirect import redirect
 from onelora_compile.exporters.save_onnx import save_model
 from onelora_compile.exporters.strip_vectors import strip_vectors
+from onelora_compile.files import refuse_overwriting
 from onelora_compile.merge import FoldByRows, FoldLoss
 from onelora_compile.progress import counting
 from onelora_compile.text import shortened
@@ -64,7 +65,7 @@ def fold_onnx(
             an export that carries vectors (modes "load", "input", "bank") the base is taken: what is written is a plain
             model with this adapter alone.  Into one that holds a folded adapter this one is folded on top.
         adapter: an adapter file, or one that was read.
-        out: the file to write, replaced in one step; weights go into `<out>.data` if the base's are external.
+        out: the file to write, replaced in one step, a link too; weights go into `<out>.data` if the base has such.
         on_unmatched: "error", or "skip" to leave out vectors without a place, which the report then names.
         calibration: inputs of the model, to measure those ranges and widen the ones that are too narrow: arrays by
             name, or in the inputs' order; one such input, several, or a CalibrationDataReader of ONNX Runtime.
@@ -75,7 +76,8 @@ def fold_onnx(
         BaseMismatchError: the model is not the adapter's base.
         ExportError: vectors have no place, which the message names; ranges may clip them; or not an ONNX model, or a
             damaged one.
-        ConfigError: an option that is not one, or calibration inputs that do not fit the model.
+        ConfigError: `out` is the adapter, or weights of the base; an option that is not one, or calibration inputs
+            that do not fit the model.
         MergeError: a result that the weight's dtype can't hold.
         AdapterFileError: a damaged adapter file.
         OSError: a file can't be read or written.
@@ -90,6 +92,9 @@ def fold_onnx(
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
     model = load_model(base)
     held = Metadata.from_props(model.metadata_props, str(base))
+    weights = [value.const_value for value in model.graph.initializers.values() if _external(value)]
+    read = [] if isinstance(adapter, AdapterFile) else [adapter]
+    refuse_overwriting(out, [*read, *(tensor.path for tensor in weights if tensor is not None)])
     try:
         strip_vectors(model, held, str(base))
         external = any(_external(value) for value in model.graph.initializers.values())

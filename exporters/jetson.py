@@ -22,7 +22,7 @@ from rich.table import Table
 from onelora_compile.checkpoint import read_adapter, write_adapter
 from onelora_compile.errors import ConfigError, ExportError, StateError, require
 from onelora_compile.exporters import device
-from onelora_compile.exporters.bundle_manifest import adapter_entries, manifest_of, tolerances, types_text
+from onelora_compile.exporters.bundle_manifest import adapter_entries, check_free, manifest_of, tolerances, types_text
 from onelora_compile.exporters.convert import adapter_of
 from onelora_compile.exporters.device.deployed import Deployed
 from onelora_compile.exporters.device.folder import BundleError, Folder, sha256_of
@@ -37,7 +37,7 @@ from onelora_compile.exporters.runner import OnnxRunner
 from onelora_compile.exporters.save_onnx import save_model
 from onelora_compile.exporters.trained import other_values
 from onelora_compile.exporters.trtexec import trtexec_script
-from onelora_compile.files import replacing_folder
+from onelora_compile.files import refuse_overwriting, replacing_folder
 from onelora_compile.progress import steps
 from onelora_compile.text import Printable, bytes_text
 
@@ -119,7 +119,7 @@ def bundle(
         onnx: a model of `export_onnx` or `fold_onnx`. Its mode decides how the device takes another adapter:
             "fold": not at all. "load": the engine is built again there, at no cost at run time. "input": at once.
             "bank": one of those in the model, for each row of a batch.
-        out: the folder to write; a bundle that is there is replaced.
+        out: the folder to write; a bundle that is there is replaced, if nothing was added to it.
         jetpack: of the device: "5.1", "6.0", "6.1", "6.2", "7.0", "7.1", "7.2".
         adapters: adapter files to pack, for "load" and "input"; more can follow as single files.
         shapes: smallest, best and largest shape of each dynamic input: `{"x": ((1, 3), (4, 3), (8, 3))}`.
@@ -141,7 +141,8 @@ def bundle(
     """
     start, target, source = time.perf_counter(), jetpack_of(jetpack), Path(onnx)
     _check_choices(target, weak_fp16, workspace_mib, optimization_level)
-    _check_free(Path(out))
+    refuse_overwriting(out, [source, *adapters])
+    check_free(Path(out))
     with steps(f"bundle {Path(out).name}", 4, progress) as step, replacing_folder(Path(out)) as folder:
         step("fit the model")
         fitted = fit(source, target, swap)
@@ -298,11 +299,3 @@ def _checked(folder: Path, fitted: Fitted) -> list[Check]:
             f"{one.relative:.1e} relative, {one.allowed:.0e} is allowed; nothing was written"
         )
     return checks
-
-
-def _check_free(out: Path) -> None:
-    """Only a bundle is replaced, and none that a device, or this machine, has added to."""
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "manifest.json").is_file())):
-        raise StateError(f"{out} is there and is no bundle: give another name")
-    if (out / "local").exists():
-        raise StateError(f"{out} is a bundle that was built or updated in its place: remove it, or give another name")

@@ -18,6 +18,7 @@ from onelora_compile.text import shortened
 from onelora_compile.version import __version__
 
 _KEY = "onelora."
+PRODUCER = f"{_KEY}producer"  # stands in every file that this package wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Metadata:
             f"{_KEY}adapters": json.dumps(list(self.adapters)),
             f"{_KEY}digests": json.dumps(list(self.digests)),
             f"{_KEY}adapter_sha256": self.sha256,
-            f"{_KEY}producer": self.producer,
+            PRODUCER: self.producer,
         }
 
     @classmethod

@@ -30,6 +30,7 @@ from onelora_compile.exporters.operators import float32, translations
 from onelora_compile.exporters.save_onnx import save_model
 from onelora_compile.exporters.trained import Trained, trained_of
 from onelora_compile.exporters.verify import Parity, check_export
+from onelora_compile.files import refuse_overwriting
 from onelora_compile.fingerprint import fingerprint_of
 from onelora_compile.merge import FoldLoss
 from onelora_compile.passes.fold_vectors import vector_of
@@ -154,6 +155,7 @@ def export_onnx(
         raise ConfigError("adapters='bank' needs bank=[files], and only that takes it")
     if opset_version is not None and opset_version < OLDEST:
         raise ConfigError(f"opset_version={opset_version}: {OLDEST} is the oldest that a model can be written in")
+    refuse_overwriting(path, bank, "path")
     mode: Mode = adapters  # type: ignore[assignment]
     args = args if isinstance(args, (tuple, list)) else (args,)
     require("onnxscript", "onnx", "export to ONNX")

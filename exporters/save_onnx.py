@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+import os
 import re
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onelora_compile.files import flush, replacing
+from onelora_compile.exporters.metadata import PRODUCER
+from onelora_compile.files import alone, flush, naming, remove, replacing
 
 if TYPE_CHECKING:
     import onnx_ir
 
 EXTERNAL_FROM = 1_900_000_000  # bytes; a protobuf file can't be larger than 2 GiB
+_LONGEST = 240  # bytes of a file's name, of 255: whoever writes it adds to it meanwhile
+_WEIGHTS = (".data", ".vectors", ".safetensors", ".bin")  # endings of files that name no others
 
 
 def weight_bytes(model: onnx_ir.Model) -> int:
@@ -33,6 +38,10 @@ def save_model(
 ) -> list[Path]:
     """Write `model` to `path`, and its weights beside it where one file can't hold them.
 
+    A link at `path` is replaced, not followed: weights stand beside the name that the model is opened by.  Of several
+    that write to one path at a time the last one wins, whole.  The old model's weights are removed if this package
+    wrote them and no other file beside them names them.
+
     Args:
         model: the model; its initializers may point into the file that is replaced.
         path: replaced in one step if it exists.
@@ -45,49 +54,67 @@ def save_model(
         The files that make up the model.
 
     Raises:
-        OSError: the folder can't be written; nothing is left behind then.
+        OSError: the folder can't be written, the disk is full; nothing is left behind then.
     """
     import onnx_ir
 
     if external_data is None:
         external_data = weight_bytes(model) > EXTERNAL_FROM
-    old = external_files(path)
-    with contextlib.ExitStack() as undo, replacing(path) as beside:
+    with contextlib.ExitStack() as undo, contextlib.ExitStack() as lock:
         files = [path]
-        if external_data:
-            data = _fresh(path, "data")
-            undo.callback(data.unlink, missing_ok=True)
-            try:
-                onnx_ir.external_data.unload_from_model(
-                    model, path.parent, data.name, size_threshold_bytes=256, callback=lambda *_: written()
-                )
-            except OSError as error:
-                if error.errno is not None:
-                    raise
-                # numpy says how many numbers it could not write, and not why.
-                raise OSError(
-                    f"can't write {data}: {error}; the disk is full, or a file may not be so large"
-                ) from error
-            flush(data)
-            files.append(data)
-        if apart:
-            own = _fresh(path, "vectors")
-            undo.callback(own.unlink, missing_ok=True)
-            _write_apart(model, apart, own)
-            files.append(own)
-        onnx_ir.save(model, beside)
-        if check is not None:
-            check(beside)
+        with replacing(path, follow=False) as beside:
+            if external_data:
+                data = _fresh(path, "data")
+                undo.callback(remove, data)
+                _write_external(model, path, data, written)
+                files.append(data)
+            if apart:
+                own = _fresh(path, "vectors")
+                undo.callback(remove, own)
+                _write_apart(model, apart, own)
+                files.append(own)
+            onnx_ir.save(model, beside)
+            if check is not None:
+                check(beside)
+            lock.enter_context(alone(path.parent))  # whoever replaces a model knows which one that was
+            old = _weights_of(path)
         undo.pop_all()
-    for stale in set(old) - set(files):
-        stale.unlink(missing_ok=True)
+    _remove_unnamed(path, set(old) - set(files))
     return files
 
 
+def _write_external(model: onnx_ir.Model, path: Path, data: Path, written: Callable[[], None]) -> None:
+    import onnx_ir
+
+    try:
+        onnx_ir.external_data.unload_from_model(
+            model, path.parent, data.name, size_threshold_bytes=256, callback=lambda *_: written()
+        )
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # numpy says how many numbers it could not write, and not why.
+        raise OSError(f"can't write {data}: {error}; the disk is full, or a file may not be so large") from error
+    flush(data)
+
+
 def _fresh(path: Path, kind: str) -> Path:
-    """A new name, unless the plain one is free: until the model file is replaced, the old one needs its old files."""
-    file = path.with_name(f"{path.name}.{kind}")
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.{kind}") if file.exists() else file
+    """A new, empty file for weights: of the plain name if that is free, so that nobody else takes it meanwhile."""
+    for middle in ("", *(f".{secrets.token_hex(4)}" for _ in range(100))):
+        ending = f"{middle}.{kind}"
+        file = path.with_name(_stem(path) + ending)
+        try:
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            continue
+        return file
+    raise FileExistsError(f"no free name for the weights of {path}")
+
+
+def _stem(path: Path) -> str:
+    """What the names of a model's weights begin with: its own name, as far as a name may be long."""
+    room = _LONGEST - len(f".{'0' * 8}.vectors")
+    return path.name.encode()[:room].decode(errors="ignore")
 
 
 def _write_apart(model: onnx_ir.Model, names: Sequence[str], file: Path) -> None:
@@ -110,9 +137,37 @@ def _write_apart(model: onnx_ir.Model, names: Sequence[str], file: Path) -> None
     flush(file)
 
 
-def external_files(path: Path) -> list[Path]:
-    """The files of weights that belong to the model at `path`, by the names that `save_model` gives."""
-    if not path.is_file():
+def _weights_of(path: Path) -> list[Path]:
+    """The files of weights that belong to the model at `path` alone: written by this package, and named in it."""
+    if not path.is_file() or path.is_symlink() or not _holds(path, PRODUCER):
         return []
-    own = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{8})?\.(data|vectors)")
-    return [file for file in path.parent.iterdir() if own.fullmatch(file.name)]
+    own = re.compile(re.escape(_stem(path)) + r"(\.[0-9a-f]{8})?\.(data|vectors)")
+    found = [file for file in path.parent.iterdir() if own.fullmatch(file.name)]
+    return [file for file in found if _holds(path, file.name)]
+
+
+def _remove_unnamed(path: Path, stale: set[Path]) -> None:
+    """Remove weights of the model that was there, unless a file beside them names them: a copy, another model.
+
+    The model that is there by now may be another process's, and is such a file too.
+    """
+    if not stale:
+        return
+    with alone(path.parent):
+        beside = [file for file in path.parent.iterdir() if file.is_file() and file.suffix not in _WEIGHTS]
+        for file in stale:
+            if not any(_holds(one, file.name) for one in beside):
+                with naming(file):
+                    remove(file)
+
+
+def _holds(file: Path, text: str) -> bool:
+    """Whether a text stands in a file; one that can't be read might."""
+    try:
+        with open(file, "rb") as stream:
+            if os.fstat(stream.fileno()).st_size == 0:
+                return False
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return content.find(text.encode()) >= 0
+    except OSError:
+        return True

@@ -31,9 +31,9 @@ from onelora_compile.exporters.engine_options import Options, check_targets, tar
 from onelora_compile.exporters.engine_precision import precision_notes, precision_text, typing_of
 from onelora_compile.exporters.engine_profiles import profiles_of
 from onelora_compile.exporters.engine_progress import building
-from onelora_compile.exporters.manifest import Manifest, Tensor, l4t_release, system
+from onelora_compile.exporters.manifest import Manifest, Tensor, l4t_release, manifest_path, system
 from onelora_compile.exporters.tensorrt_api import Api, find_api
-from onelora_compile.files import check_writable, replacing
+from onelora_compile.files import check_writable, refuse_overwriting, replacing
 from onelora_compile.merge import FoldLoss
 from onelora_compile.text import Printable, bytes_text, shortened
 
@@ -151,6 +151,11 @@ def build_engine(
     """
     onnx, engine = Path(onnx), Path(engine)
     check_writable(engine)  # now, not after minutes of building
+    refuse_overwriting_engine(engine, [onnx, adapter, timing_cache])
+    if timing_cache is not None:
+        refuse_overwriting(
+            timing_cache, [one for one in (onnx, adapter) if isinstance(one, str | os.PathLike)], "timing_cache"
+        )
     targets = targets_of(target)
     api = find_api(flavour, cross=bool(targets))
     check_targets(api, targets)
@@ -257,6 +262,13 @@ def write_engine(
         manifest = dataclasses.replace(manifest, engine_sha256=hash_files([beside]))
     files.insert(1, manifest.write(engine))
     return files, manifest
+
+
+def refuse_overwriting_engine(engine: Path, inputs: Sequence[Any]) -> None:
+    """Check that an engine, and what is written beside it, is none of the inputs; what is no path is skipped."""
+    read = [one for one in inputs if isinstance(one, str | os.PathLike)]
+    for written in (engine, manifest_path(engine), engine.with_name(f"{engine.name}.safetensors")):
+        refuse_overwriting(written, read, "engine")
 
 
 def _tensors(count: int, get: Any) -> tuple[Tensor, ...]:

@@ -70,7 +70,9 @@ def export(
 
     from onelora_compile.checkpoint import load_adapter
     from onelora_compile.exporters import export_onnx
+    from onelora_compile.files import refuse_overwriting
 
+    refuse_overwriting(output, [adapter] if adapter else [], "--output")
     model, args, kwargs = _load_target(target)
     if first := adapter or next(iter(bank or ()), None):
         load_adapter(model, first)

@@ -1,4 +1,4 @@
-"""Writing files so that a killed process leaves the old one or the new one, never half of one."""
+"""Writing files so that a killed process leaves the old one or the new one, never half of one, and no input is lost."""
 
 from __future__ import annotations
 
@@ -6,33 +6,85 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from onelora_compile.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows: writers of one name are not kept apart there
+    fcntl = None  # type: ignore[assignment]
+
+PathLike = str | os.PathLike[str]
+_TEMPORARY = ".onelora-"  # short whatever the name of the file is: a name has at most 255 bytes
+
+
+def refuse_overwriting(out: PathLike, inputs: Iterable[PathLike], what: str = "out") -> None:
+    """Check that what a call writes is none of the files that it reads, under whatever name.
+
+    Args:
+        out: what is written.
+        inputs: what is read; what is no file is skipped.
+        what: how the call names `out`.
+
+    Raises:
+        ConfigError: it is one of them, or holds one as a folder.
+    """
+    for one in map(Path, inputs):
+        if not one.exists():
+            continue
+        same = os.path.exists(out) and os.path.samefile(out, one)
+        inside = os.path.isdir(out) and Path(os.path.realpath(out)) in Path(os.path.realpath(one)).parents
+        if same or inside:
+            where = "in that folder" if inside else "the same file"
+            raise ConfigError(f"{what}={str(out)!r} would overwrite the input {one} ({where}): give another name")
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: PathLike, follow: bool = True) -> Iterator[Path]:
     """Yield a new file name beside `path`; what is written there becomes `path` when the block ends well.
 
     If the block raises, nothing is left and an old file at `path` is untouched.
 
+    Args:
+        path: the file.
+        follow: whether a link stays a link, and what it points to is replaced; else the link is replaced.
+
     Raises:
-        OSError: the folder does not exist or can't be written.
+        OSError: the folder does not exist or can't be written, the disk is full; it names `path`.
     """
     path = Path(os.fspath(path))
     check_writable(path)
-    target = path.resolve()  # a link stays a link: what it points to is replaced
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    target = Path(os.path.realpath(path)) if follow else path
+    beside = _beside(target)
+    with naming(path, beside):
+        try:
+            mode = target.stat().st_mode & 0o7777 if target.exists() else _default_mode(beside)
+            yield beside
+            flush(beside)
+            # Whatever wrote the file chose its mode (safetensors: 0600); the user's choice counts.
+            os.chmod(beside, mode)
+            os.replace(beside, target)
+        finally:
+            remove(beside)
+
+
+@contextlib.contextmanager
+def naming(path: Path, *temporary: Path) -> Iterator[None]:
+    """Errors of the operating system about a temporary name, or about none, are errors about `path`."""
     try:
-        mode = target.stat().st_mode & 0o7777 if target.exists() else _default_mode(beside)
-        yield beside
-        flush(beside)
-        # Whatever wrote the file chose its mode (safetensors: 0600); the user's choice counts.
-        os.chmod(beside, mode)
-        os.replace(beside, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            beside.unlink()
+        yield
+    except OSError as error:
+        named = [str(one) for one in (error.filename, error.filename2) if one is not None]
+        if (named or error.errno is None) and not any(one.startswith(str(own)) for one in named for own in temporary):
+            raise
+        raise type(error)(error.errno, f"can't write: {error.strerror}", str(path)) from error
+    except Exception as error:
+        # safetensors has an error of its own for a full disk.
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise OSError(f"can't write {path}: {error}") from error
 
 
 def check_writable(path: Path) -> None:
@@ -50,34 +102,69 @@ def check_writable(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing_folder(path: PathLike) -> Iterator[Path]:
     """Yield a new folder beside `path` that becomes `path` when the block ends well.
 
     If the block raises, nothing is left and an old folder is untouched. An old folder is moved away and then removed:
-    who is killed between the two renames finds it beside, as `.<name>.….old`.
+    who is killed between the two renames finds it beside, as `.onelora-….old`.
 
     Raises:
-        OSError: the folder that holds it does not exist or can't be written.
+        OSError: the folder that holds it does not exist or can't be written; it names `path`.
     """
     path = Path(os.path.abspath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist")
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    beside.mkdir()
+    target = Path(os.path.realpath(path))
+    beside, old = _beside(target), _beside(target, "old")
+    with naming(path, beside, old):
+        beside.mkdir()
+        try:
+            yield beside
+            for file in beside.rglob("*"):
+                if file.is_file():
+                    flush(file)
+            with alone(target.parent):
+                _swap(beside, target, old)
+            if old.exists():
+                shutil.rmtree(old)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    if target.exists():
+        os.replace(target, old)
     try:
-        yield beside
-        for file in beside.rglob("*"):
-            if file.is_file():
-                flush(file)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
-            os.replace(path, old)
-            os.replace(beside, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(beside, path)
+        os.replace(new, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold other processes and threads that use this function off the folder; they wait."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        os.close(descriptor)  # which ends the lock too
+
+
+def remove(path: Path) -> None:
+    """Remove a file if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+
+
+def _beside(path: Path, ending: str = "tmp") -> Path:
+    return path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}.{ending}")
 
 
 def _default_mode(path: Path) -> int:

@@ -1,0 +1,253 @@
+"""No writer writes over what it reads, and clean-up removes nothing that anybody still names."""
+
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile import files
+from onelora_compile.exporters import bundle, convert_adapter, export_onnx, fold_onnx
+from onelora_compile.testing import fill_vectors
+
+X = torch.randn(2, 24)
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+def outputs(path):
+    session = onnxruntime.InferenceSession(path)
+    return session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """base.onnx of a foreign exporter with base.onnx.data, a model of each mode, two adapters, and a script."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+    torch.onnx.export(model, (X,), folder / "base.onnx", dynamo=True, external_data=True, verbose=False)
+    held = onnx.load(folder / "base.onnx")
+    onnx.save(held, folder / "base.onnx", save_as_external_data=True, location="base.onnx.data", size_threshold=0)
+    onelora.adapt(model)
+    for seed, name in enumerate("ab"):
+        onelora.save_adapter(fill_vectors(model, 0.3, seed), folder / f"{name}.safetensors")
+        torch.save(model(X).detach(), folder / f"{name}.pt")
+    for mode in ("input", "load"):
+        export_onnx(model, (X,), folder / f"{mode}.onnx", adapters=mode, progress=False)
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path):
+    shutil.copytree(made, tmp_path / "work")
+    return tmp_path / "work"
+
+
+def link(kind, source, name):
+    place = source.with_name(name)
+    {"symbolic": place.symlink_to, "hard": place.hardlink_to}[kind](source)
+    return place
+
+
+def writers(here):
+    """Every function that reads files and writes one: (call with an output, the inputs it must not touch)."""
+    a, base = here / "a.safetensors", here / "base.onnx"
+
+    def bank(out):
+        torch.manual_seed(0)
+        loaded = onelora.load_adapter(nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16)).eval(), a)
+        export_onnx(loaded, (X,), out, adapters="bank", bank=[a], progress=False)
+
+    return {
+        "fold": (lambda out: fold_onnx(base, a, out, progress=False), [a, here / "base.onnx.data"]),
+        "export": (bank, [a]),
+        "convert": (lambda out: convert_adapter(a, out), [a]),
+        "convert like": (lambda out: convert_adapter(a, out, like=here / "load.onnx"), [a]),
+        "bundle": (
+            lambda out: bundle(here / "input.onnx", out, adapters=[a], selftest=False, progress=False),
+            [a, here / "input.onnx", here],
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["itself", "relative", "symbolic", "hard"])
+@pytest.mark.parametrize("name", ["fold", "export", "convert", "convert like", "bundle"])
+def test_no_writer_takes_an_input_for_its_output(here, name, kind, monkeypatch):
+    write, inputs = writers(here)[name]
+    for source in inputs:
+        if source == here and kind == "hard":
+            continue
+        out = source
+        if kind == "relative":
+            monkeypatch.chdir(here)
+            out = Path("..") / "work" / source.relative_to(here)
+        elif kind != "itself":
+            out = link(kind, source, f"{kind}-{source.name}")
+        before = contents(here)
+        with pytest.raises(onelora.ConfigError, match="would overwrite the input"):
+            write(out)
+        assert contents(here) == before
+
+
+def test_an_engine_is_none_of_its_inputs(here):
+    from onelora_compile.exporters import build_engine, refit_engine
+
+    base, a = here / "base.onnx", here / "a.safetensors"
+    beside = a.rename(here / "m.engine.safetensors")
+    for call in (
+        lambda: build_engine(base, base),
+        lambda: build_engine(base, here / "m.engine", adapter=beside),
+        lambda: build_engine(base, here / "m.engine", timing_cache=base),
+        lambda: refit_engine(here / "m.engine", beside),
+        lambda: refit_engine(here / "m.engine", here / "b.safetensors", out=here / "b.safetensors"),
+    ):
+        before = contents(here)
+        with pytest.raises(onelora.ConfigError, match="would overwrite the input"):
+            call()
+        assert contents(here) == before
+
+
+def fold(here, name, source, out):
+    fold_onnx(here / source, here / f"{name}.safetensors", here / out, progress=False)
+
+
+def right(here, name, path):
+    """Whether the model at `path` is the base with that adapter."""
+    return np.allclose(outputs(here / path), torch.load(here / f"{name}.pt").numpy(), rtol=1e-4, atol=1e-4)
+
+
+def weights(here, start):
+    return sorted(path.name for path in here.iterdir() if path.name.startswith(start) and path.suffix == ".data")
+
+
+def test_weights_of_another_exporter_stay_and_our_own_are_removed_when_nobody_names_them(here):
+    shutil.copy(here / "base.onnx", here / "decoder_with_past.onnx")  # two models, one file of weights
+    base = outputs(here / "base.onnx")
+    fold(here, "a", "base.onnx", "base.onnx")
+    assert "base.onnx.data" in weights(here, "base.onnx")
+    assert right(here, "a", "base.onnx")
+    assert np.array_equal(outputs(here / "decoder_with_past.onnx"), base)
+    for name in "aba":
+        fold(here, name, "decoder_with_past.onnx", "out.onnx")
+        assert right(here, name, "out.onnx")
+        assert len(weights(here, "out.onnx")) == 1
+
+
+def test_a_copy_that_is_folded_over_its_original_keeps_its_weights(here):
+    fold(here, "a", "base.onnx", "model.onnx")
+    shutil.copy(here / "model.onnx", here / "copy.onnx")
+    fold(here, "b", "base.onnx", "model.onnx")
+    assert right(here, "a", "copy.onnx")
+    assert right(here, "b", "model.onnx")
+    assert len(weights(here, "model.onnx")) == 2
+    (here / "copy.onnx").unlink()
+    fold(here, "a", "base.onnx", "model.onnx")
+    assert right(here, "a", "model.onnx")
+
+
+@pytest.mark.parametrize("how", ["threads", "processes"])
+def test_of_several_writers_the_last_one_wins_whole(here, how):
+    if how == "threads":
+        writers = [threading.Thread(target=fold, args=(here, name, "base.onnx", "out.onnx")) for name in "abab"]
+        for one in writers:
+            one.start()
+        for one in writers:
+            one.join()
+    else:
+        program = (
+            "import sys; from onelora_compile.exporters import fold_onnx\n"
+            "for _ in range(5): fold_onnx('base.onnx', sys.argv[1], 'out.onnx', progress=False)"
+        )
+        run = [sys.executable, "-P", "-c", program]
+        children = [subprocess.Popen([*run, f"{name}.safetensors"], cwd=here) for name in "ab"]
+        assert [child.wait() for child in children] == [0, 0]
+    assert any(right(here, name, "out.onnx") for name in "ab")
+    assert len(weights(here, "out.onnx")) == 1
+    assert not list(here.glob(".onelora-*"))
+
+
+def test_a_link_is_replaced_by_the_model_and_what_it_pointed_to_stays(here, tmp_path):
+    store = tmp_path / "store"
+    store.mkdir()
+    fold_onnx(here / "base.onnx", here / "a.safetensors", store / "model.onnx", progress=False)
+    before = contents(store)
+    (here / "model.onnx").symlink_to(store / "model.onnx")
+    fold(here, "b", "base.onnx", "model.onnx")
+    assert contents(store) == before
+    assert not (here / "model.onnx").is_symlink()
+    assert right(here, "b", "model.onnx")
+
+
+@pytest.mark.parametrize("name", ["n" * 250 + ".onnx", "\N{GREEK SMALL LETTER ALPHA}" * 125 + ".onnx"])
+def test_names_may_be_as_long_as_names_may_be(here, name):
+    assert len(name.encode()) == 255
+    for adapter in "ab":
+        fold(here, adapter, "base.onnx", name)
+        assert right(here, adapter, name)
+    onelora.save_adapter(adapted(), here / (name[:-12] + ".safetensors"))
+
+
+def adapted():
+    return onelora.adapt(nn.Sequential(nn.Linear(24, 32)))
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync", "chmod"])
+@pytest.mark.parametrize("name", ["fold", "convert", "bundle"])
+def test_a_failure_at_the_end_leaves_everything_as_it_was_and_names_the_file(here, monkeypatch, call, name):
+    out = here / {"fold": "out.onnx", "convert": "out.onnx_adapter", "bundle": "out"}[name]
+    write, _ = writers(here)[name]
+    if name == "bundle" and call == "chmod":
+        pytest.skip("a folder gets no mode")
+    write(out)
+    before = contents(here)
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, call, fail)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write(out)
+    monkeypatch.undo()
+    assert str(out) in str(caught.value)
+    assert contents(here) == before
+
+
+def test_a_folder_is_replaced_only_if_it_is_a_bundle_and_nothing_else(here):
+    out = here / "out"
+    write, _ = writers(here)["bundle"]
+    out.mkdir()
+    write(out)
+    write(out)
+    (out / "__pycache__").mkdir()
+    write(out)
+    for name, text, message in (
+        ("notes.txt", "mine", "holds what is none of it: notes.txt"),
+        ("manifest.json", '{"name": "app"}', "is no bundle"),
+        ("manifest.json", "[]", "is no bundle"),
+    ):
+        (out / name).write_text(text)
+        before = contents(here)
+        with pytest.raises(onelora.StateError, match=message):
+            write(out)
+        assert contents(here) == before
+        (out / name).unlink()
+        if name == "notes.txt":
+            write(out)
