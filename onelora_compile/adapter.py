@@ -19,7 +19,7 @@ from onelora_compile.target import Target, attach, targets_of
 from onelora_compile.targets import Selection, clean_name, named_modules, select
 from onelora_compile.watch import watch
 
-_STATE = "_onelora_state"
+STATE = "_onelora_state"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -89,7 +89,7 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
         originals = {name: tensors[name].detach().clone() for name in travelling}
         state = AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals)
         state.skipped, state.not_linear = dict(selection.skipped), dict(selection.not_linear)
-        setattr(root, _STATE, state)
+        setattr(root, STATE, state)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         for name in selection.saved:
@@ -133,13 +133,13 @@ def release(root: nn.Module, state: AdapterState) -> None:
         if (flag := state.requires_grad.get(clean_name(name))) is not None:
             parameter.requires_grad_(flag)
     # The mark stays: a model whose vectors were removed on purpose is not adapted again by its next compiled call.
-    setattr(root, _STATE, None)
+    setattr(root, STATE, None)
 
 
 def undo_adapt(root: nn.Module) -> None:
     """As if `adapt` had not been called: `detach`, and the next compiled call adapts the model again."""
     detach(root)
-    delattr(root, _STATE)
+    delattr(root, STATE)
 
 
 def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -233,13 +233,13 @@ def adapted_part(root: nn.Module) -> tuple[str, nn.Module]:
 
     The model itself, named "", where it was given to `adapt`, or where several parts of it were.
     """
-    parts = [(name, module) for name, module in named_modules(root) if vars(module).get(_STATE)]
+    parts = [(name, module) for name, module in named_modules(root) if vars(module).get(STATE)]
     return parts[0] if len(parts) == 1 else ("", root)
 
 
 def was_adapted(root: nn.Module) -> bool:
     """Whether the model or a part of it is adapted, or was until `detach` or `merge`."""
-    return any(is_adapted(module) or _STATE in vars(module) for module in root.modules())
+    return any(is_adapted(module) or STATE in vars(module) for module in root.modules())
 
 
 def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> AdapterState:
@@ -250,7 +250,7 @@ def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> Ada
     """
     state = state_or_none(root)
     if state is None:
-        inside = next((name for name, module in named_modules(root) if vars(module).get(_STATE)), None)
+        inside = next((name for name, module in named_modules(root) if vars(module).get(STATE)), None)
         hint = f"its submodule {inside!r} is: pass that one" if inside else "call onelora.adapt(model) first"
         raise StateError(f"can't {purpose}: this {type(root).__name__} was not given to adapt; {hint}")
     if state.disabled and not allow_disabled:
@@ -260,7 +260,7 @@ def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> Ada
 
 def state_or_none(root: nn.Module) -> AdapterState | None:
     """The state of a model that was given to `adapt`; None for any other."""
-    state = vars(root).get(_STATE)
+    state = vars(root).get(STATE)
     assert state is None or isinstance(state, AdapterState)
     return state
 

@@ -1,39 +1,32 @@
-"""The backend "onelora": match -> (insert) -> share -> fuse -> Inductor.
+"""The backend "onelora": match -> share -> fuse -> Inductor.
 
 A graph of an adapted model holds its rank-1 updates already, since adapted modules call the operator, and its
-vectors are graph inputs.  A model that nobody adapted is adapted here, at its first call; its graph, which Dynamo
-has traced before that, gets the updates by the insert pass.
+vectors are graph inputs.  A model that nobody adapted is adapted at its first call, which is not compiled: see
+`first_call`.
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
 
 from onelora_compile import inductor
-from onelora_compile.adapter import (
-    AdapterState,
-    adapt,
-    adapted_weights,
-    state_or_none,
-    undo_adapt,
-    vectors,
-    was_adapted,
-)
-from onelora_compile.errors import ConfigError, OneLoRAWarning, StateError
-from onelora_compile.layer import VECTOR, OneLoRALayer, vector_name
+from onelora_compile.adapter import STATE, AdapterState, adapted_weights, state_or_none, was_adapted
+from onelora_compile.config import OneLoRAConfig
+from onelora_compile.errors import ConfigError, OneLoRAWarning
+from onelora_compile.first_call import FirstCall
+from onelora_compile.layer import is_adapted
 from onelora_compile.options import BackendOptions
-from onelora_compile.passes.insert_rank1 import insert_rank1, insert_weight
-from onelora_compile.passes.match_linear import LinearSite, is_update, match_linear
+from onelora_compile.passes.match_linear import is_update, match_linear
 from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.run import run_passes
 from onelora_compile.passes.subgraphs import scopes
-from onelora_compile.target import Target, targets_of, vector_key
+from onelora_compile.target import vector_key
 from onelora_compile.targets import ALL_LINEAR, named_modules
-from onelora_compile.text import shortened
 from onelora_compile.watch import constant_inputs
 
 Compiled = Callable[..., Any]
@@ -58,16 +51,15 @@ def onelora_backend(
 
     Raises:
         ConfigError: an unknown option, or a lowering that no linear of the graph can take.
-        TargetError: a model that was not adapted and has nothing to adapt.
         PassError: a pass failed.
     """
     checked = BackendOptions.parse(options)
     compiler = inductor.inner_compiler(checked.inner, mode, checked.inner_options)
     gm = inductor.copy_graph(gm)
-    inserted = _adapt_on_first_call(gm, example_inputs, checked)
+    if (first := _first_call(gm, example_inputs, checked.config)) is not None:
+        return first.run
     _check_forced(run_passes(gm, lowering=checked.lowering), checked.lowering)
-    compiled = compiler(gm, [*example_inputs, *inserted])
-    return (lambda *args: compiled(*args, *inserted)) if inserted else compiled
+    return compiler(gm, example_inputs)
 
 
 def _check_forced(results: Sequence[PassResult], lowering: str | None) -> None:
@@ -87,34 +79,43 @@ def _check_forced(results: Sequence[PassResult], lowering: str | None) -> None:
         )
 
 
-def _adapt_on_first_call(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions
-) -> list[nn.Parameter]:
-    """Adapt the models that the graph reads and that nobody adapted; return the vectors it needs as new inputs."""
+def _first_call(gm: fx.GraphModule, example_inputs: Sequence[Any], config: OneLoRAConfig) -> FirstCall | None:
+    """What adapts the models that the graph reads and that nobody adapted; None where there is none."""
     sources = inductor.frame_roots(gm, example_inputs)
     models = {root: inductor.compiled_module(root) for root in sources}
-    fresh = {root: model for root, model in models.items() if not was_adapted(model)}
-    if any(
-        is_update(node) for graph in gm.modules() if isinstance(graph, fx.GraphModule) for node in graph.graph.nodes
-    ):
-        fresh = {}  # the frame reaches an adapted model through another one
+    # Where something in the graph is adapted, the models beside it are as their user wants them.
+    chosen = any(is_update(node) for scope in scopes(gm) for node in scope.gm.graph.nodes)
+    fresh = {} if chosen else {root: model for root, model in models.items() if not was_adapted(model)}
     if fresh:
-        _refuse_subgraphs(gm)
-    for model in dict.fromkeys(fresh.values()):
-        adapt(model, options.config)
-    try:
-        inserted = [vector for root in fresh for vector in _insert(gm, example_inputs, root, sources[root])]
-    except StateError:
-        for model in dict.fromkeys(fresh.values()):
-            undo_adapt(model)
-        raise
-    for model in dict.fromkeys(fresh.values()):
-        _announce(model)
-    for model in dict.fromkeys(models.values()):
+        return _first_call_of(gm, fresh, sources, config)
+    for root, model in models.items():
+        if not any(map(is_adapted, root.modules())):  # else a fresh model of the same class would run as the base
+            source = sources[root]
+            inductor.guard_identity(inductor.own_attribute(source, STATE) if STATE in vars(root) else source)
         if (state := state_or_none(model)) is not None:
             _note_constant_inputs(gm, example_inputs, state)
             _warn_about_the_rest(gm, example_inputs, model, state)
-    return inserted
+    return None
+
+
+def _first_call_of(
+    gm: fx.GraphModule, fresh: Mapping[nn.Module, nn.Module], sources: Mapping[nn.Module, Any], config: OneLoRAConfig
+) -> FirstCall:
+    """For any fresh model of the class, where the frame is the model's own; else for these very modules, once.
+
+    Were it always the latter, every new model would use up one of Dynamo's recompilations of the class.
+    """
+    models = list(dict.fromkeys(fresh.values()))
+    if list(fresh) == models and len(models) == 1:
+        if (find := inductor.valid_without(sources[models[0]], STATE)) is not None:
+            return FirstCall(gm, models, config, _note_constant_inputs, lambda: [find()], lambda: None)
+    withdraw = inductor.valid_once({root: sources[root] for root in fresh})
+    refs = [weakref.ref(model) for model in models]  # Dynamo keeps the graph as long as the code of the class
+
+    def present() -> list[nn.Module]:
+        return [model for ref in refs if (model := ref()) is not None]
+
+    return FirstCall(gm, models, config, _note_constant_inputs, present, withdraw)
 
 
 def _note_constant_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], state: AdapterState) -> None:
@@ -124,61 +125,10 @@ def _note_constant_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], sta
     state.constant |= set(constant_inputs(sites, values.get))
 
 
-def _insert(gm: fx.GraphModule, example_inputs: Sequence[Any], root: nn.Module, source: Any) -> list[nn.Parameter]:
-    """Insert the updates of the weights that the graph uses under `root`; return their vectors in order."""
-    names = {module: name for name, module in root.named_modules()}
-    modules = {id(module): module for module in names}
-
-    def name_of(site: LinearSite) -> str:
-        # By the module that makes the call, not by the weight: weights can be shared, and a weight that another
-        # module reads directly is not adapted there in eager either.
-        module = inductor.calling_module(site.node, modules)
-        return names[module] if isinstance(module, OneLoRALayer) else ""
-
-    values = {name: module.onelora_vector for module, name in names.items() if isinstance(module, OneLoRALayer)}
-    _, inputs = insert_rank1(gm, values, name_of)
-    found = [(name, VECTOR, values[name]) for name in inputs]
-    held = _parameter_inputs(gm, example_inputs)
-    for module, name in names.items():
-        for target in targets_of(module) if not isinstance(module, OneLoRALayer) else ():
-            if (node := held.get(id(target.weight))) is not None and node.users:
-                _refuse_shared(root, target)
-                insert_weight(gm, node, target.vector, target.dims)
-                found.append((name, vector_name(target.parameter), target.vector))
-    inductor.mark_new_inputs(gm)
-    for name, own, _ in found:
-        inductor.guard_vector(source, name, own)
-    return [vector for _, _, vector in found]
-
-
 def _parameter_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, fx.Node]:
     """The graph inputs that are parameters, by the identity of the parameter."""
     pairs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
     return {id(value): node for node, value in pairs if isinstance(value, nn.Parameter)}
-
-
-def _refuse_subgraphs(gm: fx.GraphModule) -> None:
-    """The insert pass adds graph inputs, which a subgraph of a higher-order op can't simply get."""
-    for name, inner in gm.named_modules():
-        if inner is not gm and isinstance(inner, fx.GraphModule) and match_linear(inner):
-            raise StateError(
-                f"the first graph has linears inside a higher-order op ({name}; activation checkpointing, torch.cond), "
-                "where backend 'onelora' can't adapt a model at its first call: call onelora.adapt(model) before"
-            )
-
-
-def _refuse_shared(root: nn.Module, target: Target) -> None:
-    """In the graph a shared weight is one input: which of its uses go through the adapted module can't be told."""
-    holders = [name for name, module in root.named_modules() if any(p is target.weight for p in _own(module))]
-    if len(holders) > 1:
-        raise StateError(
-            f"{target.parameter!r} is shared by {holders} and read directly: backend 'onelora' can't adapt it at the "
-            "first call: call onelora.adapt(model) before"
-        )
-
-
-def _own(module: nn.Module) -> list[Any]:
-    return list(module._parameters.values())
 
 
 def _warn_about_the_rest(
@@ -211,16 +161,3 @@ def _warn_about_the_rest(
             OneLoRAWarning,
             stacklevel=2,
         )
-
-
-def _announce(root: nn.Module) -> None:
-    adapted = vectors(root)
-    entries = sum(vector.numel() for vector in adapted.values())
-    warnings.warn(
-        f"backend 'onelora' adapted {len(adapted)} linears of {type(root).__name__} ({entries} trainable numbers: "
-        f"{shortened(adapted, 6)}) and froze everything else. Build the optimizer from "
-        "onelora.trainable_parameters(model) now; "
-        "call onelora.adapt(model, config) before torch.compile to choose the layers and to be rid of this warning",
-        OneLoRAWarning,
-        stacklevel=2,
-    )

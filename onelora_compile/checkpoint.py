@@ -32,8 +32,10 @@ from onelora_compile.adapter import (
     release,
     saved_tensors,
     state_of,
+    undo_adapt,
     unwrap,
     vectors,
+    was_adapted,
 )
 from onelora_compile.config import OneLoRAConfig
 from onelora_compile.distributed import together, whole, write_whole
@@ -154,14 +156,16 @@ def load_adapter(model: Model, path: PathLike) -> Model:
     """
     root = unwrap(model)
     file = read_adapter(path)
-    fresh = not adapted_weights(root)
+    fresh, new = not adapted_weights(root), not was_adapted(root)
     if fresh:
         refuse_sharded(root, "adapt", "load the adapter before fully_shard")
     state = attach_like(root, file, path) if fresh else state_of(root, "load")
     try:
         _check_fits(root, state, file, path)
     except Exception:
-        if fresh:
+        if new:
+            undo_adapt(root)  # a compiled call adapts it still
+        elif fresh:
             release(root, state)
         raise
     current: dict[str, Tensor] = {**vectors(root), **saved_tensors(root, state)}

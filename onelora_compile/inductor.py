@@ -14,16 +14,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 
-from onelora_compile.errors import ConfigError
+from onelora_compile.errors import ConfigError, StateError
 
 Compiler = Callable[..., Any]  # (graph, example inputs) -> compiled function
+
+_TOKEN = "_onelora_first_call"  # attribute of a module
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -45,13 +49,6 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
         if isinstance(inner := getattr(copy, str(node.target), None), fx.GraphModule):
             setattr(copy, str(node.target), copy_graph(inner))
     return copy
-
-
-def mark_new_inputs(gm: fx.GraphModule) -> None:
-    """Tell AOTAutograd that inputs which a pass added have no source in the user's frame."""
-    for node in gm.graph.find_nodes(op="placeholder"):
-        if not hasattr(node, "_dynamo_source"):
-            node._dynamo_source = None
 
 
 def break_reason(gm: fx.GraphModule) -> str:
@@ -103,30 +100,83 @@ def compiled_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def calling_module(node: fx.Node, modules: Mapping[int, nn.Module]) -> nn.Module | None:
-    """The innermost module whose forward made the node; `modules` are the candidates by `id`.
+def calling_modules(node: fx.Node) -> list[str]:
+    """The modules whose forward made the node, outermost first, each as its `id` in digits.
 
     Source: `torch/_dynamo/variables/nn_module.py::record_nn_module_stack`, keys `<id>` or `<id>@<call>`.
     """
-    keys = list(node.meta.get("nn_module_stack") or {})
-    number = keys[-1].partition("@")[0] if keys else ""
-    return modules.get(int(number)) if number.isdecimal() else None
+    return [str(key).partition("@")[0] for key in node.meta.get("nn_module_stack") or {}]
 
 
-def guard_vector(root_source: Any, name: str, vector: str) -> None:
-    """Make the graph that is being compiled valid only for this very parameter of the module `name` under the root.
+class FirstCallToken:
+    """Lies in a module as long as a graph that may run once is valid."""
 
-    A graph that got its vectors by insertion holds them itself; a copy of the model, or another one of the same
-    class, must not run it.  The graph keeps the vector alive, so its identity can't be taken over by another.
+
+def valid_once(sources: Mapping[nn.Module, Any]) -> Callable[[], None]:
+    """Make the graph that is being compiled valid for these very modules, until the function returned is called.
+
+    Args:
+        sources: modules that the frame reaches, with their sources.
+    """
+    for root, source in sources.items():
+        vars(root).setdefault(_TOKEN, FirstCallToken())
+        guard_identity(own_attribute(source, _TOKEN))
+    roots = [weakref.ref(root) for root in sources]
+
+    def withdraw() -> None:
+        for ref in roots:
+            if (root := ref()) is not None:
+                vars(root).pop(_TOKEN, None)
+
+    return withdraw
+
+
+def valid_without(source: Any, attribute: str) -> Callable[[], nn.Module] | None:
+    """Make the graph that is being compiled valid for any module in this place that lacks an attribute.
+
+    Returns:
+        What finds the module that the graph is called for, from inside that call; None if it is not an argument or a
+        free variable of the frame, and nothing was done.
     """
     from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import LocalSource
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    if not isinstance(source, LocalSource):
+        return None
+    absent = functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=attribute)
+    install_guard(source.make_guard(absent))
+    code = InstructionTranslator.current_tx().output.root_tx.f_code
+    captured, name = (code.co_filename, code.co_firstlineno, code.co_name), source.local_name
+
+    def find() -> nn.Module:
+        # Dynamo's code of the frame has the name and the arguments of the user's.
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            code = frame.f_code
+            if (code.co_filename, code.co_firstlineno, code.co_name) == captured and name in frame.f_locals:
+                return frame.f_locals[name]
+            frame = frame.f_back
+        raise StateError(
+            f"backend 'onelora' does not find the model that {captured[2]} in {captured[0]} was called for: call "
+            "onelora.adapt(model) before"
+        )
+
+    return find
+
+
+def guard_identity(source: Any) -> None:
+    """Make the graph that is being compiled valid only for this very object."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def own_attribute(source: Any, name: str) -> Any:
+    """The source of what a module holds under a name that its class and `nn.Module` know nothing of."""
     from torch._dynamo.source import AttrSource, DictGetItemSource
 
-    source = root_source
-    for part in name.split(".") if name else []:
-        source = DictGetItemSource(AttrSource(source, "_modules"), part)
-    source = DictGetItemSource(AttrSource(source, "_parameters"), vector)
-    install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+    return DictGetItemSource(AttrSource(source, "__dict__"), name)
 
 
 @contextlib.contextmanager

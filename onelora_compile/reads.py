@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from onelora_compile.kinds import is_plain
+from onelora_compile.kinds import is_conv1d, is_linear, is_plain
 from onelora_compile.passes.match_linear import match_linear
 from onelora_compile.passes.other_uses import other_uses
 from onelora_compile.passes.weight_chain import input_axes, run_of_shapes
@@ -73,7 +73,22 @@ def direct_reads(model: nn.Module, called: Container[nn.Module] = ()) -> list[Re
                 found[key] = read
             elif None not in (known.dims, read.dims) and known.dims != read.dims:
                 found[key] = dataclasses.replace(known, dims=None, why=BOTH_WAYS)
-    return list(found.values())
+    return [*found.values(), *_by_other_names(model, found)]
+
+
+def _by_other_names(model: nn.Module, found: dict[tuple[nn.Module, str], Read]) -> Iterator[Read]:
+    """The same reads of what shares a weight: a trace tells which parameter was read, not through which module.
+
+    An embedding does not change with the linear that it shares its weight with, so what is read there stays.
+    """
+    reads = {id(read.module._parameters[read.parameter]): read for read in found.values()}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if (read := reads.get(id(weight))) is None or (module, name) in found:
+                continue
+            as_called = not is_linear(module) or read.dims in (None, (0,) if is_conv1d(module) else (1,))
+            if as_called and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                yield dataclasses.replace(read, module=module, parameter=name)
 
 
 def _reads_of(module: nn.Module) -> Iterator[Read]:

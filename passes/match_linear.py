@@ -142,9 +142,17 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^[LG]\['[^']*'\]", "", path)  # Dynamo starts at a local or global variable
-    path = re.sub(r"\._modules\['([^']*)'\]", r".\1", path)
+    return plain_path(str(list(stack.values())[-1][0]))
+
+
+def plain_path(text: str) -> str:
+    """The qualified name that an expression of Dynamo reaches a module or a parameter by.
+
+    >>> plain_path("L['self']._modules['fc']._parameters['weight']")
+    'fc.weight'
+    """
+    path = re.sub(r"^[LG]\['[^']*'\]", "", text)  # Dynamo starts at a local or global variable
+    path = re.sub(r"\._(?:modules|parameters)\['([^']*)'\]", r".\1", path)
     path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
     return ".".join(part for part in path.split(".") if part and part != "_orig_mod")
 

@@ -1,0 +1,294 @@
+"""The first call of a compiled model that nobody adapted: models whose graph is hard to adapt, and for whom a graph is
+valid.  What must hold for all of them is `paths.check_model`."""
+
+import copy
+import gc
+
+import paths
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import onelora_compile as onelora
+from onelora_compile.testing import fill_vectors, merged_copy, perturb_norms
+
+INSERTED, AS_IT_IS = "inserted", "as it is"
+
+
+class Attention(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention, self.fc = nn.MultiheadAttention(8, 2, batch_first=True, **options), nn.Linear(8, 8)
+
+    def forward(self, x, mask=None):
+        k, v = x[..., : self.attention.kdim], x[..., : self.attention.vdim]
+        return self.fc(self.attention(x, k, v, attn_mask=mask, need_weights=False)[0])
+
+
+class Default(nn.Linear):
+    def forward(self, x, scale=1.0):
+        return super().forward(x * scale)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant=False):
+        super().__init__()
+        self.a, self.b, self.w = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8) / 3)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+    def forward(self, x):
+        x = checkpoint(self.block, self.a(x), use_reentrant=False)
+        return self.b(checkpoint(lambda y: F.linear(y, self.w).tanh(), x, use_reentrant=False))
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.c(torch.cond(x.sum() > 0, lambda y: self.a(y).sin(), lambda y: self.b(y).cos(), (x,)))
+
+
+class Shared(nn.Module):
+    """Two linears with one weight, which is read too: in the graph it is one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.a(x) + F.linear(x, self.b.weight)
+
+
+class Tied(nn.Module):
+    """A weight that an embedding and a linear have in common, and two linears with one weight, all called."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.a, self.b = nn.Embedding(9, 8), nn.Linear(8, 9), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.up.weight, self.b.weight = self.embed.weight, self.a.weight
+
+    def forward(self, ids):
+        return self.up(self.b(torch.tanh(self.a(self.embed(ids)))))
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Parameter(torch.randn(24, 8) / 3), nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x):
+        q, k, v = F.linear(x, self.qkv).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v) @ self.out
+
+
+class Stacked(nn.Module):
+    """Every weight is a slice of one parameter, used as it is and transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 8, 8) / 3)
+
+    def forward(self, x):
+        for one in self.w.unbind(0):
+            x = torch.tanh(x @ one.t())
+        return x
+
+
+class Hooked(zoo.MLP):
+    def __init__(self):
+        super().__init__()
+        self.a.register_forward_hook(lambda module, args, y: y * 2)
+        self.b.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+
+
+def normed(chain):
+    return nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 7), nn.Linear(7, 5)) if chain else zoo.MLP()
+
+
+X = (3, 4, 8)
+# name -> (model, inputs, which way the first call goes, and whether train, where that decides)
+HARD = {
+    "chain": (lambda: normed(True), lambda: {"input": torch.randn(X)}, INSERTED),
+    "attention": (Attention, lambda: {"x": torch.randn(X)}, INSERTED),
+    "attention_with_other_widths": (lambda: Attention(kdim=6, vdim=4), lambda: {"x": torch.randn(X)}, INSERTED),
+    "encoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2),
+        lambda: {"src": torch.randn(X)},
+        INSERTED,
+    ),
+    "transformer": (
+        lambda: nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True),
+        lambda: {"src": torch.randn(X), "tgt": torch.randn(3, 2, 8)},
+        INSERTED,
+    ),
+    "default_argument": (
+        lambda: nn.Sequential(Default(8, 8), nn.ReLU(), Default(8, 3)),
+        lambda: {"input": torch.randn(X)},
+        INSERTED,
+    ),
+    "checkpointed": (Checkpointed, lambda: {"x": torch.randn(X)}, INSERTED),
+    "branches": (Branches, lambda: {"x": torch.randn(X)}, INSERTED),
+    "shared_and_read": (Shared, lambda: {"x": torch.randn(X)}, AS_IT_IS),
+    "tied": (Tied, lambda: {"ids": torch.arange(7)}, INSERTED),
+    "packed": (Packed, lambda: {"x": torch.randn(X)}, INSERTED),
+    "stacked": (Stacked, lambda: {"x": torch.randn(X)}, INSERTED),
+    "hooked": (Hooked, lambda: {"x": torch.randn(5, 8)}, INSERTED),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", HARD)
+def test_the_first_call_of(name, train, grad):
+    make, inputs, way = HARD[name]
+    torch.manual_seed(0)
+    as_it_is = paths.check_model(make().train(train), inputs(), grad, scale=0.3)
+    if grad:
+        assert as_it_is == (way == AS_IT_IS)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_as_it_is_says_so_and_the_first_backward_does_not_fail(frozen):
+    model = Shared()
+    if frozen:
+        model.requires_grad_(False)
+    fast, _ = paths.compiled(model)
+    x = torch.randn(2, 8, requires_grad=True)
+    out, (message,) = paths.first_call(lambda: fast(x))
+    assert "run as it is" in message
+    assert "the weight is shared" in message
+    out.sum().backward()
+    assert x.grad is not None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_adapted_model_runs_through_a_frame_it_shares_with_a_fresh_one():
+    """Graph breaks: parts without a linear are captured too, and their graphs are of the base and the adapted model."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.norm(x)
+            torch._dynamo.graph_break()
+            return self.fc(x)
+
+    model = perturb_norms(nn.Sequential(Part(), Part()))
+    paths.check_model(model, {"input": torch.randn(3, 8)}, True, scale=0.3)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["alive", "dead"])
+def test_twenty_models_of_a_class_share_their_graphs(kept):
+    graphs, models = paths.Graphs(), []
+    x = torch.randn(5, 8)
+    for seed in range(20):
+        model = zoo.MLP()
+        base = model(x)
+        fast = torch.compile(model, backend="onelora", fullgraph=True, options={"inner": graphs})
+        out, messages = paths.first_call(lambda fast=fast: fast(x))
+        assert torch.equal(out, base)
+        assert len(messages) == 1
+        fill_vectors(model, 0.5, seed)
+        torch.testing.assert_close(fast(x), merged_copy(model)(x))
+        models += [(model, fast)] if kept else []
+        del model, fast
+        gc.collect()
+    assert len(graphs.graphs) == 1
+    for model, fast in models:  # each with its own vectors
+        torch.testing.assert_close(fast(x), merged_copy(model)(x))
+
+
+@pytest.mark.parametrize("how", ["detach", "merge"])
+@pytest.mark.parametrize("compiled_by", ["model", "step"])
+def test_a_fresh_model_is_adapted_after_another_of_its_class_was_detached(how, compiled_by):
+    graphs, x = paths.Graphs(), torch.randn(5, 8)
+
+    def compiled(model):
+        if compiled_by == "model":
+            return torch.compile(model, backend="onelora", options={"inner": graphs})
+        return torch.compile(step, backend="onelora", options={"inner": graphs})
+
+    def step(x):
+        return model(x) * 2
+
+    model = zoo.MLP()
+    fill_vectors(onelora.adapt(model), 0.5)
+    getattr(onelora, how)(model)
+    out, messages = paths.first_call(lambda: compiled(model)(x))
+    assert messages == []
+    torch.testing.assert_close(out, model(x) if compiled_by == "model" else model(x) * 2)
+    model = zoo.MLP()
+    _, messages = paths.first_call(lambda: compiled(model)(x))
+    assert len(messages) == 1
+    assert len(onelora.vectors(model)) == 3
+
+
+def test_a_refused_file_leaves_a_model_that_its_first_call_adapts(tmp_path):
+    other = fill_vectors(onelora.adapt(zoo.MLP()))
+    onelora.save_adapter(other, tmp_path / "a.safetensors")
+    model = zoo.MLP()
+    with torch.no_grad():
+        model.a.weight += 1
+    with pytest.raises(onelora.BaseMismatchError):
+        onelora.load_adapter(model, tmp_path / "a.safetensors")
+    fast, _ = paths.compiled(model)
+    _, messages = paths.first_call(lambda: fast(torch.randn(5, 8)))
+    assert len(messages) == 1
+    assert len(onelora.vectors(model)) == 3
+    onelora.detach(model)  # on purpose: a refused file does not undo that
+    with pytest.raises(onelora.BaseMismatchError):
+        onelora.load_adapter(model, tmp_path / "a.safetensors")
+    paths.first_call(lambda: fast(torch.randn(5, 8)))
+    assert onelora.vectors(model) == {}
+
+
+def test_a_first_call_that_fails_leaves_the_model_as_it_was():
+    class Fails(zoo.MLP):
+        def forward(self, x):
+            y = super().forward(x)
+            torch._assert_async((x >= 0).all(), "negative")
+            return y
+
+    model = Fails()
+    state = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    fast, _ = paths.compiled(model)
+    with pytest.raises(RuntimeError, match="negative"):
+        fast(-torch.ones(5, 8))
+    assert onelora.vectors(model) == {}
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == state
+    assert type(model.a) is nn.Linear
+    x = torch.ones(5, 8)
+    _, messages = paths.first_call(lambda: fast(x))
+    assert len(messages) == 1
+    fill_vectors(model, 0.5)
+    torch.testing.assert_close(fast(x), merged_copy(model)(x))
+    copy.deepcopy(model)
+
+
+def test_two_models_in_one_step_have_their_own_vectors():
+    first, second = zoo.MLP(), zoo.MLP()
+
+    def step(x):
+        return first(x) + second(x) ** 2
+
+    x = torch.randn(5, 8)
+    graphs = paths.Graphs()
+    fast = torch.compile(step, backend="onelora", options={"inner": graphs})
+    expected = step(x)
+    out, messages = paths.first_call(lambda: fast(x))
+    assert len(messages) == 2
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    for model, seed in ((first, 1), (second, 2)):
+        assert all(vector.grad.any() for vector in onelora.vectors(model).values())
+        fill_vectors(model, 0.5, seed)
+    torch.testing.assert_close(fast(x), merged_copy(first)(x) + merged_copy(second)(x) ** 2)
+    assert len(graphs.graphs) == 1
