@@ -29,8 +29,15 @@ class Attention(nn.Module):
 
 
 class Default(nn.Linear):
+    def forward(self, x, name="plain"):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Scaled(nn.Linear):
+    """Not W x + c: adapted by its output alone."""
+
     def forward(self, x, scale=1.0):
-        return super().forward(x * scale)
+        return super().forward(x * scale).relu()
 
 
 class Checkpointed(nn.Module):
@@ -151,6 +158,23 @@ def test_the_first_call_of(name, train, grad):
     as_it_is = paths.check_model(make().train(train), inputs(), grad, scale=0.3)
     if grad:
         assert as_it_is == (way == AS_IT_IS)
+
+
+def test_a_module_that_is_adapted_by_its_output():
+    model = nn.Sequential(Scaled(8, 8), Default(8, 3))
+    base = copy.deepcopy(model)
+    fast, graphs = paths.compiled(model)
+    x = torch.randn(5, 8)
+    out, (message,) = paths.first_call(lambda: fast(x))
+    assert torch.equal(out, base(x))
+    assert "0: Scaled is adapted by its output" in message
+    fill_vectors(model, 0.5)
+    first, second = onelora.vectors(model).values()
+    hidden = base[0](x) + x.sum(-1, keepdim=True) * first
+    expected = base[1](hidden) + hidden.sum(-1, keepdim=True) * second
+    torch.testing.assert_close(fast(x), expected)
+    torch.testing.assert_close(model(x), expected)
+    assert len(graphs.graphs) == 1
 
 
 @pytest.mark.parametrize("frozen", [True, False])
