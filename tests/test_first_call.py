@@ -29,7 +29,7 @@ class Attention(nn.Module):
 
 
 class Default(nn.Linear):
-    def forward(self, x, name="plain"):
+    def forward(self, x, scale=1.0):  # has no LoRA to scale, as in older releases of diffusers
         return F.linear(x, self.weight, self.bias)
 
 
