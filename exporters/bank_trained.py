@@ -135,7 +135,7 @@ class _Site:
         if value not in self.made:
             if shape is None or value.shape is None:
                 return value
-            sizes = self.owner.lowering.constant(*shape(tuple(int(size) for size in value.shape)))
+            sizes = self.owner.lowering.constant(*shape(value.shape.numpy()))
             return self.op("Reshape", value, sizes)
         table = self.owner.table(value, self.made[value])
         own = table.shape[1:]
@@ -200,7 +200,7 @@ def _norm(site: _Site) -> onnx_ir.Value:
     """The norm without its parameters, and these after it."""
     scale = site.node.inputs[1]
     assert scale is not None
-    shape = [int(size) for size in (scale.shape or ())]
+    shape = scale.shape.numpy() if scale.shape is not None else ()
     assert site.x.dtype is not None
     ones = site.ir.tensor(np.ones(shape, np.float32).astype(site.x.dtype.numpy()), name=f"{site.name}.ones")
     held = site.owner.lowering.graph.initializers.get(f"{site.name}.ones")

@@ -94,7 +94,7 @@ def fold_onnx(
     held = Metadata.from_props(model.metadata_props, str(base))
     weights = [value.const_value for value in model.graph.initializers.values() if _external(value)]
     read = [] if isinstance(adapter, AdapterFile) else [adapter]
-    refuse_overwriting(out, [*read, *(tensor.path for tensor in weights if tensor is not None)])
+    refuse_overwriting(out, [*read, *(path for one in weights if (path := getattr(one, "path", None)))])
     try:
         strip_vectors(model, held, str(base))
         external = any(_external(value) for value in model.graph.initializers.values())
@@ -153,7 +153,7 @@ def _metadata(
     """What the folded model says; a model that was folded before goes on to say so."""
     values = {one: float32(file.tensors[one]) for one in put}
     folded = before if before.mode == "fold" else Metadata()
-    names = (name,) if name else ()
+    names: tuple[str, ...] = (name,) if name else ()
     if folded.mode == "fold":
         names = (*(folded.adapters or ("unnamed",)), name or "unnamed")
     return Metadata(

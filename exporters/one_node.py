@@ -162,7 +162,9 @@ def _take_place(ir: Any, node: onnx_ir.Node, old: onnx_ir.Value, new: onnx_ir.Va
         same = ir.node("Identity", [new])
         node.graph.insert_before(node, same)  # type: ignore[union-attr]
         new = same.outputs[0]
-    new.dtype, new.shape = old.dtype or new.dtype, old.shape or new.shape
+    new.shape = old.shape or new.shape
+    if old.dtype is not None:
+        new.dtype = old.dtype
     if old.is_graph_output():
         new.name, old.name = old.name, f"{old.name}_replaced"
     old.replace_all_uses_with(new, replace_graph_outputs=True)

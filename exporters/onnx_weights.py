@@ -139,7 +139,7 @@ def _matrix(shape: tuple[Any, ...]) -> tuple[int, int] | None:
         shape = shape[:-1]
     while len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
-    return shape if len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape) else None  # type: ignore[return-value]
+    return shape if len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape) else None
 
 
 def _computed(model: onnx_ir.Model, constants: Constants, stored: set[onnx_ir.Value]) -> Iterator[Weight]:

@@ -23,7 +23,7 @@ _ONLY_TINY_FLOATS = ("saturate", "round_mode")  # say how to cast to a float8: n
 
 
 @functools.cache
-def schema_of(op_type: str, opset: int) -> Any | None:
+def schema_of(op_type: str, opset: int) -> Any:
     """The schema that an operator has in an opset, None if it has none."""
     defs = require("onnx.defs", "onnx", "lower the opset of a model")
     try:

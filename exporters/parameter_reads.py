@@ -77,7 +77,7 @@ class ParameterReads:
         """How a constant can hold the parameter: as it is (False), transposed (True), or either."""
         assert value.const_value is not None
         own = [size for size in self.parameters[name].shape if size != 1]
-        held = [int(size) for size in value.const_value.shape if size != 1]
+        held = [size for size in value.const_value.shape.numpy() if size != 1]
         turns = (False, True) if len(own) == 2 else (False,)
         return [turn for turn in turns if held == (own[::-1] if turn else own)]
 

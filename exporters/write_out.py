@@ -73,7 +73,7 @@ def write_out_gelu(node: onnx_ir.Node) -> None:
     Leaves it alone where that is not known.
     """
     made, x = Before(node), node.inputs[0]
-    known = node.outputs[0].dtype or (x and x.dtype)
+    known = node.outputs[0].dtype or (x.dtype if x is not None else None)
     if known is None:
         return
     dtype = known.numpy()

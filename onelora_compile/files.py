@@ -6,15 +6,14 @@ import contextlib
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from onelora_compile.errors import ConfigError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows: writers of one name are not kept apart there
-    fcntl = None  # type: ignore[assignment]
 
 PathLike = str | os.PathLike[str]
 _TEMPORARY = ".onelora-"  # short whatever the name of the file is: a name has at most 255 bytes
@@ -145,7 +144,7 @@ def _swap(new: Path, target: Path, old: Path) -> None:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold other processes and threads that use this function off the folder; they wait."""
-    if fcntl is None:
+    if sys.platform == "win32":  # writers of one name are not kept apart there
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)

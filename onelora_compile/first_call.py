@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from onelora_compile import inductor
 from onelora_compile.adapter import AdapterState, adapt, adapted_weights, state_of, undo_adapt, vectors, was_adapted
@@ -87,9 +87,8 @@ class FirstCall:
                     if not was_adapted(model):
                         adapt(model, self.config)
                         adapted.append(model)
-                if len(adapted) == len(models) and not torch.is_grad_enabled():
-                    gm, inserted, reasons = self.gm, [], []  # nothing to train, and the base's bits
-                else:
+                gm, inserted, reasons = self.gm, list[nn.Parameter](), list[str]()
+                if torch.is_grad_enabled() or len(adapted) < len(models):  # else the base's bits, nothing to train
                     gm, inserted, reasons = insert_updates(self.gm, args, models)
                 with _as_before(models if gm is self.gm else ()):
                     result = gm(*args, *inserted)
@@ -213,9 +212,13 @@ def _all_calls(
 def _computes_one_linear(target: Target) -> bool:
     """Whether a call of the module is one linear op of its weight, and nothing behind it but a reshape."""
     module = target.module
-    base = getattr(module, "_onelora_base", type(module))
-    plain = base.forward is nn.Linear.forward or is_conv1d(module)
+    plain = _kind(target).forward is nn.Linear.forward or is_conv1d(module)
     return target.called and plain and "forward" not in vars(module) and isinstance(module, OneLoRALayer)
+
+
+def _kind(target: Target) -> Any:
+    """The module's own class."""
+    return getattr(target.module, "_onelora_base", type(target.module))
 
 
 def _without_weight(gm: fx.GraphModule, models: Sequence[nn.Module], modules: Mapping[Any, nn.Module]) -> list[str]:
@@ -227,7 +230,7 @@ def _without_weight(gm: fx.GraphModule, models: Sequence[nn.Module], modules: Ma
         for caller in node.meta.get(_CALLERS, ())
     }
     return [
-        f"{name or 'the model itself'}: {target.module._onelora_base.__name__} is adapted by its output alone"
+        f"{name or 'the model itself'}: {_kind(target).__name__} is adapted by its output alone"
         for name, target in _targets(models)
         if target.weight is None and target.module in called
     ]
@@ -236,19 +239,20 @@ def _without_weight(gm: fx.GraphModule, models: Sequence[nn.Module], modules: Ma
 @contextlib.contextmanager
 def _as_before(models: Sequence[nn.Module]) -> Iterator[None]:
     """Models whose graph runs without the vectors: the base trainable as it was, so that a backward has a way to go."""
-    changed: list[tuple[Tensor, bool]] = []
     for model in models:
-        state = state_of(model, "compile")
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            flag = state.requires_grad.get(clean_name(name), parameter.requires_grad)
-            if parameter.requires_grad != flag:
-                changed.append((parameter, parameter.requires_grad))
-                parameter.requires_grad_(flag)
         if any(vector.any() for vector in vectors(model).values()):
             raise StateError(
                 f"{type(model).__name__} was adapted and trained by another thread while its first call was captured: "
                 "call it again"
             )
+    changed: list[tuple[nn.Parameter, bool]] = []
+    for model in models:
+        before = state_of(model, "compile").requires_grad
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            flag = before.get(clean_name(name), parameter.requires_grad)
+            if parameter.requires_grad != flag:
+                changed.append((parameter, parameter.requires_grad))
+                parameter.requires_grad_(flag)
     try:
         yield
     finally:

@@ -36,6 +36,7 @@ def merged_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     for target in adapted_weights(twin).values():
         weight = target.weight
         assert weight is not None
+        assert target.dims
         update = target.vector.detach().double()
         for dim in target.dims:  # ascending: each unsqueeze puts back one input axis
             update = update.unsqueeze(dim)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Undo = Callable[[], None]
+Undo = Callable[[], Any]
 # Globals that Dynamo puts beside a function that it compiles, and takes away with the graph.
 _OF_DYNAMO = re.compile(r"__(?!warningregistry)|.*_c\d+$")
 _LARGEST = 64 * 2**20  # bytes of a numpy array that is copied

@@ -36,7 +36,7 @@ _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "onelora_compile"}
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout}
 _PLAIN = {dict, list, set, tuple, frozenset, collections.OrderedDict, collections.deque}
 _NOT_ENTERED = (logging.Logger, torch.fx.Graph)
-_ITERATORS = (itertools.count, itertools.cycle, type(iter([])))
+_ITERATORS: tuple[Any, ...] = (itertools.count, itertools.cycle, type(iter([])))
 _CACHED: Any = type(functools.lru_cache(lambda: None))
 
 
@@ -188,7 +188,7 @@ class Kept:
         if not issubclass(kind, _NOT_ENTERED):
             with contextlib.suppress(AttributeError, TypeError):
                 self._left.append(object.__getattribute__(value, "__dict__"))
-            for slot in _slots(kind):
+            for slot in _slots(kind):  # type: ignore[arg-type]  # classes are hashable
                 with contextlib.suppress(AttributeError):  # not set
                     content = slot.__get__(value)
                     self._undo.append(functools.partial(slot.__set__, value, content))

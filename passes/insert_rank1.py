@@ -139,7 +139,7 @@ def _why_not(site: LinearSite, name: str, vectors: Mapping[str, Tensor]) -> str 
 def _takes_stored_weight(site: LinearSite, vector: Tensor) -> bool:
     """Whether the op is x W, in either layout, of the weight as it is stored, and nothing scales it."""
     stored = site.chain is None or not site.chain.nodes
-    scaled = len(site.node.args) > 3 or any(site.node.kwargs.get(key, 1) != 1 for key in ("alpha", "beta"))
+    scaled = site.fixed or isinstance(site.alpha, fx.Node) or site.alpha != 1
     return site.kind in ("module", "linear", "matmul") and stored and vector.ndim == 1 and not scaled
 
 

@@ -101,10 +101,25 @@ def match_linear(gm: fx.GraphModule, parameters: Container[fx.Node] = ()) -> lis
         if (use := use_of(gm, node, chains)) is None:
             continue
         chain = chains.get(use.weight) if use.weight is not None else None
-        sizes = _sizes(gm, node, use)
-        found = (chain, updates.get(node), module_path(node), *sizes, source_line(node))
-        what = (use.kind, use.x, use.weight, use.axes)
-        sites.append(LinearSite(node, *what, *found, use.alpha, use.fixed, use.labels))
+        columns, rows = _sizes(gm, node, use)
+        sites.append(
+            LinearSite(
+                node=node,
+                kind=use.kind,
+                x=use.x,
+                weight=use.weight,
+                axes=use.axes,
+                chain=chain,
+                update=updates.get(node),
+                module=module_path(node),
+                in_features=columns,
+                out_features=rows,
+                source=source_line(node),
+                alpha=use.alpha,
+                fixed=use.fixed,
+                labels=use.labels,
+            )
+        )
     return sites
 
 

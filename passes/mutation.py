@@ -52,4 +52,4 @@ def _writes(packet: torch._ops.OpOverloadPacket) -> bool:
     name = str(packet._qualified_op_name)
     if name.startswith("aten::"):  # its overloads with `out=` are told by that argument
         return name.endswith("_")
-    return any(getattr(packet, overload)._schema.is_mutable for overload in packet.overloads())  # type: ignore[no-untyped-call]
+    return any(getattr(packet, overload)._schema.is_mutable for overload in packet.overloads())

@@ -130,7 +130,7 @@ def _overloads(node: fx.Node) -> Iterator[Any]:
         names = (name, f"linalg_{name}", name.replace("__rmatmul__", "matmul"))
         packet = next((getattr(torch.ops.aten, own) for own in names if hasattr(torch.ops.aten, own)), None)
     if packet is not None:
-        for overload in packet.overloads():  # type: ignore[no-untyped-call]
+        for overload in packet.overloads():
             yield getattr(packet, overload)
 
 
