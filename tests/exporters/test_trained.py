@@ -22,7 +22,7 @@ def kind(models, modes):
     """Every model, variant and mode; by default those that show most."""
     cells = []
     for name, variant, mode in itertools.product(models, VARIANTS, modes):
-        slow = (name, variant) not in {("pooled", "both"), ("pooled", "dropped"), ("images", "both")}
+        slow = (name, variant) not in {("pooled", "both"), ("pooled", "dropped")}
         marks = pytest.mark.slow if slow else ()
         cells.append(pytest.param(name, variant, mode, marks=marks, id=f"{name}-{variant}-{mode}"))
     return cells
@@ -113,7 +113,7 @@ def stripped(path, out):
     return out
 
 
-@pytest.mark.parametrize("exporter", ["dynamo", "script"])
+@pytest.mark.parametrize("exporter", ["dynamo", pytest.param("script", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("names", [True, False])
 def test_bases_of_other_exporters(exporter, variant, names, tmp_path):
