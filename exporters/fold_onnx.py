@@ -27,7 +27,7 @@ from onelora_compile.exporters.owners import Known
 from onelora_compile.exporters.pairs import open_operators
 from onelora_compile.exporters.ranges import ON_SATURATION, settle_ranges
 from onelora_compile.exporters.redirect import redirect
-from onelora_compile.exporters.save_onnx import save_model
+from onelora_compile.exporters.save_onnx import bytes_of, save_model
 from onelora_compile.exporters.strip_vectors import strip_vectors
 from onelora_compile.files import refuse_overwriting
 from onelora_compile.merge import FoldByRows, FoldLoss
@@ -130,7 +130,7 @@ def fold_onnx(
         raise ExportError(f"{base} is damaged, or laid out in a way that can't be followed: {error!r}") from error
     return FoldReport(
         files=files,
-        bytes=sum(one.stat().st_size for one in files),
+        bytes=bytes_of(files),
         folded=folder.report(),
         skipped=matches.unmatched | trained.missing,
         replaced=[name for name in file.saved if name in trained.reads or name in trained.dropped],

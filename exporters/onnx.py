@@ -27,7 +27,7 @@ from onelora_compile.exporters.lower_opset import lower_opset
 from onelora_compile.exporters.metadata import Metadata, digest
 from onelora_compile.exporters.modes import MODES, Mode, Vectors, place_vectors
 from onelora_compile.exporters.operators import float32, translations
-from onelora_compile.exporters.save_onnx import save_model
+from onelora_compile.exporters.save_onnx import bytes_of, save_model
 from onelora_compile.exporters.trained import Trained, trained_of
 from onelora_compile.exporters.verify import Parity, check_export
 from onelora_compile.files import refuse_overwriting
@@ -210,7 +210,7 @@ def export_onnx(
         files = save_model(ir_model, path, external_data, check, apart=used if adapters == "load" else ())
     return ExportReport(
         files=files,
-        bytes=sum(file.stat().st_size for file in files),
+        bytes=bytes_of(files),
         opset_version=ir_model.opset_imports[""],
         mode=metadata.mode,
         vectors=len(used),

@@ -23,6 +23,7 @@ from onelora_compile.exporters.engine_errors import engine_error
 from onelora_compile.exporters.load_onnx import load_model, read_tensor
 from onelora_compile.exporters.manifest import Manifest
 from onelora_compile.exporters.metadata import digest
+from onelora_compile.exporters.save_onnx import data_files
 from onelora_compile.exporters.tensorrt import refuse_overwriting_engine, write_engine
 from onelora_compile.exporters.tensorrt_api import Api, find_api
 from onelora_compile.text import Printable, bytes_text, shortened
@@ -89,7 +90,7 @@ def refit_engine(
     """
     start = time.perf_counter()
     engine, out = Path(engine), Path(out if out is not None else engine)
-    refuse_overwriting_engine(out, [adapter, onnx])
+    refuse_overwriting_engine(out, [adapter, onnx, *(data_files(Path(onnx)) if onnx is not None else [])])
     manifest = Manifest.read(engine)
     file, values = vectors_for(manifest, engine, adapter)
     manifest.check_file(engine)

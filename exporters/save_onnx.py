@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onelora_compile.exporters.metadata import PRODUCER
-from onelora_compile.files import alone, flush, naming, remove, replacing
+from onelora_compile.files import alone, flush, remove, replacing
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -157,8 +157,30 @@ def _remove_unnamed(path: Path, stale: set[Path]) -> None:
         beside = [file for file in path.parent.iterdir() if file.is_file() and file.suffix not in _WEIGHTS]
         for file in stale:
             if not any(_holds(one, file.name) for one in beside):
-                with naming(file):
-                    remove(file)
+                remove(file)
+
+
+def bytes_of(files: Sequence[Path]) -> int:
+    """Bytes of files together; what another writer of the same model has replaced by now counts nothing."""
+    total = 0
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files of weights that a model names; none of what is no model, which its reader refuses."""
+    import onnx_ir
+
+    try:
+        model = onnx_ir.load(path)
+    except Exception:  # protobuf and onnx_ir raise many kinds
+        return []
+    graphs = [model.graph, *model.graph.subgraphs()]
+    tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
+    names = {str(one.location) for one in tensors if isinstance(one, onnx_ir.ExternalTensor)}
+    return [path.parent / name for name in sorted(names)]
 
 
 def _holds(file: Path, text: str) -> bool:

@@ -32,6 +32,7 @@ from onelora_compile.exporters.engine_precision import precision_notes, precisio
 from onelora_compile.exporters.engine_profiles import profiles_of
 from onelora_compile.exporters.engine_progress import building
 from onelora_compile.exporters.manifest import Manifest, Tensor, l4t_release, manifest_path, system
+from onelora_compile.exporters.save_onnx import data_files
 from onelora_compile.exporters.tensorrt_api import Api, find_api
 from onelora_compile.files import check_writable, refuse_overwriting, replacing
 from onelora_compile.merge import FoldLoss
@@ -151,11 +152,10 @@ def build_engine(
     """
     onnx, engine = Path(onnx), Path(engine)
     check_writable(engine)  # now, not after minutes of building
-    refuse_overwriting_engine(engine, [onnx, adapter, timing_cache])
+    read = [onnx, adapter, *data_files(onnx)]
+    refuse_overwriting_engine(engine, [*read, timing_cache])
     if timing_cache is not None:
-        refuse_overwriting(
-            timing_cache, [one for one in (onnx, adapter) if isinstance(one, str | os.PathLike)], "timing_cache"
-        )
+        refuse_overwriting(timing_cache, [one for one in read if isinstance(one, str | os.PathLike)], "timing_cache")
     targets = targets_of(target)
     api = find_api(flavour, cross=bool(targets))
     check_targets(api, targets)

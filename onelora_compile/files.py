@@ -65,8 +65,9 @@ def replacing(path: PathLike, follow: bool = True) -> Iterator[Path]:
             # Whatever wrote the file chose its mode (safetensors: 0600); the user's choice counts.
             os.chmod(beside, mode)
             os.replace(beside, target)
-        finally:
+        except BaseException:
             remove(beside)
+            raise
 
 
 @contextlib.contextmanager
@@ -124,10 +125,10 @@ def replacing_folder(path: PathLike) -> Iterator[Path]:
                     flush(file)
             with alone(target.parent):
                 _swap(beside, target, old)
-            if old.exists():
-                shutil.rmtree(old)
-        finally:
+        except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
+            raise
+    shutil.rmtree(old, ignore_errors=True)  # the new folder is there: no reason to fail
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:
@@ -157,8 +158,8 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file if it is there."""
-    with contextlib.suppress(FileNotFoundError):
+    """Remove a file if it is there and can be removed; never an error that hides another one, or what was written."""
+    with contextlib.suppress(OSError):
         path.unlink()
 
 
@@ -167,11 +168,9 @@ def _beside(path: Path, ending: str = "tmp") -> Path:
 
 
 def _default_mode(path: Path) -> int:
-    """The mode that a new file gets here, by the process's umask."""
+    """The mode that a new file gets here, by the process's umask; the file is there afterwards."""
     path.touch()
-    mode = path.stat().st_mode & 0o7777
-    path.unlink()
-    return mode
+    return path.stat().st_mode & 0o7777
 
 
 def flush(path: Path) -> None:

@@ -114,8 +114,10 @@ def test_an_engine_is_none_of_its_inputs(here):
     beside = a.rename(here / "m.engine.safetensors")
     for call in (
         lambda: build_engine(base, base),
+        lambda: build_engine(base, here / "base.onnx.data"),
         lambda: build_engine(base, here / "m.engine", adapter=beside),
         lambda: build_engine(base, here / "m.engine", timing_cache=base),
+        lambda: build_engine(base, here / "m.engine", timing_cache=here / "base.onnx.data"),
         lambda: refit_engine(here / "m.engine", beside),
         lambda: refit_engine(here / "m.engine", here / "b.safetensors", out=here / "b.safetensors"),
     ):
@@ -252,3 +254,13 @@ def test_a_folder_is_replaced_only_if_it_is_a_bundle_and_nothing_else(here):
         (out / name).unlink()
         if name == "notes.txt":
             write(out)
+
+
+def test_what_can_not_be_removed_afterwards_is_no_error(tmp_path, monkeypatch):
+    def fail(path, *_, **__):
+        raise OSError(errno.EACCES, "injected", str(path))
+
+    monkeypatch.setattr(os, "unlink", fail)
+    with files.replacing(tmp_path / "out") as beside:
+        beside.write_text("new")
+    assert os.listdir(tmp_path) == ["out"]
