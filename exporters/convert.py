@@ -120,9 +120,12 @@ def _read(source: Path, model: Metadata | None) -> tuple[AdapterFile | None, dic
 
 def _read_raw(source: Path, model: Metadata) -> dict[str, np.ndarray]:
     sizes = {name: int(np.prod(shape)) for name, shape in model.vectors.items()}
-    numbers = np.frombuffer(source.read_bytes()[: source.stat().st_size // 4 * 4], "<f4")
-    if len(numbers) != sum(sizes.values()):
-        raise AdapterFileError(f"{source} has {len(numbers)} numbers; the model's vectors are {sum(sizes.values())}")
+    content = source.read_bytes()
+    if len(content) != 4 * sum(sizes.values()):
+        raise AdapterFileError(
+            f"{source} has {len(content)} bytes; the model's vectors are {sum(sizes.values())} numbers of 4"
+        )
+    numbers = np.frombuffer(content, "<f4")
     ends = np.cumsum(list(sizes.values()))
     parts = np.split(numbers, ends[:-1])
     return {name: part.reshape(model.vectors[name]) for name, part in zip(sizes, parts, strict=True)}

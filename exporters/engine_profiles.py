@@ -59,7 +59,7 @@ def _profile(inputs: Mapping[str, Dims], dynamic: Mapping[str, Dims], shapes: Ma
         raise ConfigError(
             f"dynamic inputs need the smallest, the usual and the largest shape; missing for {listed}. "
             f"For example shapes={{{name!r}: {example}}}, or by dimension: shapes={{'batch': (1, 8, 32)}}, "
-            "--shape batch=1,8,32 on the command line"
+            "--size batch=1,8,32 on the command line"
         )
     # A static input needs no profile; naming one is harmless and was checked.
     return {name: one for name, one in profile.items() if name in dynamic}
@@ -95,6 +95,8 @@ def _three(name: str, value: Any) -> Range:
 def _sizes(name: str, value: Any) -> tuple[int, int, int]:
     """(min, opt, max) of a dimension, or of one number, which is all three."""
     numbers = [value] * 3 if isinstance(value, int) else value
+    if isinstance(numbers, list | tuple) and all(isinstance(one, list | tuple) and len(one) == 1 for one in numbers):
+        numbers = [one[0] for one in numbers]  # shapes of one axis, as the command line has them
     if not isinstance(numbers, list | tuple) or len(numbers) != 3 or not all(isinstance(one, int) for one in numbers):
         raise ConfigError(f"shapes[{name!r}] is {value!r}: a dimension takes three numbers, (1, 8, 32), or one")
     low, usual, high = numbers

@@ -10,12 +10,16 @@ from onelora_compile.errors import ConfigError
 if TYPE_CHECKING:
     import onnx_ir
 
-Shapes = Mapping[str, Sequence[Sequence[int]]]
+Shapes = Mapping[str, Sequence[Sequence[int] | int]]
 Profiles = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
 def profiles_of(model: onnx_ir.Model, shapes: Shapes | None) -> Profiles:
     """The range of every dynamic input.
+
+    Args:
+        model: the model.
+        shapes: smallest, best and largest shape of an input, or three sizes of a dynamic dimension.
 
     An input whose dynamic sizes all have names that a given input has too needs no range of its own.
 
@@ -25,18 +29,23 @@ def profiles_of(model: onnx_ir.Model, shapes: Shapes | None) -> Profiles:
     dims = {str(value.name): _dims(value) for value in model.graph.inputs}
     profiles: Profiles = {}
     sizes: dict[str, tuple[int, ...]] = {}
+    dynamic = {dim for axes in dims.values() for dim in axes if isinstance(dim, str)}
     for name, given in (shapes or {}).items():
-        if name not in dims:
-            raise ConfigError(f"shapes: the model has no input {name!r}; it has {', '.join(dims)}")
+        if name not in dims and name not in dynamic:
+            also = f", and the dynamic dimensions {', '.join(sorted(dynamic))}" if dynamic else ""
+            raise ConfigError(f"shapes: the model has no input {name!r}; it has {', '.join(dims)}{also}")
         ranges = _three(name, given)
+        if name not in dims:
+            _set_size(sizes, name, tuple(size for shape in ranges for size in shape))
+            continue
         for axis, dim in enumerate(dims[name]):
             if any(len(shape) != len(dims[name]) for shape in ranges):
                 raise ConfigError(f"shapes of {name!r}: {ranges} do not have the {len(dims[name])} axes {dims[name]}")
             found = tuple(shape[axis] for shape in ranges)
             if isinstance(dim, int) and set(found) != {dim}:
                 raise ConfigError(f"shapes of {name!r}: axis {axis} is {dim} in the model, not {found}")
-            if isinstance(dim, str) and sizes.setdefault(dim, found) != found:
-                raise ConfigError(f"shapes: {dim!r} is {sizes[dim]} in one input and {found} in {name!r}")
+            if isinstance(dim, str):
+                _set_size(sizes, dim, found)
         if any(not isinstance(dim, int) for dim in dims[name]):
             profiles[name] = ranges
     missing = {name: axes for name, axes in dims.items() if name not in profiles and not all(map(_static, axes))}
@@ -53,28 +62,10 @@ def profiles_of(model: onnx_ir.Model, shapes: Shapes | None) -> Profiles:
         raise ConfigError(
             f"TensorRT needs a range for each dynamic input; none was given for "
             f"{', '.join(f'{key} {list(value)}' for key, value in missing.items())}. For example "
-            f"shapes={{{name!r}: ({example}, {example}, {example})}}: smallest, best, largest"
+            f"shapes={{{name!r}: ({example}, {example}, {example})}}: smallest, best, largest; on the command line "
+            "--size batch=1,8,32"
         )
     return profiles
-
-
-def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """`x=1x3:4x3:8x3`, or `x=4x3` for one size, as the command line gives them.
-
-    Raises:
-        ConfigError: not of that form.
-    """
-    found = {}
-    for text in texts:
-        name, equals, ranges = text.rpartition("=")
-        try:
-            shapes = tuple(tuple(int(size) for size in one.split("x")) for one in ranges.split(":"))
-        except ValueError:
-            shapes = ()
-        if not equals or len(shapes) not in (1, 3):
-            raise ConfigError(f"--shapes {text!r} is not of the form name=1x3:4x3:8x3 (smallest, best, largest)")
-        found[name] = shapes * 3 if len(shapes) == 1 else shapes
-    return found
 
 
 def _dims(value: onnx_ir.Value) -> list[int | str | None]:
@@ -83,12 +74,19 @@ def _dims(value: onnx_ir.Value) -> list[int | str | None]:
     return [dim if isinstance(dim, int) else (dim.value or None) for dim in value.shape]
 
 
+def _set_size(sizes: dict[str, tuple[int, ...]], dim: str, found: tuple[int, ...]) -> None:
+    if len(found) != 3:
+        raise ConfigError(f"shapes: {dim!r} is one dimension: give its smallest, best and largest size, not {found}")
+    if sizes.setdefault(dim, found) != found:
+        raise ConfigError(f"shapes: {dim!r} is {sizes[dim]} in one place and {found} in another")
+
+
 def _static(dim: object) -> bool:
     return isinstance(dim, int)
 
 
-def _three(name: str, given: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    shapes = [tuple(int(size) for size in shape) for shape in given]
+def _three(name: str, given: Sequence[Sequence[int] | int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    shapes = [(one,) if isinstance(one, int) else tuple(int(size) for size in one) for one in given]
     if len(shapes) != 3 or len({len(shape) for shape in shapes}) != 1:
         raise ConfigError(f"shapes of {name!r}: three shapes are needed, smallest, best and largest; given: {given}")
     low, best, high = shapes

@@ -84,7 +84,7 @@ class EngineReport(Printable):
             )
         for number, profile in enumerate(one.profiles):
             lines = [f"{name} {' | '.join(str(list(shape)) for shape in shapes)}" for name, shapes in profile.items()]
-            table.add_row(f"profile {number}", "\n".join(lines).replace("[", r"\["))
+            table.add_row(f"profile {number}", "\n".join(lines))
         if one.flags:
             table.add_row("options", ", ".join(f"{name} {value}" for name, value in one.flags.items()))
         for note in self.notes:

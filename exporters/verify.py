@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from onelora_compile.adapter import adapted_part, saved_tensors, state_or_none, vectors
-from onelora_compile.errors import ExportError, require
+from onelora_compile.errors import ConfigError, ExportError, require
 from onelora_compile.exporters.freeze import evaluating
 from onelora_compile.exporters.runner import OnnxRunner
 from onelora_compile.exporters.trained import other_values, trained_of
-from onelora_compile.text import Printable
+from onelora_compile.text import Printable, shortened
 
 # Largest difference over the largest magnitude of an output that rounding in this dtype explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -81,7 +81,7 @@ def verify(
     inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Mapping[str, int | Sequence[int]] | None = None,
     seed: int = 0,
 ) -> Verification:
     """Compare an ONNX model with another one, or with a model in eager, on the same inputs.
@@ -92,10 +92,12 @@ def verify(
         inputs: arrays or tensors in the order of the artifact's inputs, or by name; None draws random ones: floats from
             a normal distribution, integers 0 and 1, so that they do as token ids and as masks.
         kwargs: what follows `inputs` in the artifact, by the names of the module's arguments.
-        sizes: of dynamic dimensions by name, for random inputs; 4 for those that are not named.
+        sizes: for random inputs: of dynamic dimensions by name, or the shape of an input by its name; dimensions that
+            are not named have 4.
         seed: of random inputs.
 
     Raises:
+        ConfigError: sizes of what the artifact does not have, or that do not fit it.
         ExportError: a file can't be run, or the two have other inputs or outputs.
     """
     runner = artifact if isinstance(artifact, OnnxRunner) else OnnxRunner(artifact)
@@ -136,14 +138,17 @@ def _eager(module: nn.Module, inputs: Sequence[Any] | Mapping[str, Any], kwargs:
         return _tensors(module(**tensors) if by_name else module(*tensors.values()))
 
 
-def _random(runner: OnnxRunner, sizes: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
+def _random(runner: OnnxRunner, sizes: Mapping[str, int | Sequence[int]], seed: int) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     own = set(runner.input_names)
+    nodes = [node for node in runner.session.get_inputs() if node.name in own]
+    dims = {str(size) for node in nodes for size in node.shape if not isinstance(size, int)}
+    if unknown := set(sizes) - dims - own:
+        has = f"inputs {shortened(sorted(own))}, dynamic dimensions {shortened(sorted(dims))}"
+        raise ConfigError(f"sizes of {shortened(sorted(unknown))}, which {runner.path} does not have; it has {has}")
     found = {}
-    for node in runner.session.get_inputs():
-        if node.name not in own:
-            continue
-        shape = [size if isinstance(size, int) else sizes.get(str(size), 4) for size in node.shape]
+    for node in nodes:
+        shape = _shape(node.name, node.shape, sizes)
         kind = node.type.removeprefix("tensor(").removesuffix(")")
         if kind in ("float", "double", "float16"):
             dtype = {"float": np.float32, "double": np.float64, "float16": np.float16}[kind]
@@ -153,6 +158,18 @@ def _random(runner: OnnxRunner, sizes: Mapping[str, int], seed: int) -> dict[str
         else:
             raise ExportError(f"input {node.name!r} is of {node.type}: give inputs, random ones are for numbers")
     return found
+
+
+def _shape(name: str, dims: Sequence[int | str | None], sizes: Mapping[str, int | Sequence[int]]) -> list[int]:
+    """The shape that an input is drawn in."""
+    given = {key: [size] if isinstance(size, int) else list(size) for key, size in sizes.items()}
+    if (shape := given.get(name)) is not None:
+        if len(shape) != len(dims) or any(isinstance(d, int) and d != s for d, s in zip(dims, shape, strict=True)):
+            raise ConfigError(f"sizes: {name!r} is {list(dims)} in the model, not {shape}")
+        return shape
+    if several := [str(dim) for dim in dims if len(given.get(str(dim), [0])) != 1]:
+        raise ConfigError(f"sizes: {several[0]!r} is one dimension, not {given[several[0]]}")
+    return [dim if isinstance(dim, int) else given.get(str(dim), [4])[0] for dim in dims]
 
 
 def check_export(

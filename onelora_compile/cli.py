@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from onelora_compile.errors import ConfigError, OneLoRAError
+from onelora_compile.cli_output import fail, print_in_any_locale, show
+from onelora_compile.cli_target import Loaded, load_target
+from onelora_compile.errors import ConfigError
+from onelora_compile.sizes import each_size, parse_axes, parse_sizes
 from onelora_compile.version import __version__
+
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--size",
+        "--shape",
+        help="Of a dynamic dimension, batch=8, or an input, x=8x3; or smallest, usual, largest: batch=1,8,32.",
+    ),
+]
 
 app = typer.Typer(
     help="1LoRA: one trained vector per frozen linear, compiled into training and folded into deployed models.",
@@ -48,7 +60,7 @@ def inspect(
     """Show what is in a file: vectors and base of an adapter; mode and sizes of a model; what an engine is for."""
     from onelora_compile.inspection import inspect_file
 
-    Console().print(inspect_file(file))
+    show(inspect_file(file))
 
 
 @app.command()
@@ -60,34 +72,41 @@ def export(
     bank: Annotated[list[Path] | None, typer.Option(help="An adapter of a bank; give it once for each.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset version; the exporter's own choice without.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Convert to float16.")] = False,
+    dynamic: Annotated[
+        list[str] | None, typer.Option(help="One more dynamic axis: 1=tokens, or of one input, x:2=height.")
+    ] = None,
+    static: Annotated[bool, typer.Option("--static", help="The first axis is no dynamic batch.")] = False,
     verify: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime and compare with eager.")] = True,
 ) -> None:
     """Export a model with its adapter, and verify the file.
 
-    The function is found in the current folder or among the installed packages.
+    The function is found in the current folder or among the installed packages. The first axis of the inputs is
+    exported as the dynamic dimension "batch".
     """
     import torch
 
     from onelora_compile.checkpoint import load_adapter
+    from onelora_compile.cli_export import BATCH, export_dynamic
     from onelora_compile.exporters import export_onnx
-    from onelora_compile.files import refuse_overwriting
+    from onelora_compile.files import check_writable, refuse_overwriting
 
+    axes = [*([] if static else [BATCH]), *parse_axes(dynamic or ())]
     refuse_overwriting(output, [adapter] if adapter else [], "--output")
-    model, args, kwargs = _load_target(target)
-    if first := adapter or next(iter(bank or ()), None):
-        load_adapter(model, first)
-    report = export_onnx(
-        model,
-        args,
-        output,
-        kwargs,
-        adapters=adapters,
-        opset_version=opset,
-        dtype=torch.float16 if half else None,
-        bank=bank or (),
-        verify=verify,
-    )
-    Console().print(report)
+    check_writable(output)
+    loaded = load_target(target)
+    with loaded.blamed():
+        if first := adapter or next(iter(bank or ()), None):
+            load_adapter(loaded.model, first)
+        write = functools.partial(
+            export_onnx,
+            adapters=adapters,
+            opset_version=opset,
+            dtype=torch.float16 if half else None,
+            bank=bank or (),
+            verify=verify,
+        )
+        report = export_dynamic(loaded, axes, write, output)
+    show(report)
 
 
 @app.command()
@@ -117,7 +136,7 @@ def fold(
         calibration=[_load_arrays(path) for path in calibration] if calibration else None,
         on_saturation="allow" if keep_ranges else "error",
     )
-    Console().print(report)
+    show(report)
 
 
 @app.command()
@@ -126,9 +145,7 @@ def bundle(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     jetpack: Annotated[str, typer.Option(help="Of the device: 5.1, 6.0, 6.1, 6.2, 7.0, 7.1 or 7.2.")] = "6.2",
     adapter: Annotated[list[Path] | None, typer.Option(help="An adapter to pack; give it once for each.")] = None,
-    shapes: Annotated[
-        list[str] | None, typer.Option(help="Range of a dynamic input: x=1x3:4x3:8x3 (smallest, best, largest).")
-    ] = None,
+    size: Sizes = None,
     inputs: Annotated[Path | None, typer.Option(help="Arrays for the self-test, a .npz; random ones without.")] = None,
     swap: Annotated[str, typer.Option(help="auto, or refit: vectors of mode input become refittable.")] = "auto",
     weak_fp16: Annotated[bool, typer.Option("--weak-fp16", help="Let TensorRT choose float16 by layer.")] = False,
@@ -137,21 +154,20 @@ def bundle(
 ) -> None:
     """Write a folder that builds, tests, runs and updates a model on an NVIDIA Jetson, with what JetPack ships."""
     from onelora_compile.exporters import bundle as write_bundle
-    from onelora_compile.exporters.profiles import parse_shapes
 
     report = write_bundle(
         model,
         output,
         jetpack=jetpack,
         adapters=adapter or (),
-        shapes=parse_shapes(shapes or ()),
+        shapes=parse_sizes(size or ()),
         inputs=_load_arrays(inputs),
         swap=swap,
         weak_fp16=weak_fp16,
         workspace_mib=workspace_mib,
         selftest=selftest,
     )
-    Console().print(report)
+    show(report)
 
 
 @app.command()
@@ -163,7 +179,7 @@ def convert(
     """Convert an adapter between this package's format and those of ONNX Runtime."""
     from onelora_compile.exporters import convert_adapter
 
-    Console().print(f"wrote {convert_adapter(source, output, like)}", highlight=False, soft_wrap=True)
+    show(f"wrote {convert_adapter(source, output, like)}")
 
 
 @app.command()
@@ -171,7 +187,7 @@ def verify(
     artifact: Annotated[Path, typer.Argument(help="The ONNX model to check.")],
     reference: Annotated[str, typer.Argument(help="What is right: an ONNX model, or module:function as in export.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter to use in both, wherever it can be swapped.")] = None,
-    size: Annotated[list[str] | None, typer.Option(help="Size of a dynamic dimension: batch=8.")] = None,
+    size: Sizes = None,
     seed: Annotated[int, typer.Option(help="Of the random inputs for two ONNX models.")] = 0,
 ) -> None:
     """Compare an ONNX model with another one or with a model in eager; exit code 1 if more than rounding differs."""
@@ -179,24 +195,26 @@ def verify(
     from onelora_compile.exporters import OnnxRunner
     from onelora_compile.exporters import verify as compare
 
-    try:
-        sizes = {name: int(value) for name, _, value in (one.partition("=") for one in size or [])}
-    except ValueError as error:
-        raise ConfigError(f"--size takes a name and a number, for example batch=8: {error}") from None
+    sizes = parse_sizes(size or ())
 
     def runner(path: Path) -> OnnxRunner:
         found = OnnxRunner(path)
         return found.with_adapter(adapter) if adapter and found.mode in ("load", "input", "bank") else found
 
     if Path(reference).is_file() or ":" not in reference:
-        found = compare(runner(artifact), runner(Path(reference)), sizes=sizes, seed=seed)
+        pair = runner(artifact), runner(Path(reference))
+        found = [compare(*pair, sizes=one, seed=seed) for one in each_size(sizes)]
     else:
-        model, args, kwargs = _load_target(reference)
-        if adapter:
-            load_adapter(model, adapter)
-        found = compare(runner(artifact), model, args if isinstance(args, (tuple, list)) else (args,), kwargs)
-    Console().print(found)
-    if not found.passed:
+        if sizes:
+            raise ConfigError(f"--size is for two ONNX models; the inputs are those that {reference!r} returns")
+        loaded = load_target(reference)
+        with loaded.blamed():
+            if adapter:
+                load_adapter(loaded.model, adapter)
+            found = [compare(runner(artifact), loaded.model, loaded.args, loaded.kwargs)]
+    for one in found:
+        show(one)
+    if not all(one.passed for one in found):
         raise typer.Exit(1)
 
 
@@ -205,12 +223,7 @@ def engine(
     model: Annotated[Path, typer.Argument(help="The ONNX model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The engine to write; a manifest goes beside it.")],
     sm: Annotated[list[str] | None, typer.Option(help="GPU to build for, 86 or 8.6; once for each.")] = None,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Sizes of a dynamic dimension, batch=1,8,32, or input, x=1x3x224x224,8x3x224x224,32x3x224x224."
-        ),
-    ] = None,
+    size: Sizes = None,
     flavour: Annotated[str, typer.Option(help="auto, tensorrt or rtx.")] = "auto",
     adapters: Annotated[str | None, typer.Option(help="Where the vectors are: fold, input, bank or refit.")] = None,
     adapter: Annotated[
@@ -232,7 +245,7 @@ def engine(
         output,
         flavour=flavour,
         target=sm or None,
-        shapes=dict(map(_shape, shape)) if shape else None,
+        shapes=parse_sizes(size) if size else None,
         adapters=adapters,
         adapter=adapter,
         precision=precision or None,
@@ -241,7 +254,7 @@ def engine(
         timing_cache=timing_cache,
         dla_core=dla_core,
     )
-    Console().print(report)
+    show(report)
 
 
 @app.command()
@@ -254,7 +267,7 @@ def refit(
     """Put another adapter into a finished engine; needs the GPU."""
     from onelora_compile.exporters import refit_engine
 
-    Console().print(refit_engine(engine, adapter, output, onnx))
+    show(refit_engine(engine, adapter, output, onnx))
 
 
 @app.command()
@@ -266,8 +279,10 @@ def bench(
     """Measure a training step on this machine: frozen base and 1LoRA, eager and compiled (minutes)."""
     from onelora_compile.bench import bench as measure
 
-    made = _load_target(target) if target else _own_model()
-    Console().print(measure(*made, rounds=rounds, compiled=compiled))
+    loaded = load_target(target) if target else _own_model()
+    with loaded.blamed():
+        report = measure(loaded.model, loaded.args, loaded.kwargs, rounds=rounds, compiled=compiled)
+    show(report)
 
 
 @app.command()
@@ -275,7 +290,7 @@ def doctor() -> None:
     """Show versions, compiler, runtimes and GPU, and what each means for you."""
     from onelora_compile.inspection import doctor_table
 
-    Console().print(doctor_table())
+    show(doctor_table())
 
 
 def _load_arrays(path: Path | None) -> dict[str, Any] | None:
@@ -284,61 +299,40 @@ def _load_arrays(path: Path | None) -> dict[str, Any] | None:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, AttributeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of zipfile, zlib, pickle and NumPy
         raise ConfigError(f"{path} is not a .npz file of arrays: {error}") from None
 
 
-def _own_model() -> tuple[Any, Any, dict[str, Any]]:
+def _own_model() -> Loaded:
     import torch
 
     from onelora_compile.examples.digits.model import DigitViT
 
     torch.manual_seed(0)
-    return DigitViT(width=384, depth=6, heads=6), (torch.randn(32, 8, 8),), {}
+    return Loaded("", DigitViT(width=384, depth=6, heads=6), (torch.randn(32, 8, 8),), {})
 
 
-def _load_target(target: str) -> tuple[Any, Any, dict[str, Any]]:
-    module_name, _, name = target.partition(":")
-    if not module_name or not name:
-        raise ConfigError(f"{target!r} is not of the form module:function, for example mymodels:make_vit")
-    sys.path.insert(0, "")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 1 after a mistake, 2 after wrong usage, with one line on standard error."""
+    print_in_any_locale()
     try:
-        function = getattr(importlib.import_module(module_name), name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{target!r}: {error}; run the command in the folder that holds the module") from error
-    except AttributeError as error:
-        raise ConfigError(f"{target!r}: the module {module_name!r} has no {name!r}") from error
-    made = function()
-    if not isinstance(made, tuple) or len(made) not in (2, 3):
-        raise ConfigError(f"{target!r} must return (model, args) or (model, args, kwargs), not {type(made).__name__}")
-    model, args = made[:2]
-    return model, args, dict(made[2]) if len(made) == 3 else {}
-
-
-def _shape(text: str) -> tuple[str, Any]:
-    """batch=1,8,32 or x=1x3,8x3,32x3, as `build_engine` takes it."""
-    name, _, sizes = text.rpartition("=")
-    try:
-        parts = [tuple(map(int, one.split("x"))) for one in sizes.split(",")]
-    except ValueError:
-        parts = []
-    if not name or len(parts) not in (1, 3):
-        raise ConfigError(f"--shape {text!r} is not of the form batch=1,8,32 or x=1x3x224x224,8x3x224x224,32x3x224x224")
-    if "x" not in sizes:  # a dimension, or an input of one
-        numbers = [one[0] for one in parts]
-        return name, numbers[0] if len(numbers) == 1 else tuple(numbers)
-    return name, parts if len(parts) == 3 else parts[0]
-
-
-def main() -> None:
-    """Run the command line; a user's mistake is one line on standard error and exit code 1."""
-    try:
-        app()
-    except (OneLoRAError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(app(arguments, standalone_mode=False))
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a mistake in the command's words has it
+            fail(error)
+            sys.exit(1)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+        else:
+            command = getattr(getattr(error, "ctx", None), "command_path", "onelora")
+            fail(ConfigError(f"{error.format_message()} ({command} --help shows what it takes)"))
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _adapter_table(path: Path, file: AdapterFile) -> RenderableType:
     lines = [f"{len(file.vectors)} vectors, {entries:,} numbers"]
     lines += [f"also trained: {name} {list(tensor.shape)}" for name, tensor in file.saved.items()]
     lines.append(f"config: {file.config.to_json()}")
-    return Group(table, *(line.replace("[", r"\[") for line in lines))
+    return Group(table, *(line for line in lines))
 
 
 def _onnx_table(path: Path) -> RenderableType:
@@ -96,14 +96,12 @@ def _engine_table(path: Path) -> RenderableType:
         "adapters", f"mode {manifest.mode!r}, {len(manifest.vectors)} vectors, {adapter or 'unnamed'}{digest}"
     )
     given = [one for one in manifest.inputs if one.name not in manifest.vectors]
-    table.add_row(
-        "inputs", "\n".join(f"{one.name}: {one.dtype} {list(one.shape)}" for one in given).replace("[", r"\[")
-    )
+    table.add_row("inputs", "\n".join(f"{one.name}: {one.dtype} {list(one.shape)}" for one in given))
     outputs = "\n".join(f"{one.name}: {one.dtype} {list(one.shape)}" for one in manifest.outputs)
-    table.add_row("outputs", outputs.replace("[", r"\["))
+    table.add_row("outputs", outputs)
     for number, profile in enumerate(manifest.profiles):
         lines = [f"{name} {' | '.join(str(list(shape)) for shape in shapes)}" for name, shapes in profile.items()]
-        table.add_row(f"profile {number}", "\n".join(lines).replace("[", r"\["))
+        table.add_row(f"profile {number}", "\n".join(lines))
     if manifest.flags:
         table.add_row("options", ", ".join(f"{name} {value}" for name, value in manifest.flags.items()))
     table.add_row("written by", manifest.producer)
@@ -111,7 +109,7 @@ def _engine_table(path: Path) -> RenderableType:
 
 
 def _value_text(value: object) -> str:
-    return f"{value.name}: {value.dtype} {value.shape}".replace("[", r"\[")  # type: ignore[attr-defined]
+    return f"{value.name}: {value.dtype} {value.shape}"  # type: ignore[attr-defined]
 
 
 def _mode_text(metadata: Metadata, recorded: bool) -> str:
@@ -166,7 +164,7 @@ def doctor_table() -> Table:
     ):
         found = _version(name)
         missing = f"optional: pip install 'onelora-compile[{extra}]'" if extra else "optional"
-        table.add_row(name, found or "not installed", use if found else f"{missing} ({use})".replace("[", r"\["))
+        table.add_row(name, found or "not installed", use if found else f"{missing} ({use})")
     for flavour, title in (("tensorrt", "TensorRT"), ("rtx", "TensorRT-RTX")):
         table.add_row(title, *_tensorrt(flavour))
     return table
@@ -179,7 +177,7 @@ def _tensorrt(flavour: str) -> tuple[str, str]:
     try:
         api = find_api(flavour)
     except MissingExtraError as error:
-        return "not installed", f"optional. {error}".replace("[", r"\[")
+        return "not installed", f"optional. {error}"
     targets = ", ".join(api.capabilities)
     can = [f"builds engines for {targets}, also without a GPU" if targets else "builds engines for the GPU at hand"]
     typed = api.flag("NetworkDefinitionCreationFlag", "STRONGLY_TYPED") is not None

@@ -15,7 +15,7 @@ class Printable:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120)
+        console = Console(file=io.StringIO(), width=120, markup=False)  # brackets are what they are
         console.print(self.__rich__())
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip()

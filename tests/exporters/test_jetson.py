@@ -274,14 +274,14 @@ def test_adapter_that_trained_more_than_vectors(tmp_path):
 def test_command_line(tmp_path):
     folder = bundles.sources()
     arguments = ["bundle", folder / "input.onnx", "-o", tmp_path / "b", "--jetpack", "7.2", "--adapter"]
-    arguments += [folder / "a.safetensors", "--shapes", "x=1x16x12:2x16x12:4x16x12", "--swap", "refit"]
+    arguments += [folder / "a.safetensors", "--size", "batch=1,2,4", "--swap", "refit"]
     done = CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     assert "JetPack 7.2, TensorRT 10.16.2" in done.output
     assert manifest_of(tmp_path / "b")["model"]["mode"] == "refit"
-    bad = CliRunner().invoke(app, ["bundle", "m.onnx", "-o", "b", "--shapes", "x=axb"])
+    bad = CliRunner().invoke(app, ["bundle", "m.onnx", "-o", "b", "--size", "x=axb"])
     assert isinstance(bad.exception, onelora.ConfigError)
-    assert "is not of the form name=1x3:4x3:8x3" in str(bad.exception)
+    assert "is not of the form batch=8, batch=1,8,32" in str(bad.exception)
 
 
 def test_every_jetpack_makes_a_bundle(tmp_path):

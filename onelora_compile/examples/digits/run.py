@@ -69,7 +69,7 @@ def run_demo(folder: Path, *, seed: int = 0, quick: bool = False) -> DemoResult:
     report.check_dependencies()
     sizes, clock = QUICK if quick else FULL, Clock()
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(markup=False)
     methods = all_methods()
     total = sizes.pretrain + sizes.adapt * (len(methods) + 1)
     with torch.random.fork_rng(devices=[]), progress(total) as announce:
