@@ -3,57 +3,80 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental import _config
 
+from onelora_compile.exporters.axes import Axes, for_export
+from onelora_compile.exporters.signature import Call, flat_forward
 from onelora_compile.passes.carry_vectors import carry_vectors
 from onelora_compile.passes.fold_vectors import FoldResult, fold_vectors
 
 Place = Literal["folded", "weight", "activation"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A captured program.
+
+    Attributes:
+        program: takes the tensors of a call and returns those of its result, both flat.
+        folded: what became of the vectors.
+        outputs: names of what it returns.
+    """
+
+    program: ExportedProgram
+    folded: FoldResult
+    outputs: list[str]
+
+
 def freeze(
     model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None = None,
-    dynamic_shapes: Any = None,
+    call: Call,
+    axes: Sequence[Axes],
     place: Place = "folded",
     originals: Mapping[str, Tensor] | None = None,
     trained: Mapping[str, str] | None = None,
-) -> tuple[ExportedProgram, FoldResult]:
+) -> Frozen:
     """Export a plain model in evaluation mode and bring its vectors to their place; the model is not changed.
 
     Args:
         model: adapted or not.
-        args: example inputs.
-        kwargs: example keyword inputs.
-        dynamic_shapes: as in `torch.export.export`; a dimension may also be a name, as in `torch.onnx.export`.
+        call: example inputs.
+        axes: dynamic axes of each tensor of the call.
         place: of the vectors: "folded" into the weights, beside each "weight" as `adapted_weight`, or beside each
             "activation" as `add_rank1` of feature sums, one for each input.
         originals: as in `fold_vectors`.
         trained: as in `carry_vectors`, where vectors are carried.
     """
-    dynamic_shapes = _dims(dynamic_shapes)
-    with evaluating(model):
-        program = torch.export.export(
-            model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
-        )
-    return fold_vectors(program, originals=originals) if place == "folded" else carry_vectors(program, place, trained)
+    names: list[str] = []
+
+    def note(found: list[str]) -> None:
+        names[:] = found
+
+    with evaluating(model), _any_size(call, axes):
+        flat = flat_forward(model, call, note)
+        inputs = tuple(call.tensors.values())
+        program = torch.export.export(flat, inputs, dynamic_shapes=for_export(axes), strict=False)
+    if place == "folded":
+        return Frozen(*fold_vectors(program, originals=originals), names)
+    return Frozen(*carry_vectors(program, place, trained), names)
 
 
-def _dims(shapes: Any) -> Any:
-    """Named dimensions as dynamic ones; torch.export finds out which of them are equal."""
-    if isinstance(shapes, str):
-        return torch.export.Dim.DYNAMIC
-    if isinstance(shapes, Mapping):
-        return {key: _dims(value) for key, value in shapes.items()}
-    if isinstance(shapes, (tuple, list)):
-        return type(shapes)(_dims(value) for value in shapes)
-    return shapes
+def _any_size(call: Call, axes: Sequence[Axes]) -> contextlib.AbstractContextManager[Any]:
+    """Let an axis vary whose example has size 1, which torch.export would take for a constant.
+
+    Source: torch/fx/experimental/_config.py, `backed_size_oblivious` (torch 2.11 to 2.13).
+    """
+    sizes = [tensor.shape[axis] for tensor, each in zip(call.tensors.values(), axes, strict=True) for axis in each]
+    if all(size > 1 for size in sizes):
+        return contextlib.nullcontext()
+    return _config.patch(backed_size_oblivious=True)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -93,8 +93,8 @@ def _name(node: onnx_ir.Node) -> str:
 
 def _rename(graph: onnx_ir.Graph, name: str) -> None:
     """Give a value that has the name of a vector another one: a parameter that is read has the name of its vector."""
-    taken = [value for node in graph.all_nodes() for value in node.outputs] + list(graph.initializers.values())
-    for value in taken:
+    computed = [value for node in graph.all_nodes() for value in node.outputs]
+    for value in [*computed, *graph.initializers.values(), *graph.inputs]:
         if value.name == name:
             value.name = f"{name}.base"
 

@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
-from torch import nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
 
 from onelora_compile.adapter import adapted_part, adapted_weights, undo_adapt, unwrap, vectors
 from onelora_compile.checkpoint import AdapterFile, check_base, load_adapter, read_adapter
 from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, OneLoRAError, StateError, require
-from onelora_compile.exporters.freeze import Place, freeze
+from onelora_compile.exporters.axes import Axes, axes_of
+from onelora_compile.exporters.freeze import Frozen, Place, freeze
 from onelora_compile.exporters.lower_opset import lower_opset
 from onelora_compile.exporters.metadata import Metadata, digest
-from onelora_compile.exporters.modes import MODES, Mode, Vectors, place_vectors
+from onelora_compile.exporters.modes import IDS, MODES, Mode, Vectors, place_vectors
+from onelora_compile.exporters.onnx_names import Names, chosen_names, name_graph
 from onelora_compile.exporters.operators import float32, translations
 from onelora_compile.exporters.save_onnx import bytes_of, save_model
+from onelora_compile.exporters.signature import Call
 from onelora_compile.exporters.trained import Trained, trained_of
 from onelora_compile.exporters.verify import Parity, check_export
 from onelora_compile.files import refuse_overwriting
@@ -114,10 +116,13 @@ def export_onnx(
     verify: bool = True,
     external_data: bool | None = None,
     progress: bool = True,
+    input_names: Names = None,
+    output_names: Names = None,
 ) -> ExportReport:
     """Export a model, adapted or not, to an ONNX file, and check that file in ONNX Runtime.
 
-    The model is exported in evaluation mode and is not changed, also when it is compiled.
+    The model is exported in evaluation mode and is not changed, also when it is compiled; nor are the inputs, of which
+    a cache of transformers (`past_key_values`) is one: its tensors are inputs and outputs of the file.
 
     Args:
         model: the model.
@@ -130,7 +135,10 @@ def export_onnx(
             opens the model, with these values or with others (`SessionOptions.add_external_initializers`).
             "input": graph inputs with the trained values as defaults; ONNX Runtime adapters, another one per call.
             "bank": tables of several adapters, chosen for each row of the batch by the input `adapter_ids` [batch].
-        dynamic_shapes: as in `torch.export.export`; a dimension may be a name: `{"x": {0: "batch"}}`.
+        dynamic_shapes: as in `torch.export.export`; a dimension may be a name: `{"x": {0: "batch"}}`. What holds
+            several tensors may have one entry for all: `{"past_key_values": {0: "batch", 2: "past"}}`. `"batch"` alone
+            names the first axis of all inputs that agree in its size, wherever the model lets it vary; beside other
+            entries write `{"*": "batch", ...}`.
         opset_version: None is the exporter's recommended one; 17 is the oldest.
         dtype: convert to float16 or bfloat16 on the way; folded weights are rounded once. Inputs are of that dtype too.
         bank: adapter files, for "bank"; the id of each is its place. The model may be adapted or not.
@@ -138,11 +146,16 @@ def export_onnx(
             that can be swapped are compared with other values too.
         external_data: keep the weights in `<path>.data`; None does so from 1.9 GB on.
         progress: show a progress bar if standard error is a terminal.
+        input_names: of the tensors among the inputs, in order, or `{name: another}` for some. Without: those of the
+            arguments; of a tensor inside an argument, the way to it (`boxes.0`, `past_key_values.0.key`).
+        output_names: of the tensors among the outputs, in the same way. Without: the keys of a mapping or a dataclass
+            (`logits`), `output_0`, ... of a tuple, `present.0.key`, ... of a cache.
 
     Raises:
         ExportError: the model can't be exported so, or the file differs from the model; no file is left then, and an
             old one is as it was.
-        ConfigError: an unknown value of `adapters`, or a bank without files.
+        ConfigError: an unknown value of `adapters`, a bank without files, names that are too few, too many, unknown or
+            taken, an axis that no input has.
         StateError: "load" or "input" of a model that is not adapted.
         AdapterFileError: a file of the bank that is damaged or of another model.
         BaseMismatchError: a file of the bank that was trained on another base.
@@ -173,25 +186,36 @@ def export_onnx(
         held = {name: float32(vector) for name, vector in vectors(adapted).items()} | trained.values
         banked = _read_bank(adapted, trained, bank)
         step("capture")
-        given, given_kwargs = _cast((tuple(args), dict(kwargs or {})), dtype)
+        call = Call.of(root, args, kwargs)
+        call.check()
+        axes = axes_of(dynamic_shapes, root, call)
+        taken = {} if mode == "fold" else dict.fromkeys(held, "a vector of the adapter")
+        taken |= {IDS: "the ids of a bank"} if mode == "bank" else {}
+        inputs = chosen_names("input", list(call.tensors), input_names, taken)
+        given = [_cast(tensor, dtype) for tensor in call.tensors.values()]
         inside = f"{part}." if part else ""
         targets = {target: inside + name for target, name in trained.targets.items() if name in trained.values}
-        program, folded = _captured(root, given, given_kwargs, dynamic_shapes, adapters, dtype, targets)
-        folded = _inside(folded, part)
+        frozen = _captured(root, Call.of(root, *call.with_tensors(given)), axes, adapters, dtype, targets)
+        taken |= dict.fromkeys(inputs, "an input")
+        outputs = chosen_names("output", frozen.outputs, output_names, taken)
+        folded = _inside(frozen.folded, part)
         step("convert to ONNX")
-        ir_model = _converted(program, opset_version, dynamic_shapes)
+        ir_model = _converted(frozen.program, opset_version, axes)
         used = (
             place_vectors(ir_model, mode, held, list(banked.values()), part, trained.originals)
             if adapters != "fold"
             else list(folded.losses)
         )
+        name_graph(ir_model, inputs, outputs)
         _in_opset(ir_model, opset_version)
         metadata = Metadata(
             mode=adapters if held else "base",
             vectors={name: held[name].shape for name in used},
             fingerprints={name: prints[name] for name in used if name in prints},
             trained={name: trained.bases[name] for name in used if name in trained.bases},
-            constant=trained.constants(program, used) | dict.fromkeys(folded.unused, "") if mode != "fold" else {},
+            constant=(
+                trained.constants(frozen.program, used) | dict.fromkeys(folded.unused, "") if mode != "fold" else {}
+            ),
             adapters=tuple(banked),
             digests=tuple(digest({name: one[name] for name in used if name in one}) for one in banked.values()),
             sha256=digest(held) if held else "",
@@ -204,8 +228,7 @@ def export_onnx(
 
         def check(written: Path) -> None:
             if verify:
-                inputs = pytree.tree_leaves((given, given_kwargs))
-                parity.append(check_export(written, root, args, kwargs, inputs, list(banked.values())))
+                parity.append(check_export(written, root, call, given, list(banked.values())))
 
         files = save_model(ir_model, path, external_data, check, apart=used if adapters == "load" else ())
     return ExportReport(
@@ -262,11 +285,8 @@ def _check_bankable(root: nn.Module, trained: Trained, file: AdapterFile, path: 
         raise AdapterFileError(f"{path}: {shortened(wrong)} have other shapes than the model's")
 
 
-def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
-    """Floating tensors in a dtype."""
-    if dtype is None:
-        return tree
-    return pytree.tree_map(lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, tree)
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def _in_dtype(root: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -282,16 +302,15 @@ def _in_dtype(root: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 def _captured(
     root: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    dynamic_shapes: Any,
+    call: Call,
+    axes: Sequence[Axes],
     mode: str,
     dtype: torch.dtype | None,
     trained: Mapping[str, str],
-) -> tuple[ExportedProgram, FoldResult]:
+) -> Frozen:
     originals = {name: value for name, value in root.state_dict().items() if dtype and vector_of(name) is None}
     try:
-        return freeze(_in_dtype(root, dtype), args, kwargs, dynamic_shapes, _PLACES[mode], originals, trained)
+        return freeze(_in_dtype(root, dtype), call, axes, _PLACES[mode], originals, trained)
     except OneLoRAError:
         raise
     except Exception as error:  # torch.export raises what it likes, also the model's own exceptions
@@ -305,7 +324,7 @@ def _inside(result: FoldResult, part: str) -> FoldResult:
     return dataclasses.replace(result, losses=losses, unused=[name.removeprefix(start) for name in result.unused])
 
 
-def _converted(program: ExportedProgram, opset_version: int | None, dynamic_shapes: Any) -> onnx_ir.Model:
+def _converted(program: ExportedProgram, opset_version: int | None, axes: Sequence[Axes]) -> onnx_ir.Model:
     # Without gradients, as it was captured: with them, attention has other kernels with other strides, and a view that
     # was captured for the one layout fails on the other.
     with _quiet(), torch.no_grad():
@@ -313,7 +332,7 @@ def _converted(program: ExportedProgram, opset_version: int | None, dynamic_shap
             converted = torch.onnx.export(
                 program,
                 opset_version=opset_version and max(opset_version, NEWER),
-                dynamic_shapes=dynamic_shapes,
+                dynamic_shapes=tuple(axes) if any(axes) else None,  # the names of dynamic axes
                 dynamo=True,
                 verbose=False,
                 custom_translation_table=translations(),

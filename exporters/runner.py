@@ -72,7 +72,7 @@ class OnnxRunner:
     @property
     def input_names(self) -> list[str]:
         """Names of the inputs that a call gives; vectors and ids of a bank are the runner's."""
-        own = {*self.metadata.vectors, IDS} if self.mode in ("input", "bank") else set()
+        own = {"input": set(self.metadata.vectors), "bank": {IDS}}.get(self.mode, set())
         return [node.name for node in self.session.get_inputs() if node.name not in own]
 
     def use(self, adapter: Adapter | int) -> None:

@@ -15,10 +15,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from onelora_compile.adapter import adapted_part, saved_tensors, state_or_none, vectors
+from onelora_compile.adapter import adapted_part, saved_tensors, state_or_none, unwrap, vectors
 from onelora_compile.errors import ConfigError, ExportError, require
 from onelora_compile.exporters.freeze import evaluating
 from onelora_compile.exporters.runner import OnnxRunner
+from onelora_compile.exporters.signature import Call, outputs_of
+from onelora_compile.exporters.structure import tensors_in
 from onelora_compile.exporters.trained import other_values, trained_of
 from onelora_compile.text import Printable, shortened
 
@@ -104,16 +106,11 @@ def verify(
     if inputs is None and kwargs is None:
         inputs = _random(runner, dict(sizes or {}), seed)
     names = runner.input_names
-    if isinstance(inputs, Mapping):
-        given = dict(inputs)
-    else:
-        values = [value for value in pytree.tree_leaves((inputs, dict(kwargs or {}))) if value is not None]
-        if len(values) != len(names):
-            raise ExportError(f"the ONNX model takes {len(names)} inputs {names}; {len(values)} were given")
-        given = dict(zip(names, values, strict=True))
+    call = None if isinstance(inputs, Mapping) else _call(reference, inputs or (), kwargs)
+    given = dict(inputs) if call is None else _by_name(names, call)
     arrays = {name: _array(value) if isinstance(value, Tensor) else np.asarray(value) for name, value in given.items()}
     if isinstance(reference, nn.Module):
-        expected = _eager(reference, arrays if isinstance(inputs, Mapping) else inputs or (), kwargs)
+        expected = _eager_by_name(reference, arrays) if call is None else _eager(reference, call)
     else:
         other = reference if isinstance(reference, OnnxRunner) else OnnxRunner(reference)
         if len(other.input_names) != len(arrays):
@@ -125,17 +122,43 @@ def verify(
     return Verification(compare_all(expected, actual, runner.output_names), shapes)
 
 
-def _eager(module: nn.Module, inputs: Sequence[Any] | Mapping[str, Any], kwargs: Mapping[str, Any] | None) -> Any:
-    """Outputs of a module; inputs by name where its forward has those names, else in order."""
+def _call(reference: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Call:
+    """The inputs as a call of the reference; of a file's, which has no arguments, only their order counts."""
+    model = unwrap(reference) if isinstance(reference, nn.Module) else nn.Identity()
+    given = (tuple(inputs), dict(kwargs or {}))
+    arrays = (np.ndarray, np.generic)
+    return Call.of(model, *pytree.tree_map(lambda one: torch.as_tensor(one) if isinstance(one, arrays) else one, given))
+
+
+def _by_name(names: Sequence[str], call: Call) -> dict[str, Tensor]:
+    """What the file is fed: in order, and keyword arguments by name where it has their names."""
+    if len(call.tensors) != len(names):
+        raise ExportError(f"the ONNX model takes {len(names)} inputs {list(names)}; {len(call.tensors)} were given")
+    count = sum(len(tensors_in(value)) for value in call.args)
+    keywords, rest = list(call.tensors)[count:], list(names)[count:]
+    order = [*list(names)[:count], *(keywords if set(keywords) == set(rest) else rest)]
+    return dict(zip(order, call.tensors.values(), strict=True))
+
+
+def _eager(module: nn.Module, call: Call) -> list[Tensor]:
+    args, kwargs = call.fresh()
     with evaluating(module):
-        if not isinstance(inputs, Mapping):
-            given, named = pytree.tree_map(torch.as_tensor, (tuple(inputs), dict(kwargs or {})))
-            return _tensors(module(*given, **named))
-        tensors = {name: torch.as_tensor(np.array(value)) for name, value in inputs.items()}
-        parameters = inspect.signature(module.forward).parameters
-        any_name = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
-        by_name = any_name or set(parameters) >= set(tensors)
-        return _tensors(module(**tensors) if by_name else module(*tensors.values()))
+        return _tensors(module(*args, **kwargs))
+
+
+def _eager_by_name(module: nn.Module, arrays: Mapping[str, Any]) -> list[Tensor]:
+    """Outputs of a module; inputs by name where its forward has those names, else in order."""
+    tensors = {name: torch.as_tensor(np.array(value)) for name, value in arrays.items()}
+    parameters = inspect.signature(module.forward).parameters
+    if parts := [name for name in tensors if "." in name and name.partition(".")[0] in parameters]:
+        raise ExportError(
+            f"{parts[0]!r} is a part of an argument: give the arguments of {type(module).__name__} instead"
+        )
+    any_name = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    with evaluating(module):
+        if any_name or set(parameters) >= set(tensors):
+            return _tensors(module(**tensors))
+        return _tensors(module(*tensors.values()))
 
 
 def _random(runner: OnnxRunner, sizes: Mapping[str, int | Sequence[int]], seed: int) -> dict[str, np.ndarray]:
@@ -175,9 +198,8 @@ def _shape(name: str, dims: Sequence[int | str | None], sizes: Mapping[str, int 
 def check_export(
     path: Path,
     model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    inputs: Sequence[Any],
+    call: Call,
+    inputs: Sequence[Tensor],
     bank: Sequence[Mapping[str, np.ndarray]] = (),
 ) -> Parity:
     """Run an exported file in ONNX Runtime on the CPU and the model in eager on the same inputs, and compare.
@@ -188,9 +210,8 @@ def check_export(
     Args:
         path: the file.
         model: what it was exported from; not changed.
-        args: inputs of the model.
-        kwargs: keyword inputs of the model.
-        inputs: the same for the file, which may be of another dtype.
+        call: inputs of the model.
+        inputs: the same for the file, which may be of another dtype, in order.
         bank: the vectors of each adapter of a bank.
 
     Returns:
@@ -201,11 +222,11 @@ def check_export(
         MissingExtraError: onnxruntime is not installed.
     """
     runner = OnnxRunner(path)
-    given = [_array(value) for value in inputs if isinstance(value, Tensor)]
+    given = [_array(value) for value in inputs]
     found = []
     for what, chosen, swapped in _scenarios(runner, model, bank):
         with evaluating(model):
-            outputs = torch.func.functional_call(model, swapped, tuple(args), dict(kwargs or {}))
+            outputs = torch.func.functional_call(model, swapped, *call.fresh())
         actual = [torch.from_numpy(np.asarray(value)) for value in chosen.run(given)]
         parity = compare(_tensors(outputs), actual, runner.output_names)
         if not parity.passed:
@@ -298,4 +319,4 @@ def _compare_one(name: str, want: Tensor, got: Tensor) -> Parity:
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    return [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
+    return list(outputs_of(outputs).values())
