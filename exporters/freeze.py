@@ -76,7 +76,8 @@ def _any_size(call: Call, axes: Sequence[Axes]) -> contextlib.AbstractContextMan
     sizes = [tensor.shape[axis] for tensor, each in zip(call.tensors.values(), axes, strict=True) for axis in each]
     if all(size > 1 for size in sizes):
         return contextlib.nullcontext()
-    return _config.patch(backed_size_oblivious=True)  # type: ignore[no-any-return]
+    patched: contextlib.AbstractContextManager[Any] = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    return patched
 
 
 @contextlib.contextmanager

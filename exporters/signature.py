@@ -50,7 +50,7 @@ class Call:
     def with_tensors(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments with other tensors in the places of `tensors`; nothing of the caller's is shared but constants."""
         new = iter(tensors)
-        return mapped((self.args, self.kwargs), lambda _path, _tensor: next(new))  # type: ignore[no-any-return]
+        return mapped((self.args, self.kwargs), lambda _path, _tensor: next(new))
 
     @property
     def has_cache(self) -> bool:

@@ -21,7 +21,18 @@ from onelora_compile.errors import ExportError
 
 Path = tuple[str, ...]
 PAST, PRESENT = "past_key_values", "present"  # a cache before and after a call, as optimum calls it
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
+_CONSTANTS: tuple[type, ...] = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+)
 _CONSTANTS += (torch.SymInt, torch.SymFloat, torch.SymBool, torch.memory_format, enum.Enum, slice, range)
 _COUNTERS = ("cumulative_length", "cumulative_length_int")
 _PAIRS: dict[int, tuple[str, ...]] = {

@@ -106,8 +106,12 @@ def verify(
     if inputs is None and kwargs is None:
         inputs = _random(runner, dict(sizes or {}), seed)
     names = runner.input_names
-    call = None if isinstance(inputs, Mapping) else _call(reference, inputs or (), kwargs)
-    given = dict(inputs) if call is None else _by_name(names, call)
+    call = None
+    if isinstance(inputs, Mapping):
+        given = dict(inputs)
+    else:
+        call = _call(reference, inputs or (), kwargs)
+        given = _by_name(names, call)
     arrays = {name: _array(value) if isinstance(value, Tensor) else np.asarray(value) for name, value in given.items()}
     if isinstance(reference, nn.Module):
         expected = _eager_by_name(reference, arrays) if call is None else _eager(reference, call)

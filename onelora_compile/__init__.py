@@ -12,6 +12,7 @@ Method: Quercia et al., arXiv 2503.08333.
 import torch as _torch
 
 from onelora_compile import ops as ops  # first: everything else needs the operators registered
+from onelora_compile import torch_versions as _torch_versions
 from onelora_compile.adapter import adapt, detach, disabled, trainable_parameters, vectors
 from onelora_compile.checkpoint import load_adapter, read_adapter, save_adapter
 from onelora_compile.config import OneLoRAConfig
@@ -31,7 +32,6 @@ from onelora_compile.errors import (
 from onelora_compile.explain import explain
 from onelora_compile.merge import merge
 from onelora_compile.report import summary
-from onelora_compile.torch_versions import warn_if_untested as _warn_if_untested
 from onelora_compile.version import __version__
 
 __all__ = [
@@ -61,4 +61,4 @@ __all__ = [
     "vectors",
 ]
 
-_warn_if_untested(str(_torch.__version__))
+_torch_versions.warn_if_untested(str(_torch.__version__))

@@ -12,11 +12,13 @@ Read in torch 2.11 to 2.13:
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from onelora_compile.errors import ConfigError, StateError
 
 Compiler = Callable[..., Any]  # (graph, example inputs) -> compiled function
 
+_MANY = 1_000_000
 _TOKEN = "_onelora_first_call"  # attribute of a module
 
 
@@ -36,19 +39,19 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     nodes: dict[fx.Node, fx.Node] = {}
     if (output := graph.graph_copy(gm.graph, nodes)) is not None:
         graph.output(output)
-    copy = fx.GraphModule(gm, graph)
-    copy.meta = dict(gm.meta)
+    twin = fx.GraphModule(gm, graph)
+    twin.meta = dict(gm.meta)
     # node_copy leaves out attributes that are not fx's own.
     for old, new in nodes.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id", "compile_subgraph_reason"):
         if hasattr(gm, name):
-            setattr(copy, name, getattr(gm, name))
+            setattr(twin, name, getattr(gm, name))
     for node in graph.find_nodes(op="get_attr"):
-        if isinstance(inner := getattr(copy, str(node.target), None), fx.GraphModule):
-            setattr(copy, str(node.target), copy_graph(inner))
-    return copy
+        if isinstance(inner := getattr(twin, str(node.target), None), fx.GraphModule):
+            setattr(twin, str(node.target), copy_graph(inner))
+    return twin
 
 
 def break_reason(gm: fx.GraphModule) -> str:
@@ -177,6 +180,48 @@ def own_attribute(source: Any, name: str) -> Any:
     from torch._dynamo.source import AttrSource, DictGetItemSource
 
     return DictGetItemSource(AttrSource(source, "__dict__"), name)
+
+
+@contextlib.contextmanager
+def apart(backend: Compiler) -> Iterator[Callable[[nn.Module], Callable[..., Any]]]:
+    """Yield a `torch.compile` whose captures leave nothing behind in Dynamo, and throw nothing of the user's away.
+
+    Dynamo keeps its graphs on the code objects of functions, a limited number for each, and remembers sizes that
+    changed.  Source: `torch/_dynamo/eval_frame.py`, `convert_frame.py`, `pgo.py` of torch 2.11 to 2.15.
+
+    Args:
+        backend: gets the graphs.
+    """
+    import torch._dynamo
+    from torch._C._dynamo import eval_frame
+    from torch._dynamo import pgo
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    # From torch 2.13 on.
+    regions = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    own_region: dict[str, Any] = {"isolate_recompiles": True} if regions else {}
+    entries = eval_frame._get_total_cache_entry_count if regions else eval_frame._debug_get_cache_entry_list
+    fresh: list[CodeType] = []
+
+    def noting(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        code = InstructionTranslator.current_tx().output.root_tx.f_code
+        if not entries(code):
+            fresh.append(code)
+        return backend(gm, example_inputs)
+
+    limits = torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False, recompile_limit=_MANY, accumulated_recompile_limit=_MANY
+    )
+    sizes = pgo.get_code_state()  # which sizes changed from call to call, by code
+    before = copy.deepcopy(dict(sizes))
+    try:
+        with limits, torch.compiler.set_stance("default"):
+            yield lambda root: torch.compile(root, backend=noting, **own_region)
+    finally:
+        for code in fresh:  # the user has compiled none of these
+            eval_frame.reset_code(code)
+        sizes.clear()
+        sizes.update(before)
 
 
 @contextlib.contextmanager
