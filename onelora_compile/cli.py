@@ -76,6 +76,8 @@ def export(
         list[str] | None, typer.Option(help="One more dynamic axis: 1=tokens, or of one input, x:2=height.")
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="The first axis is no dynamic batch.")] = False,
+    input_name: Annotated[list[str] | None, typer.Option(help="Another name for an input: x=pixels.")] = None,
+    output_name: Annotated[list[str] | None, typer.Option(help="Another name for an output: output=logits.")] = None,
     verify: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime and compare with eager.")] = True,
 ) -> None:
     """Export a model with its adapter, and verify the file.
@@ -86,7 +88,7 @@ def export(
     import torch
 
     from onelora_compile.checkpoint import load_adapter
-    from onelora_compile.cli_export import BATCH, export_dynamic
+    from onelora_compile.cli_export import BATCH, export_dynamic, renamed
     from onelora_compile.exporters import export_onnx
     from onelora_compile.files import check_writable, refuse_overwriting
 
@@ -104,6 +106,8 @@ def export(
             dtype=torch.float16 if half else None,
             bank=bank or (),
             verify=verify,
+            input_names=renamed("--input-name", input_name or ()),
+            output_names=renamed("--output-name", output_name or ()),
         )
         report = export_dynamic(loaded, axes, write, output)
     show(report)

@@ -25,6 +25,21 @@ if TYPE_CHECKING:
 BATCH = DynamicAxis(None, 0, "batch")
 
 
+def renamed(option: str, given: Sequence[str]) -> dict[str, str] | None:
+    """`name=another` for each value of an option; None without any.
+
+    Raises:
+        ConfigError: a value that is not of that form.
+    """
+    names = {}
+    for one in given:
+        name, equals, another = one.partition("=")
+        if not (name and equals and another):
+            raise ConfigError(f"{option} {one!r}: write the name that it has and the one it gets, x=pixels")
+        names[name] = another
+    return names or None
+
+
 def export_dynamic(
     loaded: Loaded, axes: Sequence[DynamicAxis], export: Callable[..., ExportReport], path: Path
 ) -> ExportReport:

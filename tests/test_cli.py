@@ -295,6 +295,22 @@ def test_dynamic_axes(tmp_path):
     assert dims(tmp_path / "s.onnx") == [[2, "t", 4], [3], [2, "t"]]
 
 
+def test_names_of_inputs_and_outputs(tmp_path):
+    import onnx
+
+    (tmp_path / "mymodels.py").write_text(NETS)
+    names = ("--input-name", "mask=attention", "--output-name", "output=logits")
+    assert run_in(tmp_path, "export", "mymodels:fixed", "-o", "m.onnx", "--static", *names).exit_code == 0
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert ([one.name for one in graph.input], [one.name for one in graph.output]) == (
+        ["ids", "extra.a", "attention"],
+        ["logits"],
+    )
+    done = run_in(tmp_path, "export", "mymodels:fixed", "-o", "n.onnx", "--input-name", "pixels")
+    assert done.exit_code == 1
+    assert "--input-name 'pixels': write the name that it has and the one it gets" in str(done.exception)
+
+
 def test_a_model_that_has_one_batch_size(tmp_path):
     (tmp_path / "mymodels.py").write_text(NETS)
     done = run_in(tmp_path, "export", "mymodels:fixed", "-o", "m.onnx")
