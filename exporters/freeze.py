@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from onelora_compile.exporters.axes import Axes, for_export
+from onelora_compile.errors import ExportError
+from onelora_compile.exporters.axes import Axes, MayVary, for_export
 from onelora_compile.exporters.signature import Call, flat_forward
 from onelora_compile.passes.carry_vectors import carry_vectors
 from onelora_compile.passes.fold_vectors import FoldResult, fold_vectors
@@ -28,11 +30,13 @@ class Frozen:
         program: takes the tensors of a call and returns those of its result, both flat.
         folded: what became of the vectors.
         outputs: names of what it returns.
+        axes: those dynamic axes of each input that vary; the model may have fixed others.
     """
 
     program: ExportedProgram
     folded: FoldResult
     outputs: list[str]
+    axes: list[Axes]
 
 
 def freeze(
@@ -59,13 +63,48 @@ def freeze(
     def note(found: list[str]) -> None:
         names[:] = found
 
-    with evaluating(model), _any_size(call, axes):
-        flat = flat_forward(model, call, note)
-        inputs = tuple(call.tensors.values())
-        program = torch.export.export(flat, inputs, dynamic_shapes=for_export(axes), strict=False)
+    def exported(axes: Sequence[Axes]) -> ExportedProgram:
+        with evaluating(model), _any_size(call, axes):
+            flat = flat_forward(model, call, note)
+            inputs = tuple(call.tensors.values())
+            return torch.export.export(flat, inputs, dynamic_shapes=for_export(axes), strict=False)
+
+    program = exported(axes)
+    vary = _varying(program, call, axes)
+    if vary != list(axes):
+        program = exported(vary)  # with numbers for what is fixed
     if place == "folded":
-        return Frozen(*fold_vectors(program, originals=originals), names)
-    return Frozen(*carry_vectors(program, place, trained), names)
+        return Frozen(*fold_vectors(program, originals=originals), names, vary)
+    return Frozen(*carry_vectors(program, place, trained), names, vary)
+
+
+def _varying(program: ExportedProgram, call: Call, axes: Sequence[Axes]) -> list[Axes]:
+    """The axes without those that the program has one size for, which torch.export says of a size above 1 alone.
+
+    Raises:
+        ExportError: one of these was to vary.
+    """
+    inputs = set(program.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder") if node.name in inputs]
+    found = []
+    for name, value, each in zip(call.tensors, values, axes, strict=True):
+        fixed = {axis: dim for axis, dim in each.items() if _is_fixed(program, value.shape[axis])}
+        if asked := [axis for axis, dim in fixed.items() if isinstance(dim, str) and not isinstance(dim, MayVary)]:
+            raise ExportError(
+                f"the model fixes axis {asked[0]} ({each[asked[0]]!r}) of {name!r} at the example's size, "
+                f"{call.tensors[name].shape[asked[0]]}: leave it out of dynamic_shapes, or give another example"
+            )
+        found.append({axis: dim for axis, dim in each.items() if axis not in fixed})
+    return found
+
+
+def _is_fixed(program: ExportedProgram, size: int | torch.SymInt) -> bool:
+    """Whether a size is one number; with `backed_size_oblivious`, a size that has to be 1 has the range 1 to 2."""
+    if is_concrete_int(size):
+        return True
+    assert isinstance(size, torch.SymInt)
+    bounds = program.range_constraints.get(size.node.expr)
+    return bounds is not None and bool(bounds.upper <= 2)
 
 
 def _any_size(call: Call, axes: Sequence[Axes]) -> contextlib.AbstractContextManager[Any]:

@@ -200,7 +200,7 @@ def export_onnx(
         outputs = chosen_names("output", frozen.outputs, output_names, taken)
         folded = _inside(frozen.folded, part)
         step("convert to ONNX")
-        ir_model = _converted(frozen.program, opset_version, axes)
+        ir_model = _converted(frozen.program, opset_version, frozen.axes)
         used = (
             place_vectors(ir_model, mode, held, list(banked.values()), part, trained.originals)
             if adapters != "fold"
