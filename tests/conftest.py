@@ -17,7 +17,9 @@ settings.load_profile("tests")
 # The default run walks every n-th case of each test function in these files, the first one always; `-m slow` the rest.
 THINNED = {
     "test_cli_mistakes.py": 8,
+    "test_export_axes.py": 3,
     "test_export_cache.py": 3,
+    "test_export_decoders.py": 6,
     "test_export_names.py": 8,
     "test_first_call.py": 3,
     "test_fold_forms.py": 4,
