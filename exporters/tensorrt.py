@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from onelora_compile.checkpoint import AdapterFile, read_adapter, write_adapter
 from onelora_compile.exporters.convert import adapter_of
@@ -88,9 +88,9 @@ class EngineReport(Printable):
         if one.flags:
             table.add_row("options", ", ".join(f"{name} {value}" for name, value in one.flags.items()))
         for note in self.notes:
-            table.add_row("note", escape(note))
+            table.add_row("note", Text(note))
         if self.warnings:
-            table.add_row("NVIDIA warns", escape(shortened(self.warnings, 3)))
+            table.add_row("NVIDIA warns", Text(shortened(self.warnings, 3)))
         table.add_row("time", f"read {self.parse_seconds:.1f} s, build {self.build_seconds:.1f} s")
         return table
 
