@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from onelora_compile.errors import AdapterFileError, ConfigError, require
 from onelora_compile.exporters.load_onnx import load_model
 from onelora_compile.exporters.metadata import Metadata
 from onelora_compile.exporters.operators import float32
+from onelora_compile.exporters.save_onnx import data_files
 from onelora_compile.files import refuse_overwriting, replacing
 
 PathLike = str | os.PathLike[str]
@@ -41,7 +43,7 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
         `out`.
 
     Raises:
-        ConfigError: `out` is `source` or `like`, an unknown ending, or `like` is missing where it is needed.
+        ConfigError: `out` is `source`, `like` or its weights; an unknown ending; `like` is missing where it is needed.
         AdapterFileError: a damaged source, or one with other vectors than the model.
         BaseMismatchError: the adapter was trained on another base than the model.
     """
@@ -49,7 +51,7 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
     for path in (source, out):
         if path.suffix not in _FORMATS:
             raise ConfigError(f"{path}: the ending names the format, one of {', '.join(_FORMATS)}")
-    refuse_overwriting(out, [source, *([] if like is None else [like])])
+    refuse_overwriting(out, [source, *([] if like is None else [like, *data_files(Path(like))])])
     model = None if like is None else _metadata(Path(like))
     needs = ".vectors" in (source.suffix, out.suffix) or (
         source.suffix != ".safetensors" and out.suffix == ".safetensors"
@@ -146,7 +148,10 @@ def _write_ort(values: Mapping[str, np.ndarray], path: Path) -> None:
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
     adapter.set_parameters({name: runtime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
-    adapter.export_adapter(str(path))
+    try:
+        adapter.export_adapter(str(path))
+    except RuntimeError as error:  # ONNX Runtime's word for a full disk; `replacing` adds the file's name
+        raise OSError(errno.EIO, f"ONNX Runtime: {error}", str(path)) from error
 
 
 def _metadata(path: Path) -> Metadata:

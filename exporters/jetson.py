@@ -34,7 +34,7 @@ from onelora_compile.exporters.profiles import Profiles, Shapes, profiles_of
 from onelora_compile.exporters.readme import readme
 from onelora_compile.exporters.references import default_swaps, reference_cases
 from onelora_compile.exporters.runner import OnnxRunner
-from onelora_compile.exporters.save_onnx import save_model
+from onelora_compile.exporters.save_onnx import data_files, save_model
 from onelora_compile.exporters.trained import other_values
 from onelora_compile.exporters.trtexec import trtexec_script
 from onelora_compile.files import refuse_overwriting, replacing_folder
@@ -141,7 +141,7 @@ def bundle(
     """
     start, target, source = time.perf_counter(), jetpack_of(jetpack), Path(onnx)
     _check_choices(target, weak_fp16, workspace_mib, optimization_level)
-    refuse_overwriting(out, [source, *adapters])
+    refuse_overwriting(out, [source, *data_files(source), *adapters])
     check_free(Path(out))
     with steps(f"bundle {Path(out).name}", 4, progress) as step, replacing_folder(Path(out)) as folder:
         step("fit the model")
@@ -167,9 +167,10 @@ def bundle(
         _write_programs(folder, manifest, fitted, target, profiles, weak_fp16)
         step("check")
         checks = _checked(folder, fitted) if selftest else []
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return BundleReport(
         folder=Path(out),
-        bytes=sum(file.stat().st_size for file in Path(out).rglob("*") if file.is_file()),
+        bytes=size,
         jetpack=target.version,
         tensorrt=target.tensorrt,
         mode=fitted.mode,

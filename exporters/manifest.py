@@ -21,7 +21,6 @@ from onelora_compile.exporters.engine_adapters import hash_files
 from onelora_compile.exporters.metadata import Metadata, digest
 from onelora_compile.exporters.operators import float32
 from onelora_compile.exporters.tensorrt_api import TITLES, Api
-from onelora_compile.files import replacing
 from onelora_compile.fingerprint import Fingerprint
 from onelora_compile.version import __version__
 
@@ -94,15 +93,12 @@ class Manifest:
     initial: str = ""
     producer: str = f"onelora-compile {__version__}"
 
-    def write(self, engine: Path) -> Path:
-        """Write `<engine>.json`, replaced in one step."""
+    def to_json(self) -> str:
+        """The content of `<engine>.json`."""
         fields = {"format": "onelora-engine", "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         for prints in ("fingerprints", "trained"):
             fields[prints] = {name: one.to_json() for name, one in getattr(self, prints).items()}
-        path = manifest_path(engine)
-        with replacing(path) as beside:
-            beside.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-        return path
+        return json.dumps(fields, indent=1) + "\n"
 
     @classmethod
     def read(cls, engine: str | os.PathLike[str]) -> Manifest:

@@ -153,7 +153,7 @@ def _remove_unnamed(path: Path, stale: set[Path]) -> None:
     """
     if not stale:
         return
-    with alone(path.parent):
+    with contextlib.suppress(OSError), alone(path.parent):  # the new model is there: no reason to fail
         beside = [file for file in path.parent.iterdir() if file.is_file() and file.suffix not in _WEIGHTS]
         for file in stale:
             if not any(_holds(one, file.name) for one in beside):

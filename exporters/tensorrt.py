@@ -34,7 +34,7 @@ from onelora_compile.exporters.engine_progress import building
 from onelora_compile.exporters.manifest import Manifest, Tensor, l4t_release, manifest_path, system
 from onelora_compile.exporters.save_onnx import data_files
 from onelora_compile.exporters.tensorrt_api import Api, find_api
-from onelora_compile.files import check_writable, refuse_overwriting, replacing
+from onelora_compile.files import check_writable, refuse_overwriting, replacing_all
 from onelora_compile.merge import FoldLoss
 from onelora_compile.text import Printable, bytes_text, shortened
 
@@ -242,7 +242,7 @@ def _manifest(api: Api, model: Prepared, onnx: Path, adapter: Any) -> Manifest:
 def write_engine(
     engine: Path, plan: Any, manifest: Manifest, initial: AdapterFile | None
 ) -> tuple[list[Path], Manifest]:
-    """Write an engine, its manifest and the vectors it starts with; the manifest last, which knows the engine's hash.
+    """Write an engine, its manifest and the vectors it starts with: all of them, or none.
 
     Args:
         engine: the file.
@@ -250,17 +250,14 @@ def write_engine(
         manifest: without the hash.
         initial: the vectors.
     """
-    files = [engine]
-    if initial is not None:
-        path = engine.with_name(manifest.initial)
-        with replacing(path) as beside:
-            write_adapter(initial, beside)
-        files.append(path)
-    with replacing(engine) as beside:
-        with open(beside, "wb") as stream:
+    files = [engine, manifest_path(engine), *([engine.with_name(manifest.initial)] if initial is not None else [])]
+    with replacing_all(files) as (plan_file, manifest_file, *initial_file):
+        with open(plan_file, "wb") as stream:
             stream.write(plan)
-        manifest = dataclasses.replace(manifest, engine_sha256=hash_files([beside]))
-    files.insert(1, manifest.write(engine))
+        manifest = dataclasses.replace(manifest, engine_sha256=hash_files([plan_file]))
+        manifest_file.write_text(manifest.to_json(), encoding="utf-8")
+        for path in initial_file:
+            write_adapter(initial, path)
     return files, manifest
 
 

@@ -96,6 +96,7 @@ def export(
     refuse_overwriting(output, [adapter] if adapter else [], "--output")
     check_writable(output)
     loaded = load_target(target)
+    refuse_overwriting(output, loaded.files, "--output")
     with loaded.blamed():
         if first := adapter or next(iter(bank or ()), None):
             load_adapter(loaded.model, first)
@@ -131,7 +132,9 @@ def fold(
 ) -> None:
     """Put an adapter into the weights of an ONNX model, without PyTorch's model."""
     from onelora_compile.exporters import fold_onnx
+    from onelora_compile.files import refuse_overwriting
 
+    refuse_overwriting(output, calibration or (), "--output")
     report = fold_onnx(
         base,
         adapter,

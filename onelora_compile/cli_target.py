@@ -24,12 +24,19 @@ FORM = "(model, args) or (model, args, kwargs)"
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model and the inputs to call it with; `name` is how the user called the function."""
+    """A model and the inputs to call it with.
+
+    Attributes:
+        name: how the user called the function.
+        model: what it returned, and so are `args` and `kwargs`.
+        files: the user's code.
+    """
 
     name: str
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    files: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
@@ -71,7 +78,8 @@ def load_target(target: str) -> Loaded:
     function = getattr(module, name, None)
     if function is None:
         raise ConfigError(f"{target!r}: the module {module_name!r} has no {name!r}")
-    return _checked(target, _called(target, function))
+    loaded = _checked(target, _called(target, function))
+    return dataclasses.replace(loaded, files=(module.__file__,) if module.__file__ else ())
 
 
 def described(error: BaseException) -> str:

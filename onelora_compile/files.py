@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from onelora_compile.errors import ConfigError
@@ -16,6 +17,7 @@ if sys.platform != "win32":
     import fcntl
 
 PathLike = str | os.PathLike[str]
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _TEMPORARY = ".onelora-"  # short whatever the name of the file is: a name has at most 255 bytes
 
 
@@ -53,21 +55,69 @@ def replacing(path: PathLike, follow: bool = True) -> Iterator[Path]:
     Raises:
         OSError: the folder does not exist or can't be written, the disk is full; it names `path`.
     """
-    path = Path(os.fspath(path))
-    check_writable(path)
-    target = Path(os.path.realpath(path)) if follow else path
-    beside = _beside(target)
-    with naming(path, beside):
+    with replacing_all([path], follow) as (beside,):
+        yield beside
+
+
+@contextlib.contextmanager
+def replacing_all(paths: Sequence[PathLike], follow: bool = True) -> Iterator[list[Path]]:
+    """As `replacing`, for files that belong together: all are replaced, or none."""
+    names = [Path(os.fspath(path)) for path in paths]
+    targets = [Path(os.path.realpath(path)) if follow else path for path in names]
+    besides = [_beside(target) for target in targets]
+    with contextlib.ExitStack() as stack:
+        for path, beside in zip(names, besides, strict=True):
+            check_writable(path)
+            stack.enter_context(naming(path, beside))
         try:
-            mode = target.stat().st_mode & 0o7777 if target.exists() else _default_mode(beside)
-            yield beside
-            flush(beside)
-            # Whatever wrote the file chose its mode (safetensors: 0600); the user's choice counts.
-            os.chmod(beside, mode)
-            os.replace(beside, target)
+            modes = [
+                target.stat().st_mode & 0o7777 if target.exists() else _default_mode(beside)
+                for target, beside in zip(targets, besides, strict=True)
+            ]
+            yield besides
+            for beside, mode in zip(besides, modes, strict=True):
+                flush(beside)
+                # Whatever wrote the file chose its mode (safetensors: 0600); the user's choice counts.
+                os.chmod(beside, mode)
+            _replace_all(besides, targets)
         except BaseException:
-            remove(beside)
+            for beside in besides:
+                remove(beside)
             raise
+
+
+def _replace_all(besides: Sequence[Path], targets: Sequence[Path]) -> None:
+    """Give files their names; where one can't have it, those before get their old content back."""
+    kept: list[tuple[Path, Path | None]] = []
+    try:
+        for beside, target in zip(besides, targets, strict=True):
+            if target != targets[-1]:
+                kept.append((target, _keep(target)))
+            os.replace(beside, target)
+    except OSError:
+        for target, old in kept:
+            if old is None:
+                remove(target)
+            else:
+                with contextlib.suppress(OSError):  # the error that is on its way says why
+                    os.replace(old, target)
+                    remove(old)  # is still there if both are one file
+        raise
+    for _, old in kept:
+        if old is not None:
+            remove(old)
+
+
+def _keep(path: Path) -> Path | None:
+    """A second name for the file at a path, if there is one."""
+    if not path.exists():
+        return None
+    other = _beside(path, "old")
+    try:
+        os.link(path, other)
+    except OSError:  # a file system without hard links
+        shutil.copy2(path, other)
+    return other
 
 
 @contextlib.contextmanager
@@ -105,8 +155,8 @@ def check_writable(path: Path) -> None:
 def replacing_folder(path: PathLike) -> Iterator[Path]:
     """Yield a new folder beside `path` that becomes `path` when the block ends well.
 
-    If the block raises, nothing is left and an old folder is untouched. An old folder is moved away and then removed:
-    who is killed between the two renames finds it beside, as `.onelora-….old`.
+    If the block raises, nothing is left and an old folder is untouched. Where the system can't exchange two folders in
+    one step, an old one is moved away first: who is killed meanwhile finds it beside, as `.onelora-….old`.
 
     Raises:
         OSError: the folder that holds it does not exist or can't be written; it names `path`.
@@ -124,14 +174,17 @@ def replacing_folder(path: PathLike) -> Iterator[Path]:
                 if file.is_file():
                     flush(file)
             with alone(target.parent):
-                _swap(beside, target, old)
+                stale = _swap(beside, target, old)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
-    shutil.rmtree(old, ignore_errors=True)  # the new folder is there: no reason to fail
+    shutil.rmtree(stale, ignore_errors=True)  # the new folder is there: no reason to fail
 
 
-def _swap(new: Path, target: Path, old: Path) -> None:
+def _swap(new: Path, target: Path, old: Path) -> Path:
+    """Put `new` where `target` is; gives where the old folder is then, if there was one."""
+    if target.exists() and _exchange(new, target):
+        return new
     if target.exists():
         os.replace(target, old)
     try:
@@ -140,6 +193,14 @@ def _swap(new: Path, target: Path, old: Path) -> None:
         if old.exists():
             os.replace(old, target)
         raise
+    return old
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where the system or the file system can't."""
+    function = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    paths = (_HERE, os.fsencode(one), _HERE, os.fsencode(other))
+    return function is not None and function(*paths, _EXCHANGE) == 0
 
 
 @contextlib.contextmanager

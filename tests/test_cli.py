@@ -323,3 +323,23 @@ def test_a_model_that_has_one_batch_size(tmp_path):
 def dims(path):
     inputs = onnx.load(path).graph.input
     return [[one.dim_param or one.dim_value for one in value.type.tensor_type.shape.dim] for value in inputs]
+
+
+def test_a_command_writes_over_none_of_its_inputs(project):
+    import numpy as np
+
+    assert run_in(project, "export", "mymodels:make", "-o", "m.onnx").exit_code == 0
+    np.savez(project / "c.npz", x=np.ones(2))
+    before = {path.name: path.read_bytes() for path in project.iterdir()}
+    for command in (
+        ("export", "mymodels:make", "-o", "mymodels.py"),
+        ("export", "mymodels:make", "--adapter", "a.safetensors", "-o", "a.safetensors"),
+        ("fold", "m.onnx", "a.safetensors", "-o", "c.npz", "--calibration", "c.npz"),
+        ("fold", "m.onnx", "a.safetensors", "-o", "a.safetensors"),
+        ("convert", "a.safetensors", "-o", "a.safetensors"),
+        ("bundle", "m.onnx", "-o", "m.onnx"),
+        ("engine", "m.onnx", "-o", "m.onnx"),
+    ):
+        done = run_in(project, *command)
+        assert "would overwrite the input" in str(done.exception), command
+        assert {path.name: path.read_bytes() for path in project.iterdir() if path.is_file()} == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from typing import Any
@@ -199,11 +200,12 @@ def _rebuild(folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
 
 def _activate(folder: Folder, adapter: dict[str, Any]) -> None:
     folder.activate(adapter)
-    folder.prune()
-    if folder.mode == "load":
-        from .trt_build import prune
+    with contextlib.suppress(OSError):  # the adapter is in use by now; the next command removes what is left
+        folder.prune()
+        if folder.mode == "load":
+            from .trt_build import prune
 
-        prune(folder)
+            prune(folder)
 
 
 def _refuse_fixed(folder: Folder) -> None:

@@ -186,14 +186,15 @@ def write_atomically(path: str, content: Any) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it has its name by now, or another error is on its way
             os.unlink(beside)
-    # The rename itself is on the disk only with its folder.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    # The rename itself is on the disk only with its folder.  It is done by now, so a failure here is none of the write.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def sha256_of(path: str) -> str:

@@ -1,0 +1,87 @@
+"""Failures of the operating system, on demand: the nth call that touches a folder raises, or no file may grow."""
+
+import contextlib
+import errno
+import os
+import resource
+import sys
+from dataclasses import dataclass
+
+# What Python tells its audit hooks before it makes the call, from C code too.
+_EVENTS = {"open", "os.chmod", "os.link", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir"}
+_current = None
+
+
+@dataclass
+class Fault:
+    """What goes wrong while a block runs.
+
+    Attributes:
+        nth: the call that raises, of all that name the folder or something in it, and of fsync; None: none does.
+        lasting: whether all calls after it raise too, as when the disk is gone: then nothing can be cleaned up.
+        number: of the error.
+        size: bytes that a file may have, native libraries' too; None: any number.
+    """
+
+    nth: int | None = None
+    lasting: bool = False
+    number: int = errno.ENOSPC
+    size: int | None = None
+    folder: str = ""
+    calls: int = 0
+    fired: str = ""
+
+    @property
+    def in_cleaning(self):
+        """Whether what failed is the removal of something, or the look into a folder before it."""
+        return self.fired in ("os.remove", "os.rmdir", "os.scandir", "os.listdir", "open a folder")
+
+    def check(self, event, path):
+        if self.nth is None or not isinstance(path, str | bytes | os.PathLike):
+            return
+        text = os.path.abspath(os.fsdecode(path))
+        if text != self.folder and not text.startswith(self.folder + os.sep):
+            return
+        event = "open a folder" if event == "open" and os.path.isdir(text) else event
+        self.calls += 1
+        if self.calls == self.nth + 1 or (self.lasting and self.fired):
+            self.fired = self.fired or event
+            raise OSError(self.number, os.strerror(self.number), text)
+
+
+@contextlib.contextmanager
+def failing(folder, fault):
+    """Let calls in a folder fail while the block runs; one block at a time."""
+    global _current
+    _install()
+    fault.folder = os.path.realpath(folder)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if fault.size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault.size, old[1]))
+    _current = fault
+    try:
+        yield fault
+    finally:
+        _current = None
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def _install():
+    if getattr(os.fsync, "fails", False):
+        return
+    real = os.fsync
+
+    def fsync(file):
+        if _current is not None:  # there is no audit event of it
+            descriptor = file if isinstance(file, int) else file.fileno()
+            _current.check("os.fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        return real(file)
+
+    fsync.fails = True
+    os.fsync = fsync
+    sys.addaudithook(_audit)  # for good: a hook can't be taken away
+
+
+def _audit(event, arguments):
+    if _current is not None and event in _EVENTS:
+        _current.check(event, arguments[0])
