@@ -1,7 +1,6 @@
-"""Folds in child processes that are killed, or whose disk is full or read-only; run as a program by test_fold_files.
+"""Folds in child processes that are killed, or whose folder is read-only; run as a program by test_fold_files.
 
     python fold_children.py MODEL ADAPTER OUT FOLDERS kill COUNT     one child for each of COUNT moments
-    python fold_children.py MODEL ADAPTER OUT FOLDERS full BYTES     no file may be larger than BYTES
     python fold_children.py MODEL ADAPTER OUT FOLDERS readonly 0     the folder of OUT can't be written
 
 Every child works in a folder of its own, which begins with the model's files.  What a child raised is in its
@@ -9,7 +8,6 @@ Every child works in a folder of its own, which begins with the model's files.  
 """
 
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -68,10 +66,6 @@ def main(model, adapter, out, folders, fault, amount):
         sys.setprofile(None)
         return counter.seen
 
-    def limited(folder):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (amount, amount))
-        fold(folder)
-
     def unwritable(folder):
         for path in (folder, *folder.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)
@@ -96,7 +90,7 @@ def main(model, adapter, out, folders, fault, amount):
             child(folder, lambda folder=folder, at=at: counted(folder, max(1, round(at))))
     else:
         folder = fresh("0")
-        child(folder, lambda: (limited if fault == "full" else unwritable)(folder))
+        child(folder, lambda: unwritable(folder))
 
 
 if __name__ == "__main__":

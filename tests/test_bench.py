@@ -12,6 +12,7 @@ from onelora_compile.bench import BASE, OWN, bench
 from onelora_compile.testing import fill_vectors
 
 
+@pytest.mark.slow
 def test_eager_and_compiled_of_a_base_and_its_adapted_copy():
     model, inputs = zoo.MODELS["tiny_vit"]()
     before = copy.deepcopy(model.state_dict())

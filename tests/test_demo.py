@@ -5,9 +5,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import onelora_compile as onelora
 
 
+@pytest.mark.slow
 def test_quick_demo(tmp_path):
     folder = tmp_path / "out"
     command = [sys.executable, "-W", "error::UserWarning", "-m", "onelora_compile.cli", "demo", "--quick", "-o", folder]

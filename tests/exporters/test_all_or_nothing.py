@@ -179,6 +179,10 @@ WRITERS = {
 }
 
 
+# Tracing takes a second for each call of the system, and is no other one for each mode.
+CASES = [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("export") else []) for name in WRITERS]
+
+
 @pytest.fixture
 def here(tmp_path):
     return Path(shutil.copytree(source(), tmp_path / "work"))
@@ -195,7 +199,7 @@ def attempt(here, write, out, name, fault):
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_failure_at_each_call(here, name, lasting):
     write, out = WRITERS[name]
     write(here, out, "b.safetensors")
@@ -244,7 +248,7 @@ def changes(old, new, fault, allowed):
     return {path for path in changed if not path.startswith((*allowed, *left))}
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_full_disk(here, name):
     write, out = WRITERS[name]
     write(here, out, "b.safetensors")

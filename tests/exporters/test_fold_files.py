@@ -83,17 +83,6 @@ def test_killed_at_any_moment_leaves_the_old_or_the_new_model(external, tmp_path
     assert "error.txt" not in {path.name for path in (folders / "whole").iterdir()}
 
 
-@pytest.mark.parametrize("external", [True, False], ids=["external", "one file"])
-@pytest.mark.parametrize("out", ["m.onnx", "new.onnx"])
-def test_a_full_disk_changes_nothing(external, out, tmp_path):
-    project = Project(tmp_path, external)
-    folders = tmp_path / "children"
-    folders.mkdir()
-    project.children(folders, out, "full", 9000)
-    assert project.files(folders / "0") == project.files(project.folder)
-    assert "File too large" in (folders / "0" / "error.txt").read_text()
-
-
 FULL = """
 import resource, sys
 from pathlib import Path
