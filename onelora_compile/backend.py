@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from onelora_compile import inductor
-from onelora_compile.adapter import STATE, AdapterState, adapted_weights, state_or_none, was_adapted
+from onelora_compile.adapter import STATE, AdapterState, state_or_none, was_adapted
 from onelora_compile.config import OneLoRAConfig
 from onelora_compile.errors import ConfigError, OneLoRAWarning
 from onelora_compile.first_call import FirstCall
@@ -25,13 +25,10 @@ from onelora_compile.passes.match_linear import is_update, match_linear
 from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.run import run_passes
 from onelora_compile.passes.subgraphs import scopes
-from onelora_compile.target import vector_key
-from onelora_compile.targets import ALL_LINEAR, named_modules
+from onelora_compile.the_rest import warn_about_the_rest
 from onelora_compile.watch import constant_inputs
 
 Compiled = Callable[..., Any]
-
-UNREADABLE = "linear ops that use a parameter without calling a module for it, in code that adapt could not follow"
 
 
 def onelora_backend(
@@ -94,7 +91,7 @@ def _first_call(gm: fx.GraphModule, example_inputs: Sequence[Any], config: OneLo
             inductor.guard_identity(inductor.own_attribute(source, STATE) if STATE in vars(root) else source)
         if (state := state_or_none(model)) is not None:
             _note_constant_inputs(gm, example_inputs, state)
-            _warn_about_the_rest(gm, example_inputs, model, state)
+            warn_about_the_rest(gm, example_inputs, model, state)
     return None
 
 
@@ -123,41 +120,3 @@ def _note_constant_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], sta
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False))
     sites = ((site.module, site) for site in match_linear(gm) if site.update is not None)
     state.constant |= set(constant_inputs(sites, values.get))
-
-
-def _parameter_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, fx.Node]:
-    """The graph inputs that are parameters, by the identity of the parameter."""
-    pairs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
-    return {id(value): node for node, value in pairs if isinstance(value, nn.Parameter)}
-
-
-def _warn_about_the_rest(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module, state: AdapterState
-) -> None:
-    """A linear op on a parameter that has no vector, and that no choice left out, is named, once."""
-    if state.config.target_modules != ALL_LINEAR:
-        return
-    names: dict[int, str] = {}
-    for name, module in named_modules(model):
-        for parameter, value in module._parameters.items():
-            names.setdefault(id(value), vector_key(name, parameter))
-    held = {node: id_ for id_, node in _parameter_inputs(gm, example_inputs).items()}
-    left_out = {*state.skipped, *state.not_linear, *state.originals}
-    by_output = {name for name, target in adapted_weights(model).items() if target.called}
-    rest: dict[str, str] = {}
-    for scope, site in ((one, site) for one in scopes(gm) for site in match_linear(one.gm)):
-        root = scope.outer.get(site.chain.root) if site.chain is not None else None
-        name = names.get(held[root], "") if root in held else ""
-        if name in by_output and f".{name}".endswith(f".{site.module}"):
-            continue  # its own forward: the update is behind it
-        if name and site.vector is None and name not in left_out and f"{name}.weight" not in left_out:
-            rest[name] = site.source or site.node.name
-    if rest:
-        state.skipped |= dict.fromkeys(rest, UNREADABLE)
-        places = "; ".join(f"{name!r} at {place}" for name, place in rest.items())
-        warnings.warn(
-            f"not adapted: {UNREADABLE}: {places}. Name them, with their input axis, in "
-            "OneLoRAConfig(target_parameters={name: axis})",
-            OneLoRAWarning,
-            stacklevel=2,
-        )

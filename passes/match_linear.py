@@ -152,12 +152,15 @@ def module_path(node: fx.Node) -> str:
     >>> module_path(node)
     'blocks.0.fc'
     """
+    return next(reversed(module_paths(node)), "")
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """The qualified names of all modules in whose call the node was made, outermost first."""
     if node.op == "call_module":
-        return str(node.target)
+        return [str(node.target)]
     stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    return plain_path(str(list(stack.values())[-1][0]))
+    return [plain_path(str(where)) for where, _ in stack.values()]
 
 
 def plain_path(text: str) -> str:

@@ -5,7 +5,8 @@
     x @ (A @ B)                        a product of two parameters
     mylib::linear(x, W)                an operator of another library: nobody knows what it does
 
-Only looks.  What `match_linear` finds is not listed, nor is a parameter of fewer than two axes, which is no matrix.
+Only looks.  What `match_linear` finds is not listed, nor is a weight that is adapted where it is read, nor a parameter
+of fewer than two axes, which is no matrix.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Collection, Iterator
 
 from torch import fx
 
+from onelora_compile.ops import ADAPTED_WEIGHT
 from onelora_compile.passes.contractions import CONTRACTIONS, use_of
 from onelora_compile.passes.op_names import is_known, op_name
 from onelora_compile.passes.weight_chain import Chain, example, is_parameter, weight_chains
@@ -78,7 +80,7 @@ def _made_of_parameters(gm: fx.GraphModule, parameters: Collection[fx.Node]) -> 
     for node in gm.graph.nodes:
         if node in parameters or is_parameter(node):
             made_of[node] = (node,)
-        elif _tells_of_no_value(node):
+        elif _tells_of_no_value(node) or node.target is ADAPTED_WEIGHT:
             made_of[node] = ()
         elif op_name(node) or (node.op == "call_function" and is_known(node.target)):
             if node.all_input_nodes and all(source in made_of for source in node.all_input_nodes):

@@ -1,6 +1,7 @@
 """Weights that are used without their module being called: eager, compiled, folded, and what backward costs."""
 
 import copy
+import warnings
 
 import numpy as np
 import onnxruntime
@@ -121,6 +122,30 @@ def test_every_other_use_in_a_contraction_is_named(name):
     assert {key.removeprefix("form.") for key in named} == set(expected)
     assert all(expected[key.removeprefix("form.")] in why for key, why in named.items())
     assert torch.equal(form(x), base)
+
+
+@pytest.mark.parametrize("name", [*NAMED, *LONG])
+def test_what_adapt_could_not_follow_is_named_by_the_graph(name):
+    form, x, expected = build(name)
+    kind = type(form)
+
+    def forward(self, x):
+        {x.shape: 0}[torch.Size([*x.shape])]  # a KeyError while adapt follows the code without values
+        return kind.forward(self, x)
+
+    form.__class__ = type("Hidden", (kind,), {"forward": forward})
+    model = nn.Sequential(nn.Linear(8, 8), form)
+    onelora.adapt(model)
+    known = {*onelora.summary(model).skipped, *onelora.summary(model).not_linear}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.testing.assert_close(compiled(model, "eager")(x), form(model[0](x)))
+    report = onelora.summary(model)
+    names = {f"1.{key}".removesuffix(".") for key in expected}
+    assert names == {*report.skipped, *report.not_linear}
+    new = [str(one.message) for one in caught if issubclass(one.category, onelora.OneLoRAWarning)]
+    assert len(new) == (names != known)
+    assert all(f"{key!r} at " in message and "target_parameters" in message for message in new for key in names - known)
 
 
 def test_a_weight_used_both_ways_is_reported():
