@@ -217,7 +217,7 @@ def _called(module: nn.Module) -> tuple[Target | None, str]:
         return (None, reason) if reason else (calling(module, dims), "")
     if isinstance(module, _CONVOLUTIONS):
         patches = conv_patches(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-        if not patches:
+        if not patches or module._parameters.get("weight") is None:  # computed from others
             return None, CONVOLUTION
         return reading(module, "weight", range(1, module.weight.ndim)), PATCHES
     if isinstance(module, _EMBEDDINGS):

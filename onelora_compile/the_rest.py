@@ -14,7 +14,7 @@ from onelora_compile.passes.match_linear import match_linear, module_paths, sour
 from onelora_compile.passes.other_uses import ASK, other_uses
 from onelora_compile.passes.subgraphs import Scope, scopes
 from onelora_compile.target import vector_key
-from onelora_compile.targets import ALL_LINEAR, RECURRENT, named_modules
+from onelora_compile.targets import ALL_LINEAR, named_modules
 
 UNREADABLE = "linear ops that use a parameter without calling a module for it, in code that adapt could not follow"
 
@@ -37,7 +37,7 @@ def warn_about_the_rest(
     held = {node: names[id(value)] for node, value in pairs if id(value) in names}
     targets = adapted_weights(model)
     left_out = {*state.skipped, *state.not_linear, *state.originals}
-    called = [name for name, target in targets.items() if target.called]
+    whole = [*(name for name, target in targets.items() if target.called), *state.skipped, *state.not_linear]
     reasons: dict[str, str] = {}
     places: dict[str, str] = {}
     for scope in scopes(gm):
@@ -45,8 +45,9 @@ def warn_about_the_rest(
         for node, root, reason in _not_adapted(scope, inputs):
             name = held.get(scope.outer.get(root, root), "")
             known = name in left_out or f"{name}.weight" in left_out
-            of_a_kernel = state.skipped.get(name.rpartition(".")[0]) == RECURRENT
-            if name and not (known or of_a_kernel or _is_inside(node, name, called)):
+            if name and not (
+                known or _is_inside(node, name, whole) or (reason != UNREADABLE and _is_given(node, name))
+            ):
                 reasons[name] = reason
                 places.setdefault(name, source_line(node) or node.name)
     if not reasons:
@@ -85,7 +86,16 @@ def _not_adapted(scope: Scope, inputs: Collection[fx.Node]) -> Iterator[tuple[fx
         yield use.node, use.root, use.reason
 
 
-def _is_inside(node: fx.Node, name: str, called: Sequence[str]) -> bool:
-    """Whether the op is part of the forward of the linear that the parameter belongs to: the update is behind it."""
-    owners = [f".{one}" for one in called if name == one or name.startswith(f"{one}.")]
+def _is_inside(node: fx.Node, name: str, whole: Collection[str]) -> bool:
+    """Whether the op is part of the call of a module of `whole` that the parameter belongs to.
+
+    What such a module computes is adapted behind its call, or known as a whole: a recurrent cell, a convolution.
+    """
+    owners = [f".{one}" for one in whole if name == one or name.startswith(f"{one}.")]
     return any(owner.endswith(f".{path}") for owner in owners for path in module_paths(node))
+
+
+def _is_given(node: fx.Node, name: str) -> bool:
+    """Whether the op is in a module that does not hold the parameter: there it is an input, as learned queries are."""
+    path = next(reversed(module_paths(node)), "")
+    return bool(path) and f".{path}." not in f".{name}."

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 
 from torch import fx
 
-from onelora_compile.ops import ADAPTED_WEIGHT
+from onelora_compile.ops import ADAPTED_WEIGHT, ADD_RANK1, RANK1_UPDATE
 from onelora_compile.passes.contractions import CONTRACTIONS, use_of
 from onelora_compile.passes.op_names import is_known, op_name
 from onelora_compile.passes.weight_chain import Chain, example, is_parameter, weight_chains
@@ -82,6 +82,8 @@ def _made_of_parameters(gm: fx.GraphModule, parameters: Collection[fx.Node]) -> 
             made_of[node] = (node,)
         elif _tells_of_no_value(node) or node.target is ADAPTED_WEIGHT:
             made_of[node] = ()
+        elif node.target in (RANK1_UPDATE, ADD_RANK1):
+            continue  # the output of a linear is no weight, whatever it was given
         elif op_name(node) or (node.op == "call_function" and is_known(node.target)):
             if node.all_input_nodes and all(source in made_of for source in node.all_input_nodes):
                 roots = (root for source in node.all_input_nodes for root in made_of[source])

@@ -148,6 +148,31 @@ def test_what_adapt_could_not_follow_is_named_by_the_graph(name):
     assert all(f"{key!r} at " in message and "target_parameters" in message for message in new for key in names - known)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_the_graph_names_no_parameter_that_is_an_input_or_of_a_module_that_is_known_as_a_whole():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries, self.pool = weight(5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.q, self.k, self.cell = nn.Linear(8, 8), nn.Linear(8, 8), nn.GRUCell(8, 8)
+            self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(5, 5, 3, padding=1))
+            self.old, self.spectral = nn.utils.weight_norm(nn.Conv1d(5, 5, 1)), nn.Linear(8, 8)
+            nn.utils.parametrizations.spectral_norm(self.spectral)
+
+        def forward(self, x):
+            q = self.q(self.queries).expand(len(x), -1, -1)
+            x = self.old(self.conv(F.scaled_dot_product_attention(q, self.k(self.queries * 2), x)))
+            pooled = self.pool(self.queries.repeat(len(x), 1, 1), x, x, need_weights=False)[0]
+            return self.cell(self.spectral(pooled[:, 0]))
+
+    model = Whole().eval()
+    onelora.adapt(model)
+    known = onelora.summary(model).skipped
+    assert "old" in onelora.summary(model).not_linear  # its weight is computed: no linear map of patches
+    compiled(model, "eager")(torch.randn(2, 5, 8))  # a warning would be an error
+    assert onelora.summary(model).skipped == known
+
+
 def test_a_weight_used_both_ways_is_reported():
     model, _, _ = build("slices")
     with pytest.raises(onelora.TargetError, match="as W and as its transpose"):
