@@ -62,6 +62,8 @@ class ExportReport(Printable):
         vectors: how many the file holds or was folded with.
         losses: what rounding lost in each folded weight, by module name.
         unused: modules whose vector the graph does not use.
+        captured_for: what dynamic sizes must be for the file to be right (`batch <= 3`), beside 2 or more: a model that
+            branches on a size was captured for the branch that the example takes.
         parity: the difference to eager on the example inputs; None without verification.
         seconds: wall time.
     """
@@ -73,6 +75,7 @@ class ExportReport(Printable):
     vectors: int
     losses: dict[str, FoldLoss]
     unused: list[str]
+    captured_for: list[str]
     parity: Parity | None
     seconds: float
 
@@ -95,6 +98,8 @@ class ExportReport(Printable):
             table.add_row("vectors", f"{self.vectors}, mode {self.mode!r}")
         if self.unused:
             table.add_row("not in the graph", ", ".join(self.unused))
+        if self.captured_for:
+            table.add_row("right only for", "\n".join(self.captured_for))
         if self.parity is None:
             table.add_row("verified", "no")
         else:
@@ -239,6 +244,7 @@ def export_onnx(
         vectors=len(used),
         losses=folded.losses,
         unused=folded.unused,
+        captured_for=frozen.captured_for,
         parity=parity[0] if parity else None,
         seconds=time.perf_counter() - start,
     )

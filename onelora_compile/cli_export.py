@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
-from torch.export import ShapesCollection
-from torch.utils import _pytree as pytree
+from typing import TYPE_CHECKING
 
 from onelora_compile.adapter import unwrap
 from onelora_compile.cli_target import Loaded
 from onelora_compile.errors import ConfigError, ExportError
+from onelora_compile.exporters.signature import Call
 from onelora_compile.sizes import DynamicAxis
 from onelora_compile.text import shortened
 
@@ -57,9 +52,9 @@ def export_dynamic(
     """
     if not axes:
         return export(loaded.model, loaded.args, path, loaded.kwargs)
-    args, kwargs, shapes = _dynamic(loaded, axes)
+    shapes = _dynamic(loaded, axes)
     try:
-        return export(loaded.model, args, path, kwargs, dynamic_shapes=shapes)
+        return export(loaded.model, loaded.args, path, loaded.kwargs, dynamic_shapes=shapes)
     except ExportError as error:
         with tempfile.TemporaryDirectory() as folder:  # whose fault it is, only the same without them can tell
             export(loaded.model, loaded.args, Path(folder) / "static.onnx", loaded.kwargs)
@@ -70,63 +65,31 @@ def export_dynamic(
         ) from error
 
 
-def _dynamic(loaded: Loaded, axes: Sequence[DynamicAxis]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Inputs with no dynamic axis of size 1, which torch.export takes for a constant, and their dynamic shapes.
-
-    Copies: torch.export marks tensors as dynamic, and leaves the mark on them when it fails.
-    """
-    named = {id(tensor): found for tensor, found in _named(loaded, axes)}
-
-    def enlarged(value: Any) -> Any:
-        axes = named.get(id(value))
-        if axes is None:
-            return value
-        copy = value.detach().clone()
-        for axis in axes:
-            copy = torch.cat([copy, copy], axis) if copy.shape[axis] == 1 else copy
-        return copy
-
-    tree = (loaded.args, loaded.kwargs)
-    args, kwargs = pytree.tree_map(enlarged, tree)
-    shapes = ShapesCollection()
-    for before, after in zip(pytree.tree_leaves(tree), pytree.tree_leaves((args, kwargs)), strict=True):
-        if id(before) in named:
-            shapes[after] = named[id(before)]
-    return args, kwargs, shapes.dynamic_shapes(unwrap(loaded.model), args, kwargs)
-
-
-def _named(loaded: Loaded, axes: Sequence[DynamicAxis]) -> list[tuple[Tensor, dict[int, str]]]:
-    """Each tensor among the inputs with the names of its dynamic axes."""
-    inputs = _inputs(loaded)
-    found: list[tuple[Tensor, dict[int, str]]] = [(tensor, {}) for _, tensor in inputs]
+def _dynamic(loaded: Loaded, axes: Sequence[DynamicAxis]) -> dict[str, dict[int, str]]:
+    """The names of the dynamic axes of each tensor among the inputs, by its own name."""
+    inputs = Call.of(unwrap(loaded.model), loaded.args, loaded.kwargs).tensors
+    found: dict[str, dict[int, str]] = {name: {} for name in inputs}
     sizes: dict[str, int] = {}
     for one in axes:
-        fitting = [
-            (tensor, names)
-            for (name, _), (tensor, names) in zip(inputs, found, strict=True)
-            if one.input in (None, name) and tensor.ndim > one.axis
-        ]
+        fitting = {name: x for name, x in inputs.items() if _is_of(name, one.input) and x.ndim > one.axis}
         if not fitting and one is BATCH:  # nobody asked for it, and numbers have none
             continue
         if not fitting:
-            listed = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs)
+            listed = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
             of = f"{one.input!r} with an axis {one.axis}" if one.input else f"with an axis {one.axis}"
             raise ConfigError(f"--dynamic: {loaded.name!r} returns no input {of}; the inputs: {listed}")
-        size = sizes.setdefault(one.name, fitting[0][0].shape[one.axis])
-        if one.input and any(tensor.shape[one.axis] != size for tensor, _ in fitting):
+        size = sizes.setdefault(one.name, next(iter(fitting.values())).shape[one.axis])
+        if one.input and any(tensor.shape[one.axis] != size for tensor in fitting.values()):
             raise ConfigError(f"--dynamic: {one.name!r} is {size} in one input and another size in {one.input!r}")
-        for tensor, names in fitting:
+        for name, tensor in fitting.items():
             if tensor.shape[one.axis] == size:  # without an input's name: those that are as the first
-                names[one.axis] = one.name
+                found[name][one.axis] = one.name
     return found
 
 
-def _inputs(loaded: Loaded) -> list[tuple[str, Tensor]]:
-    """Every tensor that the model is called with, by the argument that holds it."""
-    bound = inspect.signature(unwrap(loaded.model).forward).bind(*loaded.args, **loaded.kwargs).arguments
-    return [
-        (name, leaf) for name, value in bound.items() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)
-    ]
+def _is_of(name: str, asked: str | None) -> bool:
+    """Whether a tensor is an input that was asked for, or a part of it."""
+    return asked is None or name == asked or name.startswith(f"{asked}.")
 
 
 def _reason(error: ExportError) -> str:

@@ -276,6 +276,7 @@ def inputs(rows):
 def one(): return Net(), *inputs(1)
 def two(): return Net(), *inputs(2)
 def three(): return Net(), *inputs(3)
+def single(): return Net(fixed=True), *inputs(1)
 def fixed(): return Net(fixed=True), *inputs(2)
 """
 
@@ -318,6 +319,9 @@ def test_a_model_that_has_one_batch_size(tmp_path):
     for part in ("not with dynamic 'batch'", "--static exports it so", "specialized it to be a constant (2)"):
         assert part in str(done.exception)
     assert run_in(tmp_path, "export", "mymodels:fixed", "-o", "m.onnx", "--static").exit_code == 0
+    done = run_in(tmp_path, "export", "mymodels:single", "-o", "m.onnx")  # of the example itself, one row
+    assert "batch != 2" in done.output
+    assert run_in(tmp_path, "verify", "m.onnx", "mymodels:three").exit_code == 0
 
 
 def dims(path):

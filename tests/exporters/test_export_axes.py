@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import onelora_compile as onelora
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters import OnnxRunner, export_onnx, verify
 
@@ -51,3 +52,53 @@ def test_a_size_that_the_model_leaves_free_is_a_name(rows, tmp_path):
         assert [one.shape for one in runner.session.get_inputs()] == [["batch", 6]] * 2
         for size in (1, 2, 5):
             assert verify(runner, model, (torch.randn(size, 6), torch.randn(size, 6))).passed
+
+
+CONDITIONS = {
+    "below": (3, lambda n, _: n < 4, ["batch <= 3"]),
+    "below, of one row": (1, lambda n, _: n < 4, ["batch <= 3"]),
+    "above": (5, lambda n, _: n < 4, ["batch >= 4"]),
+    "between": (5, lambda n, _: 3 < n < 7, ["batch >= 4", "batch <= 6"]),
+    "even": (4, lambda n, _: n % 2 == 0, ["(batch % 2) == 0"]),
+    "odd": (5, lambda n, _: n % 2 == 0, ["(batch % 2) != 0"]),
+    "not this": (5, lambda n, _: n == 4, ["batch != 4"]),
+    "not this, of one row": (1, lambda n, _: n == 4, ["batch != 4"]),
+    "less than another": (3, lambda n, m: n < m, ["other >= 3", "batch < other"]),
+    "any": (3, lambda n, m: n < 0 or m < 0, []),
+}
+
+
+@pytest.mark.parametrize("mode", ["fold", "input"])
+@pytest.mark.parametrize("case", CONDITIONS)
+def test_a_report_says_for_which_sizes_a_branch_was_captured(case, mode, tmp_path):
+    """Inside them the file is the model, outside it is not: it has no branch to take."""
+    rows, condition, expected = CONDITIONS[case]
+    model = Model(lambda a, b: (a * 2 if condition(a.shape[0], b.shape[0]) else a) + b.sum())
+    if mode == "input":
+        onelora.adapt(model)
+    shapes = {"x": {0: "batch"}, "y": {0: "other"}}
+    report, runner = export(
+        model, (torch.randn(rows, 6), torch.randn(9, 6)), tmp_path, dynamic_shapes=shapes, adapters=mode
+    )
+    assert report.captured_for == expected
+    assert all(one in str(report) for one in expected)
+    for batch in range(2, 9):
+        for other in (3, 9):
+            inside = all(eval(one, {"batch": batch, "other": other}) for one in expected)
+            inputs = (torch.randn(batch, 6), torch.randn(other, 6))
+            assert verify(runner, model, inputs).passed == inside
+
+
+@pytest.mark.parametrize("form", ["captured", "refused"])
+def test_inputs_have_no_marks_of_an_export(form, tmp_path):
+    """Of a failed one too: `torch.compile` would take its axes for dynamic afterwards."""
+    model = Model(lambda a, b: a.reshape(3, 4) + b if form == "refused" else a + b)
+    x = (torch.randn(3, 6), torch.randn(3, 6))
+    before = [set(vars(one)) for one in x]
+    shapes = {"x": {0: "batch"}, "y": {0: "batch"}}
+    if form == "refused":
+        with pytest.raises(ExportError):
+            export(model, x, tmp_path, dynamic_shapes=shapes)
+    else:
+        export(model, x, tmp_path, dynamic_shapes=shapes)
+    assert [set(vars(one)) for one in x] == before
