@@ -14,7 +14,6 @@ import dataclasses
 import inspect
 import io
 from collections.abc import Container, Iterator
-from types import CodeType
 from typing import Any
 
 import torch
@@ -24,13 +23,18 @@ from onelora_compile.kinds import is_conv1d, is_linear, is_plain
 from onelora_compile.passes.match_linear import match_linear
 from onelora_compile.passes.other_uses import other_uses
 from onelora_compile.passes.weight_chain import input_axes, run_of_shapes
-from onelora_compile.untouched import Kept, mentioned, silently
+from onelora_compile.reach import Known, names_in_reach
+from onelora_compile.untouched import Kept, silently
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+_PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
 _MOST_ANSWERS = 1000  # then a loop on values is taken for endless
 BOTH_WAYS = "its weight is used as W and as its transpose: one vector can't be both"
 INSIDE = "used in the forward of a linear that is adapted by its own weight or output"
 MIXED = "used as a view that mixes its axes, so which of them are inputs can't be told"
+PAST = "taken out of a dictionary or a list of parameters, where it can't be handed out adapted"
+KEPT = (BOTH_WAYS, PAST)  # reasons that no other use of the weight takes away
+_OF_PARAMETERS = {"weight", "_parameters", "named_parameters", "get_parameter"}
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -61,15 +65,16 @@ def direct_reads(model: nn.Module, called: Container[nn.Module] = ()) -> list[Re
         called: modules that are linears as they are called, so that what they do inside is known.
     """
     found: dict[tuple[nn.Module, str], Read] = {}
+    known_names: Known = {}
     for module in model.modules():
-        for read in _reads_of(module) if module not in called or _holds_more(module) else ():
+        for read in _reads_of(module, known_names) if module not in called or _holds_more(module) else ():
             if module in called and read.module is module:
                 if read.parameter == "weight":
                     continue
                 read = dataclasses.replace(read, dims=None, why=INSIDE)
             key = (read.module, read.parameter)
             known = found.get(key)
-            if known is None or (known.dims is None and known.why != BOTH_WAYS and read.dims is not None):
+            if known is None or read.why == PAST or (known.dims is None and known.why not in KEPT and read.dims):
                 found[key] = read
             elif None not in (known.dims, read.dims) and known.dims != read.dims:
                 found[key] = dataclasses.replace(known, dims=None, why=BOTH_WAYS)
@@ -91,13 +96,13 @@ def _by_other_names(model: nn.Module, found: dict[tuple[nn.Module, str], Read]) 
                 yield dataclasses.replace(read, module=module, parameter=name)
 
 
-def _reads_of(module: nn.Module) -> Iterator[Read]:
+def _reads_of(module: nn.Module, known: Known) -> Iterator[Read]:
     if isinstance(module, nn.MultiheadAttention):
         # Known: torch/nn/modules/activation.py hands them to one function.
         packed = (name for name in _PACKED if module._parameters.get(name) is not None)
         yield from (Read(module, name, (1,)) for name in packed)
         yield Read(module.out_proj, "weight", (1,))
-    elif _holds_weights(module) or (next(module.children(), None) is not None and _mentions_weights(type(module))):
+    elif _holds_weights(module) or (next(module.children(), None) is not None and _names_weights(module, known)):
         yield from _traced(module)
 
 
@@ -115,16 +120,9 @@ def _holds_weights(module: nn.Module) -> bool:
     return any(parameter is not None and parameter.ndim >= 2 and is_plain(parameter) for parameter in own)
 
 
-def _mentions_weights(kind: type[nn.Module]) -> bool:
-    """Whether code of the class, other than PyTorch's, has an attribute `weight` in it."""
-    classes = [c for c in kind.__mro__ if issubclass(c, nn.Module) and not c.__module__.startswith("torch.")]
-    functions = (value for c in classes for name, value in vars(c).items() if not name.startswith("_init"))
-    return any("weight" in mentioned(code) for f in functions if (code := _code(f)) is not None)
-
-
-def _code(function: Any) -> CodeType | None:
-    code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
-    return code if isinstance(code, CodeType) else None
+def _names_weights(module: nn.Module, known: Known) -> bool:
+    """Whether code that the forward can reach names the weight of a module, or the parameters of one."""
+    return not _OF_PARAMETERS.isdisjoint(names_in_reach(module, known))
 
 
 def _traced(module: nn.Module) -> Iterator[Read]:
@@ -133,8 +131,8 @@ def _traced(module: nn.Module) -> Iterator[Read]:
         for site in match_linear(gm):
             if site.chain is None or (held := _parameter(module, site.chain.root)) is None:
                 continue
-            dims = input_axes(site.chain, held[2].shape, site.axes)
-            yield Read(*held[:2], dims, site.kind == "conv", MIXED if dims is None else "")
+            dims = None if (past := _PAST in site.chain.root.meta) else input_axes(site.chain, held[2].shape, site.axes)
+            yield Read(*held[:2], dims, site.kind == "conv", PAST if past else MIXED if dims is None else "")
         for use in other_uses(gm):
             if (held := _parameter(module, use.root)) is not None:
                 yield Read(*held[:2], None, why=use.reason)
@@ -234,6 +232,13 @@ class _Tracer(fx.Tracer):
         """Some value: a submodule is traced on its own, and one that is not registered is no part of the model."""
         del m, forward
         return self.create_proxy("call_function", _output_of_a_module, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """A parameter that the code did not read as an attribute, where it would be a proxy, is marked."""
+        argument = super().create_arg(a)
+        if isinstance(a, nn.Parameter) and isinstance(argument, fx.Node):
+            argument.meta[_PAST] = True
+        return argument
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """What an `if` on a value goes by."""

@@ -15,7 +15,7 @@ from onelora_compile.kinds import is_linear, is_plain
 from onelora_compile.layer import Adapted
 from onelora_compile.passes.contractions import conv_patches
 from onelora_compile.probe import linear_like, may_be_linear, weight_axes
-from onelora_compile.reads import BOTH_WAYS, INSIDE, direct_reads
+from onelora_compile.reads import INSIDE, KEPT, direct_reads
 from onelora_compile.target import Target, calling, reading, targets_of, vector_key
 from onelora_compile.text import shortened
 
@@ -161,7 +161,7 @@ def _candidates(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str
         if own is not None and found.parameter != own.parameter:
             inside.setdefault(module, []).append((found.parameter, why or INSIDE))
             continue
-        if dims is None and why != BOTH_WAYS and own is not None:
+        if dims is None and why not in KEPT and own is not None:
             if not own.dims:
                 continue  # known by its call
             dims, why = own.dims, ""  # what else reads the weight of a linear sees it adapted, as after a merge

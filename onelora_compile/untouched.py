@@ -111,7 +111,7 @@ class Kept:
         elif issubclass(kind, _CACHED):
             self._left.append(value.__wrapped__)
         elif issubclass(kind, types.ModuleType):
-            if not _of_library(value.__name__):
+            if not of_library(value.__name__):
                 self._globals(vars(value))
         elif issubclass(kind, type):
             self._class(value)
@@ -127,7 +127,7 @@ class Kept:
             with contextlib.suppress(ValueError):  # an empty cell
                 self._left.append(cell.cell_contents)
         self._left += [function.__dict__, function.__defaults__, function.__kwdefaults__]
-        if not _of_library(function.__globals__.get("__name__")):
+        if not of_library(function.__globals__.get("__name__")):
             self._globals(function.__globals__)
             self._new_names |= mentioned(function.__code__)
 
@@ -139,7 +139,7 @@ class Kept:
     def _class(self, kind: type) -> None:
         for one in kind.__mro__[:-1]:
             if id(one) not in self._spaces:
-                if not _of_library(one.__module__):
+                if not of_library(one.__module__):
                     self._undo.append(undo.of_class(one))
                 self._space(one, vars(one))
 
@@ -159,7 +159,7 @@ class Kept:
                 self._binding(holder, name, bindings[name])
 
     def _binding(self, holder: Any, name: str, value: Any) -> None:
-        if isinstance(value, _CACHED) and not _of_library(getattr(value, "__module__", None)):
+        if isinstance(value, _CACHED) and not of_library(getattr(value, "__module__", None)):
             # Put back by itself: classes of libraries are not kept as a whole.
             self._undo.append(functools.partial(_assign, holder, name, value))
             self._instead.append((holder, name, lambda: value.__wrapped__))
@@ -201,7 +201,7 @@ class Kept:
 
 @functools.lru_cache(1000)
 def _slots(kind: type) -> list[Any]:
-    own = [vars(one) for one in kind.__mro__[:-1] if "__slots__" in vars(one) and not _of_library(one.__module__)]
+    own = [vars(one) for one in kind.__mro__[:-1] if "__slots__" in vars(one) and not of_library(one.__module__)]
     return [value for one in own for value in one.values() if isinstance(value, types.MemberDescriptorType)]
 
 
@@ -224,7 +224,8 @@ def silently(function: Callable[..., Any], *args: Any) -> Any:
         logging.disable(disabled)
 
 
-def _of_library(name: Any) -> bool:
+def of_library(name: Any) -> bool:
+    """Whether code of a module of that name is not looked into."""
     return str(name).partition(".")[0] in _LIBRARIES
 
 

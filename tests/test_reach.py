@@ -1,0 +1,149 @@
+"""Weights that a forward reads by way of other code: whatever spells it, the use is adapted or named."""
+
+import functools
+import operator
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import onelora_compile as onelora
+from onelora_compile.testing import fill_vectors, merged_copy
+
+
+def helper(x, linear):
+    return F.linear(x, linear.weight)
+
+
+def about(x, linear):
+    return x.to(linear.weight.dtype)[:, : linear.weight.shape[0]]
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def run(*args):
+        return function(*args)
+
+    return run
+
+
+class Helpers:
+    table: dict = {}
+
+    @staticmethod
+    def static(x, linear):
+        return x @ linear.weight.T
+
+    def method(self, x, linear):
+        return self.table["helper"](x, linear)
+
+    @property
+    def by_property(self):
+        return helper
+
+    def __call__(self, x, linear):
+        return helper(x, linear)
+
+    def __getattr__(self, name):  # answers to everything
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+class Child(nn.Module):
+    def other(self, x, linear):
+        return helper(x, linear)
+
+
+TABLE = {"a": [helper]}
+Helpers.table["helper"] = helper
+MODULE = types.ModuleType("a_module_of_helpers")
+MODULE.go = helper
+
+# How a forward gets at the weight of `b`, which it never calls.
+READS = {
+    "function": lambda s, x: helper(x, s.b),
+    "decorated": lambda s, x: decorated(helper)(x, s.b),
+    "static": lambda s, x: Helpers.static(x, s.b),
+    "method": lambda s, x: s.helpers.method(x, s.b),
+    "property": lambda s, x: s.helpers.by_property(x, s.b),
+    "object": lambda s, x: s.helpers(x, s.b),
+    "table": lambda s, x: TABLE["a"][0](x, s.b),
+    "partial": lambda s, x: functools.partial(helper, linear=s.b)(x),
+    "instance": lambda s, x: s.functions[0](x, s.b),
+    "module": lambda s, x: MODULE.go(x, s.b),
+    "child": lambda s, x: s.child.other(x, s.b),
+    "getattr": lambda s, x: F.linear(x, getattr(s.b, "weight")),  # noqa: B009
+    "attrgetter": lambda s, x: F.linear(x, operator.attrgetter("b.weight")(s)),
+    "forward": lambda s, x: nn.Linear.forward(s.b, x) - s.b.bias,
+}
+# Past the attribute: nothing can hand these out adapted.
+PAST = {
+    "dictionary": lambda s, x: F.linear(x, s.b._parameters["weight"]),
+    "named_parameters": lambda s, x: F.linear(x, dict(s.b.named_parameters())["weight"]),
+    "also_an_attribute": lambda s, x: F.linear(x, s.b._parameters["weight"]) + helper(x, s.b),
+    "own": lambda s, x: x @ s._parameters["w"],
+    "own_list": lambda s, x: x @ next(iter(s.parameters(recurse=False))),
+}
+
+
+def build(forward, **parameters):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.child, self.helpers = nn.Linear(8, 8), nn.Linear(8, 6), Child(), Helpers()
+            self.functions = [helper]
+            for name, parameter in parameters.items():
+                self.register_parameter(name, parameter)
+
+    Model.forward = lambda self, x: forward(self, torch.tanh(self.a(x)))
+    torch.manual_seed(0)
+    return Model(), torch.randn(5, 8)
+
+
+def compiled(model):
+    return torch.compile(model, backend="onelora", options={"inner": "eager"})
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_weight_that_other_code_reads_is_adapted(name):
+    model, x = build(READS[name])
+    base = model(x)
+    onelora.adapt(model)
+    assert list(onelora.vectors(model)) == ["a", "b"]
+    assert torch.equal(model(x), base)
+    fill_vectors(model, 0.5)
+    reference = merged_copy(model, torch.float64)(x.double())
+    for run in (model, compiled(model)):
+        torch.testing.assert_close(run(x).double(), reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PAST)
+def test_a_weight_that_is_taken_past_its_attribute_is_named(name):
+    own = {"w": nn.Parameter(torch.randn(8, 6))} if name.startswith("own") else {}
+    model, x = build(PAST[name], **own)
+    onelora.adapt(model)
+    known = onelora.summary(model).skipped
+    (key,) = own or ("b",)
+    assert "out of a dictionary or a list" in known[key]
+    assert key not in onelora.vectors(model)
+    fill_vectors(model, 0.5)
+    expected = model(x)
+    torch.testing.assert_close(merged_copy(model)(x), expected)
+    torch.testing.assert_close(compiled(model)(x), expected)  # a warning would be an error
+    assert onelora.summary(model).skipped == known
+
+
+def test_a_weight_that_is_only_asked_for_its_dtype_costs_no_trace(monkeypatch):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return about(self.b(x), self.a)
+
+    monkeypatch.setattr("onelora_compile.reads._traced", lambda module: pytest.fail("traced"))
+    assert list(onelora.vectors(onelora.adapt(Model()))) == ["a", "b"]
