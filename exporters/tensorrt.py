@@ -256,8 +256,8 @@ def write_engine(
             stream.write(plan)
         manifest = dataclasses.replace(manifest, engine_sha256=hash_files([plan_file]))
         manifest_file.write_text(manifest.to_json(), encoding="utf-8")
-        for path in initial_file:
-            write_adapter(initial, path)
+        if initial is not None:
+            write_adapter(initial, *initial_file)
     return files, manifest
 
 
