@@ -235,6 +235,14 @@ def on_examples(values: Iterable[Any]) -> Iterator[None]:
         yield
 
 
+def is_of_a_transform(value: Any) -> bool:
+    """Whether a value of a graph was made inside a `torch.func` transform: no operator runs on it outside.
+
+    Source: `torch/_C/_functorch.pyi`.
+    """
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def size_hint(size: Any) -> int | None:
     """The value that a size of a graph had when it was captured, without guarding on it; None if it is not known.
 

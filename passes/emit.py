@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from onelora_compile.inductor import on_examples
+from onelora_compile.inductor import is_of_a_transform, on_examples
 from onelora_compile.passes.op_names import as_operator
 
 _EXAMPLES = ("example_value", "val")
@@ -57,7 +57,7 @@ def emitting(graph: fx.Graph, after: fx.Node) -> Iterator[Emitter]:
 
 
 def _run(node: fx.Node, like: fx.Node) -> Any:
-    """The node on example values, in the fake mode of `like`'s; None where one is missing."""
+    """The node on example values, in the fake mode of `like`'s; None where one is missing or belongs to a vmap."""
 
     def value(argument: fx.Node) -> Any:
         for key in _EXAMPLES:
@@ -68,6 +68,8 @@ def _run(node: fx.Node, like: fx.Node) -> Any:
     try:
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     except KeyError:
+        return None
+    if any(map(is_of_a_transform, pytree.tree_leaves((args, kwargs)))):
         return None
     with torch.no_grad(), on_examples([*pytree.tree_leaves((args, kwargs)), *map(like.meta.get, _EXAMPLES)]):
         if node.op == "call_method":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from onelora_compile.inductor import on_examples
+from onelora_compile.inductor import is_of_a_transform, on_examples
 from onelora_compile.ops import ADD_RANK1, FEATURE_SUM, RANK1_UPDATE, feature_sum
 from onelora_compile.passes.match_linear import example, module_path, operands
 from onelora_compile.passes.mutation import mutates
@@ -46,7 +46,7 @@ def _insert_sum(graph: fx.Graph, update: fx.Node, x: fx.Node) -> fx.Node:
     with graph.inserting_before(update):
         node = graph.call_function(FEATURE_SUM, (x,))
     node.meta = {key: value for key, value in update.meta.items() if key not in ("example_value", "val")}
-    if (value := example(x)) is not None:
+    if (value := example(x)) is not None and not is_of_a_transform(value):
         with on_examples((value,)):
             node.meta["val" if "val" in update.meta else "example_value"] = feature_sum(value)
     return node

@@ -190,3 +190,34 @@ def test_a_weight_that_only_a_branch_reads_is_named():
 def test_explain_lists_the_linears_inside():
     report = onelora.explain(onelora.adapt(Cond()), torch.randn(5, 8))
     assert [(site.module, site.adapted) for site in report.sites] == [("a", True), ("b", True), ("c", True)]
+
+
+TRANSFORMS = {
+    "vmap": lambda s, x: torch.vmap(s.a)(x) + s.b(x),
+    "vmap_of_two": lambda s, x: torch.vmap(lambda y: s.a(y) * s.b(y))(x),
+    "vmap_of_vmap": lambda s, x: torch.vmap(torch.vmap(s.a))(x[None]),
+    "vmap_beside": lambda s, x: torch.vmap(lambda y: s.a(x) * y)(x) + s.b(x)[0],
+    "vmap_of_a_read_weight": lambda s, x: torch.vmap(lambda y: y @ s.w)(x) + torch.vmap(s.a)(x),
+    "grad": lambda s, x: torch.func.grad(lambda y: (s.a(y) * s.b(y)).sum())(x),
+    "vmap_of_grad": lambda s, x: torch.vmap(torch.func.grad(lambda y: (s.a(y) * s.b(y)).sum()))(x),
+    "jacrev": lambda s, x: torch.func.jacrev(lambda y: s.b(torch.tanh(s.a(y))))(x[0]),
+}
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_inside_a_forward(name, inner):
+    class Transformed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.w = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return TRANSFORMS[name](self, x)
+
+    model, x = Transformed(), torch.randn(5, 8)
+    config = onelora.OneLoRAConfig(target_parameters={"w": 0} if "read" in name else {})
+    fill_vectors(onelora.adapt(model, config), 0.5)
+    run = torch.compile(model, backend="onelora", options={"inner": inner})
+    expected = merged_copy(model, torch.float64)(x.double())
+    torch.testing.assert_close(run(x).double(), expected, rtol=1e-4, atol=1e-4)
