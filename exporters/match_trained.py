@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import onnx_ir
 
 OPTIONAL_BIAS = ("Gemm", "Conv", "ConvTranspose", "LayerNormalization")  # ops whose bias may be left out
+_LINEARS = ("Gemm", "MatMul", "Add")
+_CONVOLUTIONS = ("Conv", "ConvTranspose")  # which exporters merge norms and factors into, and keep the names
 
 
 @dataclasses.dataclass
@@ -121,6 +123,8 @@ class _Matcher:
         if not here and (not fitting or self._uniform(name)):
             # A new head, whose numbers are others in every process; or ops that do not say where they come from.
             anywhere = [read for read in self.reads.by_shape(name) if _module(read.use) in (None, *modules)]
+            if not fitting:
+                anywhere = [read for read in anywhere if self._can_be_new(name, read)]
             here = [read for read in anywhere if read.value.name in names]
             if not here and not fitting:
                 at = [read for read in anywhere if _module(read.use) in modules]
@@ -136,6 +140,25 @@ class _Matcher:
             if len({(read.use.op, read.use.position) for read in unclear}) > 1:
                 return False
         return self._take(name, here)
+
+    def _can_be_new(self, name: str, read: Read) -> bool:
+        """Whether numbers that are not the base's can be a new head's, and not the base's with something merged in.
+
+        A batch norm in a convolution or a linear, the scale of attention: what replaces such a weight loses them. New
+        numbers are of the base's distribution, so their norm is the base's, give or take 4 standard deviations.
+        """
+        base = self.file.bases.get(name)
+        if read.use.op.op_type in _CONVOLUTIONS:
+            return False
+        if base is None or read.use.op.op_type not in _LINEARS:
+            return True
+        here, count = self.reads.fingerprint(name, read), self.floating[name].numel()
+        norms = here.norm, base.norm
+        if not min(norms) or count < 4:  # a bias of zeros stays one
+            return bool(min(norms)) or not max(norms)
+        # Factors of rows leave it near the base; 16 numbers of another draw are as near once in 20000.
+        near = min(here.shape) >= 4 and here.cosine(base) > 0.8
+        return not near and max(norms) <= (1 + 2.9 / count**0.5) * min(norms)
 
     def _by_position(self, name: str) -> bool:
         """The input of an op whose other parameter is found, or a bias that the exporter dropped since it was zero."""
@@ -155,6 +178,7 @@ class _Matcher:
                 return False
             candidates = self.reads.by_shape(name) if new else self.fitting[name]
             reads = [read for read in candidates if read.use.op is at and position in (None, read.use.position)]
+            reads = [read for read in reads if not new or self._can_be_new(name, read)]
             empty = not slotted or (op.op_type in OPTIONAL_BIAS and _absent(op, SLOTS[own]))
             if reads:
                 found += reads

@@ -73,6 +73,10 @@ class ParameterReads:
                     found.append(Read(value, use, transposed))
         return found
 
+    def fingerprint(self, name: str, read: Read) -> Fingerprint:
+        """Of the constant that a read is of, laid out as the parameter."""
+        return fingerprint_of_values(self._numbers(read.value, name, read.transposed))
+
     def _layouts(self, name: str, value: onnx_ir.Value) -> list[bool]:
         """How a constant can hold the parameter: as it is (False), transposed (True), or either."""
         assert value.const_value is not None

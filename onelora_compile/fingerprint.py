@@ -85,6 +85,12 @@ class Fingerprint:
         difference = self.sketch.astype(np.float64) - other.sketch.astype(np.float64)
         return float(np.linalg.norm(difference) / _WIDTH / scale) if scale else 0.0
 
+    def cosine(self, other: Fingerprint) -> float:
+        """Cosine of the two sketches: 1 of weights that differ by a factor, 0 give or take 1/4 of unrelated ones."""
+        one, two = self.sketch.astype(np.float64), other.sketch.astype(np.float64)
+        scale = float(np.linalg.norm(one) * np.linalg.norm(two))
+        return float(one @ two) / scale if scale else 0.0
+
     def agrees(self, other: Fingerprint) -> bool:
         """Whether the two can be one weight, stored in the dtypes that they name."""
         tolerance = max(TOLERANCE.get(dtype, _TOLERANCE_OTHER) for dtype in (self.dtype, other.dtype))
