@@ -13,7 +13,7 @@ from onelora_compile.errors import StateError
 from onelora_compile.exporters.device.folder import FORMAT_VERSION, sha256_of
 from onelora_compile.exporters.fit_tensorrt import Fitted
 from onelora_compile.exporters.jetpacks import JetPack
-from onelora_compile.exporters.modes import IDS
+from onelora_compile.exporters.mode import IDS
 from onelora_compile.text import shortened
 from onelora_compile.version import __version__
 

@@ -20,8 +20,7 @@ from onelora_compile.checkpoint import AdapterFile, read_adapter, write_adapter
 from onelora_compile.config import OneLoRAConfig
 from onelora_compile.errors import AdapterFileError, ConfigError, require
 from onelora_compile.exporters.load_onnx import load_model
-from onelora_compile.exporters.metadata import Metadata
-from onelora_compile.exporters.operators import float32
+from onelora_compile.exporters.metadata import Metadata, float32
 from onelora_compile.exporters.save_onnx import data_files
 from onelora_compile.files import refuse_overwriting, replacing
 

@@ -14,7 +14,7 @@ from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters.device_memory import ALIGNMENT, Array
 from onelora_compile.exporters.manifest import Manifest
 from onelora_compile.exporters.metadata import bank_id
-from onelora_compile.exporters.modes import IDS
+from onelora_compile.exporters.mode import IDS
 from onelora_compile.text import shortened
 
 Adapter = str | os.PathLike[str] | AdapterFile | None

@@ -16,7 +16,7 @@ from onelora_compile.exporters.device_memory import Array, device_memory
 from onelora_compile.exporters.engine_errors import engine_error
 from onelora_compile.exporters.engine_feed import DTYPES, Adapter, adapter_id, feed_of, offsets_of, vectors_to_feed
 from onelora_compile.exporters.manifest import Manifest, Tensor
-from onelora_compile.exporters.modes import IDS
+from onelora_compile.exporters.mode import IDS
 from onelora_compile.exporters.refit import load_engine, refit_loaded, vectors_for
 from onelora_compile.exporters.tensorrt_api import find_api
 

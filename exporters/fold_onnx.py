@@ -19,10 +19,9 @@ from onelora_compile.exporters.fold_trained import fold_trained
 from onelora_compile.exporters.load_onnx import as_torch, by_rows, load_model
 from onelora_compile.exporters.match_onnx import Matches, Place, match_weights
 from onelora_compile.exporters.match_trained import TrainedPlaces, match_trained
-from onelora_compile.exporters.metadata import Metadata, digest
+from onelora_compile.exporters.metadata import Metadata, digest, float32
 from onelora_compile.exporters.one_thread import one_thread
 from onelora_compile.exporters.onnx_weights import Use, Weight, names_of, weights_of
-from onelora_compile.exporters.operators import float32
 from onelora_compile.exporters.owners import Known
 from onelora_compile.exporters.pairs import open_operators
 from onelora_compile.exporters.ranges import ON_SATURATION, settle_ranges

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import sympy
@@ -18,6 +18,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.axes import Axes, MayVary, for_export
+from onelora_compile.exporters.evaluating import evaluating
 from onelora_compile.exporters.signature import Call, flat_forward
 from onelora_compile.passes.carry_vectors import carry_vectors
 from onelora_compile.passes.fold_vectors import FoldResult, fold_vectors
@@ -172,23 +173,3 @@ def _any_size(call: Call, axes: Sequence[Axes]) -> contextlib.AbstractContextMan
         return contextlib.nullcontext()
     patched: contextlib.AbstractContextManager[Any] = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     return patched
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients and without compiled calls; every module's own mode is put back."""
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        # Not for others: under this stance torch.cond, which compiles its branches, is captured with constants.
-        eager = torch.compiler.set_stance("force_eager") if _compiled(model) else contextlib.nullcontext()
-        with torch.no_grad(), eager:
-            yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-
-
-def _compiled(model: nn.Module) -> bool:
-    """Whether a call of the model, or of a part of it, is a compiled one."""
-    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())

@@ -18,8 +18,7 @@ from typing import Any
 from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters.engine_adapters import hash_files
-from onelora_compile.exporters.metadata import Metadata, digest
-from onelora_compile.exporters.operators import float32
+from onelora_compile.exporters.metadata import Metadata, digest, float32
 from onelora_compile.exporters.tensorrt_api import TITLES, Api
 from onelora_compile.fingerprint import Fingerprint
 from onelora_compile.version import __version__

@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import torch
 
 from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import AdapterFileError, BaseMismatchError, ExportError
-from onelora_compile.exporters.operators import float32
 from onelora_compile.fingerprint import Fingerprint
 from onelora_compile.text import shortened
 from onelora_compile.version import __version__
@@ -175,3 +176,8 @@ def digest(vectors: Mapping[str, np.ndarray]) -> str:
 
 def _prints(text: str) -> dict[str, Fingerprint]:
     return {str(name): Fingerprint.from_json(fields) for name, fields in json.loads(text).items()}
+
+
+def float32(tensor: torch.Tensor) -> Any:
+    """The values of a vector as models and runtimes take them."""
+    return tensor.detach().float().cpu().contiguous().numpy()

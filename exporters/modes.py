@@ -14,20 +14,18 @@ Mode "fold" has no vectors: they are in the weights (passes/fold_vectors.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onelora_compile.errors import ExportError, require
 from onelora_compile.exporters.bank_trained import TrainedRows
+from onelora_compile.exporters.mode import IDS, Mode
 from onelora_compile.exporters.operators import DOMAIN, Lowering
 
 if TYPE_CHECKING:
     import onnx_ir
 
-Mode = Literal["fold", "load", "input", "bank"]
-MODES: tuple[str, ...] = get_args(Mode)
-IDS = "adapter_ids"  # name of the input of a bank
 
 Vectors = Mapping[str, np.ndarray]
 

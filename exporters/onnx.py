@@ -24,10 +24,11 @@ from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, O
 from onelora_compile.exporters.axes import Axes, axes_of
 from onelora_compile.exporters.freeze import Frozen, Place, freeze
 from onelora_compile.exporters.lower_opset import lower_opset
-from onelora_compile.exporters.metadata import Metadata, digest
-from onelora_compile.exporters.modes import IDS, MODES, Mode, Vectors, place_vectors
+from onelora_compile.exporters.metadata import Metadata, digest, float32
+from onelora_compile.exporters.mode import IDS, MODES, Mode
+from onelora_compile.exporters.modes import Vectors, place_vectors
 from onelora_compile.exporters.onnx_names import Names, chosen_names, name_graph
-from onelora_compile.exporters.operators import float32, translations
+from onelora_compile.exporters.operators import translations
 from onelora_compile.exporters.save_onnx import bytes_of, save_model
 from onelora_compile.exporters.signature import Call
 from onelora_compile.exporters.trained import Trained, trained_of

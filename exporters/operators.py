@@ -15,8 +15,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from onelora_compile import ops
 from onelora_compile.errors import require
 
@@ -189,8 +187,3 @@ _LOWERINGS: dict[str, Callable[[Lowering, onnx_ir.Node], onnx_ir.Value]] = {
     "AddRank1": _add_rank1,
     "AdaptedWeight": _adapted_weight,
 }
-
-
-def float32(tensor: torch.Tensor) -> Any:
-    """The values of a vector as models and runtimes take them."""
-    return tensor.detach().float().cpu().contiguous().numpy()

@@ -10,7 +10,7 @@ import numpy as np
 
 from onelora_compile.errors import ConfigError, ExportError
 from onelora_compile.exporters.device.tensors import Tensor, safetensors_bytes
-from onelora_compile.exporters.modes import IDS
+from onelora_compile.exporters.mode import IDS
 from onelora_compile.exporters.profiles import Profiles
 from onelora_compile.exporters.runner import OnnxRunner
 

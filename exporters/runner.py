@@ -17,7 +17,7 @@ from onelora_compile.checkpoint import AdapterFile, read_adapter
 from onelora_compile.errors import ExportError, OneLoRAError, StateError, require
 from onelora_compile.exporters.load_onnx import load_model, read_tensor
 from onelora_compile.exporters.metadata import Metadata, bank_id
-from onelora_compile.exporters.modes import IDS
+from onelora_compile.exporters.mode import IDS
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from onelora_compile.errors import ExportError, require
 from onelora_compile.exporters.load_onnx import read_tensor
 from onelora_compile.exporters.metadata import Metadata
-from onelora_compile.exporters.modes import IDS, MODES
+from onelora_compile.exporters.mode import IDS, MODES
 from onelora_compile.text import shortened
 
 if TYPE_CHECKING:

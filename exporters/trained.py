@@ -15,8 +15,7 @@ from torch.export import ExportedProgram
 
 from onelora_compile.adapter import saved_tensors, state_or_none
 from onelora_compile.checkpoint import bases_of
-from onelora_compile.exporters.metadata import Metadata, digest
-from onelora_compile.exporters.operators import float32
+from onelora_compile.exporters.metadata import Metadata, digest, float32
 from onelora_compile.fingerprint import Fingerprint
 from onelora_compile.targets import clean_name
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from onelora_compile.adapter import adapted_part, saved_tensors, state_or_none, unwrap, vectors
 from onelora_compile.errors import ConfigError, ExportError, require
-from onelora_compile.exporters.freeze import evaluating
+from onelora_compile.exporters.evaluating import evaluating
 from onelora_compile.exporters.runner import OnnxRunner
 from onelora_compile.exporters.signature import Call, outputs_of
 from onelora_compile.exporters.structure import tensors_in

@@ -45,7 +45,7 @@ class Loaded:
         Raises:
             ConfigError: the model, called in eager, raises as well.
         """
-        from onelora_compile.exporters.freeze import evaluating
+        from onelora_compile.exporters.evaluating import evaluating
 
         try:
             with _silent_torch():

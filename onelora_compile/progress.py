@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from onelora_compile.target import Target
+if TYPE_CHECKING:
+    from onelora_compile.target import Target
 
 T = TypeVar("T")
 _LONG = 500_000_000  # weights; fewer take less than a few seconds

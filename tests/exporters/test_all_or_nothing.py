@@ -36,7 +36,7 @@ from onelora_compile.exporters.device.deployed import Deployed
 from onelora_compile.exporters.device.folder import BundleError, Folder
 from onelora_compile.exporters.device.options import Options
 from onelora_compile.exporters.manifest import Manifest, digest
-from onelora_compile.exporters.operators import float32
+from onelora_compile.exporters.metadata import float32
 from onelora_compile.exporters.save_onnx import data_files
 from onelora_compile.exporters.tensorrt import write_engine
 from onelora_compile.testing import fill_vectors

@@ -1,0 +1,29 @@
+"""Calling a model as it is deployed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients and without compiled calls; every module's own mode is put back."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        # Not for others: under this stance torch.cond, which compiles its branches, is captured with constants.
+        eager = torch.compiler.set_stance("force_eager") if _compiled(model) else contextlib.nullcontext()
+        with torch.no_grad(), eager:
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether a call of the model, or of a part of it, is a compiled one."""
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
