@@ -21,7 +21,7 @@ from torch import fx, nn
 
 import onelora_compile as onelora
 from onelora_compile.backend import onelora_backend
-from onelora_compile.inductor import inner_compiler
+from onelora_compile.dynamo.private_api import inner_compiler
 
 
 def measure(linears: int, inner: str) -> dict[str, Any]:

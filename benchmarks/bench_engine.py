@@ -24,7 +24,7 @@ from rich.table import Table
 
 import onelora_compile as onelora
 from onelora_compile.exporters import build_engine, export_onnx
-from onelora_compile.exporters.plan_text import kernels
+from onelora_compile.exporters.tensorrt.plan_text import kernels
 from onelora_compile.testing import fill_vectors
 
 FORMS = ("base", "fold", "load", "inputs", "packed", "constants", "bank")

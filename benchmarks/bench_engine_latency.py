@@ -25,8 +25,8 @@ from rich.table import Table
 
 import onelora_compile as onelora
 from onelora_compile.exporters import EngineRunner, build_engine, export_onnx
+from onelora_compile.report.timing import interleaved, ratios
 from onelora_compile.testing import fill_vectors
-from onelora_compile.timing import interleaved, ratios
 
 BASE = "base"
 WAYS = {BASE: "fold", "fold": "fold", "input": "input", "refit": "input", "bank": "bank"}  # engine -> ONNX model

@@ -105,7 +105,7 @@ def work(way: str, model: str, folder: Path) -> Callable[[], None]:
     if way.startswith("onnx.load"):
         import onnx
 
-        from onelora_compile.checkpoint import read_adapter
+        from onelora_compile.weights.adapter_file import read_adapter
 
         def by_hand() -> None:
             loaded = onnx.load(base)

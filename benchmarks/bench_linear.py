@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
-from onelora_compile.eager import adapted_linear
+from onelora_compile.adapting.eager_linear import adapted_linear
 from onelora_compile.ops import rank1_update
 from onelora_compile.passes.lowerings import DEFAULT, LOWERINGS, Cost, Shape
-from onelora_compile.timing import interleaved, ratios
+from onelora_compile.report.timing import interleaved, ratios
 
 SHAPES = [  # rows, in_features, out_features
     (512, 384, 384),

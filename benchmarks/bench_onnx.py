@@ -26,8 +26,8 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.exporters import OnnxRunner, export_onnx
+from onelora_compile.report.timing import interleaved, ratios
 from onelora_compile.testing import fill_vectors, perturb_norms
-from onelora_compile.timing import interleaved, ratios
 
 BASE = "base"
 ADAPTERS = 8

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
-from onelora_compile.timing import interleaved, ratios
+from onelora_compile.report.timing import interleaved, ratios
 
 SHAPES = [(512, 384), (2048, 768)]  # rows, width
 BASE = "frozen, three matmuls"

@@ -29,11 +29,11 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 import onelora_compile as onelora
-from onelora_compile.inductor import copy_graph, inner_compiler
+from onelora_compile.dynamo.private_api import copy_graph, inner_compiler
 from onelora_compile.passes import run_passes
 from onelora_compile.passes.lowerings.producer_consumer import ADD_RANK1_BY_MATMUL
+from onelora_compile.report.timing import interleaved, ratios
 from onelora_compile.testing import fill_vectors
-from onelora_compile.timing import interleaved, ratios
 
 DEPTH = 2
 LOWERED, MISS = "lowered", "MiSS r=1 (PEFT)"

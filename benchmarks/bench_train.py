@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from onelora_compile.timing import Clock, interleaved, ratios
+from onelora_compile.report.timing import Clock, interleaved, ratios
 
 MODES = ("eager", "compiled")
 COLUMNS = ("model", "mode", "method", "median", "20 %", "80 %", "ms")

@@ -1,15 +1,15 @@
 """Ways out of PyTorch: adapted models as files for ONNX Runtime and TensorRT."""
 
-from onelora_compile.exporters.convert import convert_adapter
-from onelora_compile.exporters.engine_runner import EngineRunner
-from onelora_compile.exporters.fold_onnx import fold_onnx
-from onelora_compile.exporters.fold_report import FoldReport
-from onelora_compile.exporters.jetson import BundleReport, bundle
-from onelora_compile.exporters.onnx import ExportReport, export_onnx
-from onelora_compile.exporters.refit import RefitReport, refit_engine
-from onelora_compile.exporters.runner import OnnxRunner
-from onelora_compile.exporters.tensorrt import EngineReport, build_engine
-from onelora_compile.exporters.verify import Parity, Verification, verify
+from onelora_compile.exporters.fold.fold import fold_onnx
+from onelora_compile.exporters.fold.report import FoldReport
+from onelora_compile.exporters.jetson.bundle import BundleReport, bundle
+from onelora_compile.exporters.onnx_runtime.convert_adapter import convert_adapter
+from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
+from onelora_compile.exporters.onnx_runtime.verify import Parity, Verification, verify
+from onelora_compile.exporters.tensorrt.build import EngineReport, build_engine
+from onelora_compile.exporters.tensorrt.refit import RefitReport, refit_engine
+from onelora_compile.exporters.tensorrt.runner import EngineRunner
+from onelora_compile.exporters.to_onnx.export import ExportReport, export_onnx
 
 __all__ = [
     "BundleReport",

@@ -13,9 +13,8 @@ import torch as _torch
 
 from onelora_compile import ops as ops  # first: everything else needs the operators registered
 from onelora_compile import torch_versions as _torch_versions
-from onelora_compile.adapter import adapt, detach, disabled, trainable_parameters, vectors
-from onelora_compile.checkpoint import load_adapter, read_adapter, save_adapter
-from onelora_compile.config import OneLoRAConfig
+from onelora_compile.adapting.adapter import adapt, detach, disabled, trainable_parameters, vectors
+from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.errors import (
     AdapterFileError,
     BaseMismatchError,
@@ -29,10 +28,11 @@ from onelora_compile.errors import (
     StateError,
     TargetError,
 )
-from onelora_compile.explain import explain
-from onelora_compile.merge import merge
-from onelora_compile.report import summary
+from onelora_compile.report.explain import explain
+from onelora_compile.report.summary import summary
 from onelora_compile.version import __version__
+from onelora_compile.weights.adapter_file import load_adapter, read_adapter, save_adapter
+from onelora_compile.weights.merge import merge
 
 __all__ = [
     "AdapterFileError",

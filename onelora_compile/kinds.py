@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from onelora_compile.distributed import is_sharded
+from onelora_compile.sharded import is_sharded
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from onelora_compile.target import Target
+    from onelora_compile.adapting.weight_target import Target
 
 T = TypeVar("T")
 _LONG = 500_000_000  # weights; fewer take less than a few seconds

@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapter import adapted_weights, unwrap
-from onelora_compile.layer import is_adapted, remove
+from onelora_compile.adapting.adapted_module import is_adapted, remove
+from onelora_compile.adapting.adapter import adapted_weights, unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -4,16 +4,16 @@ Each pass is one file and one function on an `fx.GraphModule` (fold_vectors: on 
 alone; `run_passes` is what the backend runs.
 """
 
-from onelora_compile.passes.expand_attention import expand_attention
-from onelora_compile.passes.fuse_rank1 import fuse_rank1
-from onelora_compile.passes.insert_rank1 import insert_rank1
+from onelora_compile.passes.fuse_updates import fuse_rank1
+from onelora_compile.passes.insert_updates import insert_rank1
+from onelora_compile.passes.invariants import verify
 from onelora_compile.passes.lowerings import LOWERINGS
-from onelora_compile.passes.match_linear import LinearSite, match_linear
+from onelora_compile.passes.move_updates import weight_to_activation
+from onelora_compile.passes.open_attention import expand_attention
 from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.run import PIPELINE, run_passes
-from onelora_compile.passes.share_feature_sum import share_feature_sum
-from onelora_compile.passes.verify import verify
-from onelora_compile.passes.weight_to_activation import weight_to_activation
+from onelora_compile.passes.share_sums import share_feature_sum
+from onelora_compile.passes.sites.linear_site import LinearSite, match_linear
 
 __all__ = [
     "LOWERINGS",

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from torch import fx
 
 from onelora_compile.errors import PassError
-from onelora_compile.passes.expand_attention import expand_attention
-from onelora_compile.passes.fuse_rank1 import fuse_rank1
+from onelora_compile.passes.fuse_updates import fuse_rank1
+from onelora_compile.passes.invariants import vectors_of, verify
+from onelora_compile.passes.move_updates import weight_to_activation
+from onelora_compile.passes.open_attention import expand_attention
 from onelora_compile.passes.result import PassResult
-from onelora_compile.passes.share_feature_sum import share_feature_sum
-from onelora_compile.passes.verify import vectors_of, verify
-from onelora_compile.passes.weight_to_activation import weight_to_activation
+from onelora_compile.passes.share_sums import share_feature_sum
 
 log = logging.getLogger("onelora_compile.passes")
 

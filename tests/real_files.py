@@ -20,9 +20,9 @@ import torch
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from onelora_compile.checkpoint import AdapterFile
-from onelora_compile.config import OneLoRAConfig
-from onelora_compile.fingerprint import fingerprint
+from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.weights.adapter_file import AdapterFile
+from onelora_compile.weights.fingerprint import fingerprint
 
 GATES = "oracle/gates"
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "MatMulInteger", "ConvInteger")

@@ -1,4 +1,4 @@
-"""Everything that a model holds, as a list of plain values to compare; written apart from `onelora_compile.undo`."""
+"""Everything that a model holds, as a list of plain values to compare; written apart from the room `looking`."""
 
 import hashlib
 import random

@@ -144,9 +144,9 @@ def test_the_pass_opens_attention_that_is_not_adapted_only_on_request():
     graphs = []
 
     def keep(gm, example_inputs):
-        from onelora_compile import inductor
+        from onelora_compile.dynamo import private_api
 
-        graphs.append(inductor.copy_graph(gm))
+        graphs.append(private_api.copy_graph(gm))
         return gm.forward
 
     expected = torch.compile(model, backend=keep)(x, x, x)

@@ -8,7 +8,7 @@ import zoo
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.bench import BASE, OWN, bench
+from onelora_compile.report.bench import BASE, OWN, bench
 from onelora_compile.testing import fill_vectors
 
 

@@ -289,7 +289,7 @@ def test_saving_replaces_in_one_step_and_keeps_permissions_and_links(saved, monk
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("onelora_compile.checkpoint.save_file", fail)
+        patch.setattr("onelora_compile.weights.adapter_file.save_file", fail)
         with pytest.raises(OSError, match="disk full"):
             onelora.save_adapter(model, path)
     assert path.read_bytes() == content
@@ -318,7 +318,7 @@ def test_killed_while_saving_leaves_the_old_file(saved, tmp_path):
     _, _, path, _ = saved
     content = path.read_bytes()
     script = (
-        "import os, signal, torch, onelora_compile as o, onelora_compile.checkpoint as c\n"
+        "import os, signal, torch, onelora_compile as o, onelora_compile.weights.adapter_file as c\n"
         "write = c.save_file\n"
         "def half(tensors, file, metadata):\n"
         "    write(tensors, file, metadata)\n"

@@ -10,10 +10,10 @@ import zoo
 from typer.testing import CliRunner
 
 import onelora_compile as onelora
-from onelora_compile.checkpoint import read_adapter
 from onelora_compile.cli import app, main
-from onelora_compile.sizes import each_size, parse_axes, parse_sizes
+from onelora_compile.cli.sizes import each_size, parse_axes, parse_sizes
 from onelora_compile.testing import fill_vectors
+from onelora_compile.weights.adapter_file import read_adapter
 
 
 def onelora_command(*args, cwd=None):

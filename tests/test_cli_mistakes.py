@@ -277,7 +277,7 @@ def test_a_stream_of_any_encoding(monkeypatch):
     for encoding in ("ascii", "latin-1", "cp1252", "utf-8"):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr(sys, "stdout", stream)
-        from onelora_compile.cli_output import print_in_any_locale, show
+        from onelora_compile.cli.output import print_in_any_locale, show
 
         print_in_any_locale()
         show("1ᵀ … größe [/red] \udcff")

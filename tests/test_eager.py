@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile import eager
+from onelora_compile.adapting import eager_linear
 from onelora_compile.ops import rank1_update
 from onelora_compile.testing import assert_parity, fill_vectors
 
@@ -22,8 +22,8 @@ def adapted(n=5, m=3, bias=True, dtype=torch.float32):
 def calls(monkeypatch):
     """Counts the calls that the function takes."""
     made = []
-    real = eager.adapted_linear
-    monkeypatch.setattr(eager, "adapted_linear", lambda *args: made.append(1) or real(*args))
+    real = eager_linear.adapted_linear
+    monkeypatch.setattr(eager_linear, "adapted_linear", lambda *args: made.append(1) or real(*args))
     return made
 
 
@@ -57,7 +57,7 @@ def test_gradcheck_twice():
     weight, c = layer._parameters["weight"], layer.bias
 
     def function(x, vector):
-        return eager.adapted_linear(x, weight, c, vector)
+        return eager_linear.adapted_linear(x, weight, c, vector)
 
     vector = layer.onelora_vector.detach().requires_grad_()
     assert torch.autograd.gradcheck(function, (x, vector))

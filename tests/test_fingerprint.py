@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onelora_compile.fingerprint import Fingerprint, fingerprint, signs
+from onelora_compile.weights.fingerprint import Fingerprint, fingerprint, signs
 
 
 def test_the_sketch_never_changes():

@@ -11,8 +11,8 @@ from linears import IN, LINEARS, OUT, linear
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile import reads
-from onelora_compile.adapter import adapted_weights
+from onelora_compile.adapting import trace_weight_uses
+from onelora_compile.adapting.adapter import adapted_weights
 from onelora_compile.exporters import export_onnx, fold_onnx
 from onelora_compile.testing import fill_vectors, merged_copy
 
@@ -86,7 +86,7 @@ def test_every_kind_compiled(name):
 
 def test_further_parameters_of_a_linear_are_named():
     model = onelora.adapt(built("own_lora")[0])
-    assert onelora.summary(model).skipped == {"own.a": reads.INSIDE}
+    assert onelora.summary(model).skipped == {"own.a": trace_weight_uses.INSIDE}
 
 
 @pytest.mark.parametrize("name", [name for name in LINEARS if name not in OUTPUT])

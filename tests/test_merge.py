@@ -8,8 +8,8 @@ import zoo
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.merge import fold_weight
 from onelora_compile.testing import fill_vectors, merged_copy
+from onelora_compile.weights.merge import fold_weight
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)

@@ -145,5 +145,5 @@ def test_a_weight_that_is_only_asked_for_its_dtype_costs_no_trace(monkeypatch):
         def forward(self, x):
             return about(self.b(x), self.a)
 
-    monkeypatch.setattr("onelora_compile.reads._traced", lambda module: pytest.fail("traced"))
+    monkeypatch.setattr("onelora_compile.adapting.trace_weight_uses._traced", lambda module: pytest.fail("traced"))
     assert list(onelora.vectors(onelora.adapt(Model()))) == ["a", "b"]

@@ -6,7 +6,7 @@ import zoo
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.targets import matches, select
+from onelora_compile.adapting.select_targets import matches, select
 
 
 def selected(model, **config):

@@ -87,7 +87,7 @@ def test_copies_and_pickles_are_free_of_it():
 def test_a_check_that_is_over_costs_no_compilation_and_keeps_nothing():
     from test_backend import Counter
 
-    from onelora_compile import watch
+    from onelora_compile.adapting import dead_vectors
 
     model = onelora.adapt(zoo.MLP())
     counter = Counter()
@@ -97,7 +97,7 @@ def test_a_check_that_is_over_costs_no_compilation_and_keeps_nothing():
         compiled(x).sum().backward()
     model(x).sum().backward()
     assert len(counter.graphs) == 1
-    assert not any(module in watch._watched for module in model.modules())
+    assert not any(module in dead_vectors._watched for module in model.modules())
     assert not any(vector._post_accumulate_grad_hooks for vector in onelora.vectors(model).values())
 
 

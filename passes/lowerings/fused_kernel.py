@@ -22,7 +22,7 @@ from torch import fx
 
 from onelora_compile.kernels import why_not as why_no_kernels
 from onelora_compile.passes.lowerings.lowering import Cost, Lowering, Shape, Update
-from onelora_compile.passes.match_linear import example
+from onelora_compile.passes.sites.linear_site import example
 
 NO_LINEAR = "the update does not follow a call of linear whose output is used by it alone"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

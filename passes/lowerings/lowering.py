@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from onelora_compile.inductor import size_hint
-from onelora_compile.passes.match_linear import example, operands
-from onelora_compile.passes.neighbours import stands_beside_kernel
-from onelora_compile.passes.op_names import arguments, op_name
+from onelora_compile.dynamo.private_api import size_hint
+from onelora_compile.passes.lowerings.neighbours import stands_beside_kernel
+from onelora_compile.passes.sites.linear_site import example, operands
+from onelora_compile.passes.sites.operators import arguments, op_name
 
 LOWERING = "onelora_lowering"  # key in node.meta: the Choice of what computes an update, and the name of its y
 DYNAMIC = "the size of a tensor is not known when compiling"

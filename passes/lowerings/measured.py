@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from onelora_compile.files import replacing
 from onelora_compile.passes.lowerings.lowering import Shape
 from onelora_compile.passes.lowerings.on_gpu import measure_on_gpu
 from onelora_compile.version import __version__
+from onelora_compile.weights.atomic_write import replacing
 
 log = logging.getLogger("onelora_compile.lowerings")
 

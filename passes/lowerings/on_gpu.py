@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from onelora_compile.inductor import outside_of_modes
+from onelora_compile.dynamo.private_api import outside_of_modes
 from onelora_compile.ops import add_rank1, feature_sum
 from onelora_compile.passes.lowerings.lowering import Shape
 

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from onelora_compile.ops import accumulation_dtype
 from onelora_compile.passes.lowerings.lowering import Cost, Lowering, Shape, Update
-from onelora_compile.passes.match_linear import example
+from onelora_compile.passes.sites.linear_site import example
 
 _library = torch.library.Library("onelora", "FRAGMENT")
 _library.define("add_rank1_by_matmul(Tensor y, Tensor s, Tensor vector) -> Tensor")

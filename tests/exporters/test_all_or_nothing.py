@@ -28,18 +28,18 @@ from hypothesis.stateful import (
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile import files
 from onelora_compile.errors import ExportError, OneLoRAError
 from onelora_compile.exporters import OnnxRunner, bundle, convert_adapter, export_onnx, fold_onnx
-from onelora_compile.exporters.device import commands
-from onelora_compile.exporters.device.deployed import Deployed
-from onelora_compile.exporters.device.folder import BundleError, Folder
-from onelora_compile.exporters.device.options import Options
-from onelora_compile.exporters.manifest import Manifest, digest
-from onelora_compile.exporters.metadata import float32
-from onelora_compile.exporters.save_onnx import data_files
-from onelora_compile.exporters.tensorrt import write_engine
+from onelora_compile.exporters.jetson.device import commands
+from onelora_compile.exporters.jetson.device.deployed import Deployed
+from onelora_compile.exporters.jetson.device.folder import BundleError, Folder
+from onelora_compile.exporters.jetson.device.options import Options
+from onelora_compile.exporters.onnx_file.metadata import float32
+from onelora_compile.exporters.onnx_file.save import data_files
+from onelora_compile.exporters.tensorrt.build import write_engine
+from onelora_compile.exporters.tensorrt.manifest import Manifest, digest
 from onelora_compile.testing import fill_vectors
+from onelora_compile.weights import atomic_write
 
 X = torch.linspace(-1, 1, 60).reshape(3, 20)
 SEEDS = {"a.safetensors": 1, "b.safetensors": 2}  # of the vectors in each adapter; 0 is the base
@@ -128,7 +128,7 @@ def used(here, out, name):
 
 
 def built(here, out, name):
-    file = onelora.checkpoint.read_adapter(here / name)
+    file = onelora.read_adapter(here / name)
     sha = digest({one: float32(value) for one, value in file.tensors.items()})
     about = Manifest("rtx", "1", "input", "m.onnx", "", "", adapter_sha256=sha, initial=f"{out}.safetensors")
     write_engine(here / out, name.encode() * 1000, about, file)
@@ -221,7 +221,7 @@ def test_a_failure_at_each_call(here, name, lasting):
 
 
 def test_two_folders_can_change_places_in_two_steps(here, monkeypatch):
-    monkeypatch.setattr(files, "_exchange", lambda *_: False)  # a file system without it
+    monkeypatch.setattr(atomic_write, "_exchange", lambda *_: False)  # a file system without it
     test_a_failure_at_each_call(here, "bundle", False)
 
 

@@ -14,12 +14,12 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.exporters import build_engine, export_onnx, fold_onnx
-from onelora_compile.exporters.engine_adapters import prepared
-from onelora_compile.exporters.engine_network import new_network, parse
-from onelora_compile.exporters.engine_precision import Typing
-from onelora_compile.exporters.manifest import Manifest
-from onelora_compile.exporters.plan_text import holds, kernels
-from onelora_compile.exporters.tensorrt_api import find_api
+from onelora_compile.exporters.tensorrt.library import find_api
+from onelora_compile.exporters.tensorrt.manifest import Manifest
+from onelora_compile.exporters.tensorrt.network import new_network, parse
+from onelora_compile.exporters.tensorrt.plan_text import holds, kernels
+from onelora_compile.exporters.tensorrt.precision import Typing
+from onelora_compile.exporters.tensorrt.vectors import prepared
 from onelora_compile.testing import fill_vectors
 
 pytest.importorskip("tensorrt_rtx_bindings")

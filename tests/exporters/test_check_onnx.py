@@ -10,7 +10,7 @@ from onnx_graphs import adapter_of
 
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters import fold_onnx
-from onelora_compile.exporters.check_onnx import check_opens
+from onelora_compile.exporters.onnx_file.check import check_opens
 
 
 def model(path, *nodes, **fields):

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.exporters import build_engine, export_onnx, tensorrt_api
+from onelora_compile.exporters import build_engine, export_onnx
+from onelora_compile.exporters.tensorrt import library
 from onelora_compile.testing import fill_vectors
 
 pytest.importorskip("tensorrt_rtx_bindings")
@@ -92,7 +93,7 @@ def test_the_target_of_this_machine_without_a_gpu(half, tmp_path):
     """TensorRT itself says that there is no driver; what to do is ours."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    api = tensorrt_api.find_api("rtx")
+    api = library.find_api("rtx")
     builder = api.trt.Builder(api.logger)
     network = builder.create_network(1 << int(api.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     assert api.trt.OnnxParser(network, api.logger).parse_from_file(str(half))
@@ -104,16 +105,16 @@ def test_the_target_of_this_machine_without_a_gpu(half, tmp_path):
     config.add_optimization_profile(profile)
     api.messages.clear()
     assert builder.build_serialized_network(network, config) is None
-    from onelora_compile.exporters.engine_errors import engine_error
+    from onelora_compile.exporters.tensorrt.messages import engine_error
 
     assert "There is no GPU (or its driver is too old): name target='sm_86'" in str(engine_error("m.onnx", api))
 
 
 def test_no_profile_in_nvidias_words(half):
     """The message that our own check comes before is known too."""
-    from onelora_compile.exporters.engine_errors import engine_error
+    from onelora_compile.exporters.tensorrt.messages import engine_error
 
-    api = tensorrt_api.find_api("rtx")
+    api = library.find_api("rtx")
     builder = api.trt.Builder(api.logger)
     network = builder.create_network(1 << int(api.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     api.trt.OnnxParser(network, api.logger).parse_from_file(str(half))
@@ -269,7 +270,7 @@ def test_a_failed_build_leaves_the_old_engine(half, tmp_path):
 def test_no_tensorrt_at_all(half, tmp_path, monkeypatch):
     import sys
 
-    monkeypatch.setattr(tensorrt_api, "_api", tensorrt_api._api.__wrapped__)
+    monkeypatch.setattr(library, "_api", library._api.__wrapped__)
     for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(onelora.MissingExtraError, match=r"pip install 'onelora-compile\[tensorrt-rtx\]'"):
@@ -294,13 +295,13 @@ def test_a_tensorrt_that_does_not_load(source, match, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # so that it is as before afterwards
     monkeypatch.delitem(sys.modules, "tensorrt")
     with pytest.raises(onelora.MissingExtraError, match=match):
-        tensorrt_api.find_api("tensorrt")
+        library.find_api("tensorrt")
 
 
 def test_a_jetson_is_told_of_system_site_packages(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(onelora.MissingExtraError, match="--system-site-packages"):
-        tensorrt_api.find_api("tensorrt")
+        library.find_api("tensorrt")
 
 
 def test_ctrl_c_stops_the_builder(half, tmp_path, monkeypatch):

@@ -16,18 +16,11 @@ import torch
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.exporters import (
-    EngineRunner,
-    OnnxRunner,
-    build_engine,
-    engine_runner,
-    refit,
-    refit_engine,
-    tensorrt_api,
-)
-from onelora_compile.exporters.device_memory import ALIGNMENT, CudaMemory, TorchMemory
-from onelora_compile.exporters.engine_feed import DTYPES, adapter_id, feed_of, offsets_of, vectors_to_feed
-from onelora_compile.exporters.manifest import Manifest
+from onelora_compile.exporters import EngineRunner, OnnxRunner, build_engine, refit_engine
+from onelora_compile.exporters.tensorrt import library, refit, runner
+from onelora_compile.exporters.tensorrt.feed import DTYPES, adapter_id, feed_of, offsets_of, vectors_to_feed
+from onelora_compile.exporters.tensorrt.gpu_memory import ALIGNMENT, CudaMemory, TorchMemory
+from onelora_compile.exporters.tensorrt.manifest import Manifest
 from onelora_compile.testing import fill_vectors
 
 pytest.importorskip("tensorrt_rtx_bindings")
@@ -187,13 +180,13 @@ def stand_in(built, tmp_path, monkeypatch):
             weights = dict(zip(sorted(found.vectors), np.split(numbers, len(found.vectors)), strict=True))
         return ort_engine.Engine(path.parent / found.onnx, found, weights)
 
-    api = dataclasses.replace(tensorrt_api.find_api("rtx"))
-    monkeypatch.setattr(engine_runner, "device_memory", lambda which: Memory(torch.device("cpu")))
-    monkeypatch.setattr(engine_runner, "load_engine", lambda api, path, found: load(path))
+    api = dataclasses.replace(library.find_api("rtx"))
+    monkeypatch.setattr(runner, "device_memory", lambda which: Memory(torch.device("cpu")))
+    monkeypatch.setattr(runner, "load_engine", lambda api, path, found: load(path))
     monkeypatch.setattr(refit, "load_engine", lambda api, path, found: load(path))
     trt = types.SimpleNamespace(__version__=api.version, Refitter=ort_engine.Refitter, Weights=lambda value: value)
     changed = dataclasses.replace(api, trt=trt)
-    monkeypatch.setattr(engine_runner, "find_api", lambda flavour: changed)
+    monkeypatch.setattr(runner, "find_api", lambda flavour: changed)
     monkeypatch.setattr(refit, "find_api", lambda flavour: changed)
     monkeypatch.setattr(ort_engine.Refitter, "merged", {})
     assert engine.is_file()
@@ -282,7 +275,7 @@ def test_contexts_with_adapters_of_their_own(stand_in):
 def test_an_engine_for_another_gpu(stand_in, monkeypatch):
     memory = TorchMemory(torch.device("cpu"))
     monkeypatch.setattr(memory, "target", lambda: "sm_120")
-    monkeypatch.setattr(engine_runner, "device_memory", lambda which: memory)
+    monkeypatch.setattr(runner, "device_memory", lambda which: memory)
     with pytest.raises(onelora.StateError, match="it was built for sm_86, this GPU is sm_120"):
         EngineRunner(stand_in / "fold.engine")
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.exporters import export_onnx
-from onelora_compile.passes.fold_vectors import fold_vectors
+from onelora_compile.passes.exported.fold_vectors import fold_vectors
 from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
 
 DYNAMIC = {
@@ -220,11 +220,11 @@ def test_failed_verification_leaves_the_old_file(external, tmp_path, monkeypatch
     before = {file: (tmp_path / file).read_bytes() for file in os.listdir(tmp_path)}
 
     def wrong(weight, vector, *rest):
-        from onelora_compile.merge import fold_weight
+        from onelora_compile.weights.merge import fold_weight
 
         return fold_weight(weight, vector * 1.1, *rest)
 
-    monkeypatch.setattr("onelora_compile.passes.fold_vectors.fold_weight", wrong)
+    monkeypatch.setattr("onelora_compile.passes.exported.fold_vectors.fold_weight", wrong)
     with pytest.raises(
         onelora.ExportError, match=r"differs from MLP with its vectors: output .* is allowed; nothing was written"
     ):

@@ -88,7 +88,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 import onnx_ir as ir
-from onelora_compile.exporters.save_onnx import save_model
+from onelora_compile.exporters.onnx_file.save import save_model
 x, w = (ir.Value(name=name, shape=ir.Shape([100, 100]), type=ir.TensorType(ir.DataType.FLOAT)) for name in "xw")
 w.const_value = ir.tensor(np.ones((100, 100), np.float32), name="w")
 node = ir.node("MatMul", [x, w])

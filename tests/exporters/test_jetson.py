@@ -19,13 +19,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import onelora_compile as onelora
-from onelora_compile.checkpoint import read_adapter
 from onelora_compile.cli import app
 from onelora_compile.exporters import bundle, export_onnx
-from onelora_compile.exporters.jetpacks import JETPACKS
+from onelora_compile.exporters.jetson.releases import JETPACKS
 from onelora_compile.testing import fill_vectors
+from onelora_compile.weights.adapter_file import read_adapter
 
-DEVICE = Path(sys.modules["onelora_compile.exporters"].__file__).parent / "device"
+DEVICE = Path(sys.modules["onelora_compile.exporters"].__file__).parent / "jetson" / "device"
 
 
 def manifest_of(folder):
@@ -164,7 +164,7 @@ def test_given_inputs_are_the_reference(tmp_path):
 
 
 def test_external_data(tmp_path, monkeypatch):
-    monkeypatch.setattr("onelora_compile.exporters.save_onnx.EXTERNAL_FROM", 1000)
+    monkeypatch.setattr("onelora_compile.exporters.onnx_file.save.EXTERNAL_FROM", 1000)
     report = bundle(bundles.sources() / "load.onnx", tmp_path / "b", shapes=bundles.SHAPES)
     manifest = manifest_of(tmp_path / "b")
     assert manifest["model"]["files"] == ["model.onnx", "model.onnx.data", "model.onnx.vectors"]
@@ -247,13 +247,13 @@ def test_a_bundle_is_replaced_and_nothing_else_is(tmp_path):
 
 
 def test_a_bundle_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
-    from onelora_compile.exporters import opset_rules
+    from onelora_compile.exporters.opsets import rules
 
     def wrong(node):
-        made = opset_rules.Before(node)
+        made = rules.Before(node)
         made.replace_with(made.add("Erf", node.inputs[0]))
 
-    monkeypatch.setitem(opset_rules._RULES, ("Gelu", 20), wrong)
+    monkeypatch.setitem(rules._RULES, ("Gelu", 20), wrong)
     with pytest.raises(onelora.ExportError, match=r"the model in the bundle differs from the original: output .* by"):
         bundle(bundles.sources() / "fold.onnx", tmp_path / "b", jetpack="6.0", shapes=bundles.SHAPES)
     assert os.listdir(tmp_path) == []

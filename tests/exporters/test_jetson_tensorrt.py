@@ -18,9 +18,9 @@ import torch
 import zoo
 
 import onelora_compile as onelora
-from onelora_compile.checkpoint import read_adapter
 from onelora_compile.exporters import bundle, export_onnx
 from onelora_compile.testing import fill_vectors
+from onelora_compile.weights.adapter_file import read_adapter
 
 rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra tensorrt-rtx")
 

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import onelora_compile as onelora
-from onelora_compile import fingerprint
-from onelora_compile.checkpoint import read_adapter
+from onelora_compile.weights import fingerprint
+from onelora_compile.weights.adapter_file import read_adapter
 
 ORT = ("--runtime", "onnxruntime")
 

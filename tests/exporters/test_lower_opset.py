@@ -8,8 +8,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onelora_compile as onelora
-from onelora_compile.exporters.lower_opset import lower_opset
-from onelora_compile.exporters.write_out import write_out_norms
+from onelora_compile.exporters.opsets.lower import lower_opset
+from onelora_compile.exporters.opsets.write_out import write_out_norms
 
 F, H = TensorProto.FLOAT, TensorProto.FLOAT16
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.exporters import EngineRunner, build_engine, manifest, refit_engine
-from onelora_compile.exporters.manifest import Manifest
-from onelora_compile.exporters.refit import vectors_for
-from onelora_compile.exporters.tensorrt_api import Api, Messages, find_api
+from onelora_compile.exporters import EngineRunner, build_engine, refit_engine
+from onelora_compile.exporters.tensorrt import manifest
+from onelora_compile.exporters.tensorrt.library import Api, Messages, find_api
+from onelora_compile.exporters.tensorrt.manifest import Manifest
+from onelora_compile.exporters.tensorrt.refit import vectors_for
 from onelora_compile.testing import fill_vectors
 
 pytest.importorskip("tensorrt_rtx_bindings")

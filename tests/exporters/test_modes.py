@@ -403,7 +403,7 @@ def test_metadata_tells_where_a_model_comes_from(tmp_path):
     assert runner.mode == "fold"
     assert runner.metadata.adapters == ("b",)
     assert set(runner.metadata.vectors) == set(case.vectors)
-    stored = onelora.checkpoint.read_adapter(case.files[1]).fingerprints
+    stored = onelora.read_adapter(case.files[1]).fingerprints
     assert all(runner.metadata.fingerprints[name].distance(one) == 0 for name, one in stored.items())
     props = {prop.key: prop.value for prop in onnx.load(tmp_path / "folded.onnx").metadata_props}
     assert set(json.loads(props["onelora.fingerprints"])) == set(case.vectors)

@@ -12,8 +12,8 @@ from onnx_ir import ExternalTensor
 from opset_cases import BF, CASES, NEWEST, changed
 
 import onelora_compile as onelora
-from onelora_compile.exporters.jetpacks import JETPACKS
-from onelora_compile.exporters.lower_opset import lower_opset
+from onelora_compile.exporters.jetson.releases import JETPACKS
+from onelora_compile.exporters.opsets.lower import lower_opset
 
 OLDEST = 17
 WRITTEN = 23  # by exporters of today

@@ -12,9 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import adapter_of
 from quantized_operators import OPERATORS, build_operator
 
-from onelora_compile.checkpoint import read_adapter
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters import fold_onnx
+from onelora_compile.weights.adapter_file import read_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -8,10 +8,10 @@ import pytest
 import tensorrt_bindings
 
 import onelora_compile.exporters as exporters
-from onelora_compile.exporters import engine_errors, engine_precision, tensorrt_api
+from onelora_compile.exporters.tensorrt import library, messages, precision
 
 RECORD = json.loads(tensorrt_bindings.RECORD.read_text())
-FILES = sorted(Path(exporters.__file__).parent.glob("*.py"))
+FILES = sorted((Path(exporters.__file__).parent / "tensorrt").glob("*.py"))
 
 # What our code calls the objects of TensorRT.
 RECEIVERS = {
@@ -150,7 +150,7 @@ class Recorded:
 
 def api_of(version):
     flavour = "rtx" if version == tensorrt_bindings.RTX else "tensorrt"
-    return tensorrt_api.Api(flavour, Recorded(version), None, tensorrt_api.Messages())
+    return library.Api(flavour, Recorded(version), None, library.Messages())
 
 
 def half_model(tmp_path):
@@ -170,19 +170,19 @@ def test_half_precision_is_never_dropped_in_silence(version, tmp_path):
     api, model = api_of(version), half_model(tmp_path)
     if version == "8.6.1":
         with pytest.raises(ValueError, match=r"would compute in float32. Say so: precision='fp16'"):
-            engine_precision.typing_of(api, model, None)
+            precision.typing_of(api, model, None)
     else:
-        assert engine_precision.typing_of(api, model, None) == engine_precision.Typing(True, ())
+        assert precision.typing_of(api, model, None) == precision.Typing(True, ())
     if version in ("8.6.1", "10.3.0"):
-        assert engine_precision.typing_of(api, model, "fp16") == engine_precision.Typing(False, ("FP16",))
+        assert precision.typing_of(api, model, "fp16") == precision.Typing(False, ("FP16",))
     else:
         with pytest.raises(ValueError, match=r"takes dtypes from the ONNX model only .* export the model with dtype="):
-            engine_precision.typing_of(api, model, "fp16")
+            precision.typing_of(api, model, "fp16")
 
 
 @pytest.mark.parametrize("version", RECORD)
 def test_refit_of_single_vectors_is_refused_where_it_is_not_there(version):
-    from onelora_compile.exporters.engine_network import check_refit
+    from onelora_compile.exporters.tensorrt.network import check_refit
 
     if version == "8.6.1":
         with pytest.raises(ValueError, match=r"needs TensorRT 10.2 or newer.*Use adapters='input'"):
@@ -207,7 +207,7 @@ def test_errors_of_other_devices_are_explained():
     ):
         api = api_of("10.3.0")
         api.messages.add("ERROR", text)
-        assert advice in str(engine_errors.engine_error("m.onnx can't be built", api))
+        assert advice in str(messages.engine_error("m.onnx can't be built", api))
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from trained_cases import MODES, VARIANTS, adapters, expected, exported, inputs
 import onelora_compile as onelora
 from onelora_compile.errors import AdapterFileError, BaseMismatchError, ConfigError, ExportError, StateError
 from onelora_compile.exporters import OnnxRunner, bundle, convert_adapter, fold_onnx
-from onelora_compile.exporters.device.deployed import Deployed
-from onelora_compile.exporters.device.options import Options
+from onelora_compile.exporters.jetson.device.deployed import Deployed
+from onelora_compile.exporters.jetson.device.options import Options
 
 
 def kind(models, modes):

@@ -11,11 +11,11 @@ from trained_cases import adapters, expected, exported, inputs
 
 import onelora_compile as onelora
 from onelora_compile.exporters import build_engine
-from onelora_compile.exporters.engine_adapters import prepared
-from onelora_compile.exporters.engine_feed import adapter_id, vectors_to_feed
-from onelora_compile.exporters.manifest import Manifest
-from onelora_compile.exporters.metadata import Metadata
-from onelora_compile.exporters.refit import vectors_for
+from onelora_compile.exporters.onnx_file.metadata import Metadata
+from onelora_compile.exporters.tensorrt.feed import adapter_id, vectors_to_feed
+from onelora_compile.exporters.tensorrt.manifest import Manifest
+from onelora_compile.exporters.tensorrt.refit import vectors_for
+from onelora_compile.exporters.tensorrt.vectors import prepared
 
 CELLS = [
     pytest.param(name, variant, marks=() if (name, variant) == ("pooled", "both") else pytest.mark.slow)

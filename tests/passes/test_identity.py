@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
 from onelora_compile.passes import match_linear, weight_to_activation
-from onelora_compile.passes.mutation import mutates
-from onelora_compile.passes.neighbours import stands_beside_kernel
-from onelora_compile.passes.op_names import arguments, as_operator, op_name
-from onelora_compile.passes.weight_chain import weight_chains
+from onelora_compile.passes.graph.writes import mutates
+from onelora_compile.passes.lowerings.neighbours import stands_beside_kernel
+from onelora_compile.passes.sites.operators import arguments, as_operator, op_name
+from onelora_compile.passes.sites.weight_path import weight_chains
 
 _library = torch.library.Library("onelora_test_identity", "DEF")
 for _schema in (

@@ -15,9 +15,9 @@ from onelora_compile.passes import (
     share_feature_sum,
     verify,
 )
+from onelora_compile.passes.graph.writes import mutates
+from onelora_compile.passes.invariants import vectors_of
 from onelora_compile.passes.lowerings.producer_consumer import ADD_RANK1_BY_MATMUL
-from onelora_compile.passes.mutation import mutates
-from onelora_compile.passes.verify import vectors_of
 
 
 class Siblings(nn.Module):

@@ -14,12 +14,12 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import onelora_compile as onelora
-from onelora_compile.adapter import unwrap
+from onelora_compile.adapting.adapter import unwrap
 from onelora_compile.errors import MissingExtraError, require
 from onelora_compile.examples.digits.data import Domain
 from onelora_compile.examples.digits.train import accuracy, predict
 from onelora_compile.exporters import build_engine, export_onnx
-from onelora_compile.exporters.plan_text import kernels
+from onelora_compile.exporters.tensorrt.plan_text import kernels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from onelora_compile.examples.digits import report
 from onelora_compile.examples.digits.data import HELD_OUT
 from onelora_compile.examples.digits.methods import ONE_LORA
 from onelora_compile.examples.digits.results import DemoResult
-from onelora_compile.files import replacing
+from onelora_compile.weights.atomic_write import replacing
 
 STYLE = """
 :root { color-scheme: light; --ink: #1f2937; --soft: #5b6675; --line: #e5e9ef; --accent: #0f766e; }

@@ -8,7 +8,7 @@ from rich.table import Table
 from onelora_compile.errors import require
 from onelora_compile.examples.digits.methods import BASE, ONE_LORA
 from onelora_compile.examples.digits.results import DemoResult, Row
-from onelora_compile.text import bytes_text
+from onelora_compile.printable import bytes_text
 
 COLUMNS = (
     "method",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onelora_compile.examples.digits.deploy import EngineResult, OnnxResult, SwapResult
-from onelora_compile.files import replacing
+from onelora_compile.weights.atomic_write import replacing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.adapter import unwrap
+from onelora_compile.adapting.adapter import unwrap
 from onelora_compile.examples.digits import figures, page, report
 from onelora_compile.examples.digits.data import Domain, load_domains
 from onelora_compile.examples.digits.deploy import deploy_engine, deploy_onnx, swap

@@ -1,0 +1,1 @@
+"""An adapter into any ONNX file of its base."""

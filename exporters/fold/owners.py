@@ -1,0 +1,189 @@
+"""Decide which uses of equal numbers in an ONNX file are one vector's: all that can only be its layer's, or none.
+
+A layer that is called twice, or stands in both branches of an If, may be written as two copies of its weight; two
+layers with equal weights may share one.  What a file says of an op is a module path, at times, and its bias.
+
+    the op's path                                 bias, adapter's config                           the use is
+    the vector's module, or ends as it            -                                                the vector's
+    another vector's, with the same numbers       -                                                that vector's
+    `module_1`, as TorchScript numbers calls      no parameters of its own; config adapts it, or   the vector's
+                                                  the vector's own bias
+    another module, a linear                      its own parameters; config leaves it out         another layer's
+    another module                                the vector's own bias; config adapts it          the vector's
+    none, or of no vector; one stored weight      no second vector has these numbers               the vector's
+    none, or of no vector; several copies         as above; config adapts every linear             the vector's
+    anything else                                 -                                                refused, by name
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.select_targets import matches
+from onelora_compile.exporters.fold.find_weights import Use, Weight
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from onelora_compile.exporters.fold.match_fingerprints import Place
+
+_ELSEWHERE, _UNNAMED, _AGAIN, _UNCLEAR = "an op of another name", "an op without a name", "called again?", "unclear"
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What tells uses apart besides their paths.
+
+    Attributes:
+        config: with which the model was adapted.
+        parameters: names of the file's values.
+    """
+
+    config: OneLoRAConfig = dataclasses.field(default_factory=OneLoRAConfig)
+    parameters: Collection[str] = ()
+
+    def adapts(self, path: str) -> bool:
+        """Whether a linear of this path would have a vector, if it were a module of its own."""
+        left_out = [*self.config.modules_to_save]
+        if isinstance(self.config.exclude_modules, str):
+            if matches(self.config.exclude_modules, path):
+                return False
+        else:
+            left_out += self.config.exclude_modules or ()
+        if left_out and matches(left_out, path):
+            return False
+        return self.config.target_modules == "all-linear" or matches(self.config.target_modules, path)
+
+    @property
+    def adapts_all(self) -> bool:
+        """Whether every linear has a vector."""
+        config = self.config
+        return config.target_modules == "all-linear" and not config.exclude_modules and not config.modules_to_save
+
+    def is_module(self, path: str) -> bool:
+        """Whether the file holds parameters of a module of this path."""
+        return any(path and f".{name}".rpartition(".")[0].endswith(f".{path}") for name in self.parameters)
+
+
+def decided(name: str, places: Sequence[Place], twins: Sequence[str], known: Known) -> list[Place] | str:
+    """The places and uses that are the vector's; or why that can't be told.
+
+    Args:
+        name: the vector.
+        places: with the numbers of its base, each with uses.
+        twins: other vectors that these numbers fit too.
+        known: what else is known.
+    """
+    names = (name, *twins)
+    owners = {use: _owner(use, place.weight, names, known) for place in places for use in place.uses}
+    if name in owners.values():
+        own = [use for use, owner in owners.items() if owner == name]
+        for use, owner in owners.items():
+            if owner == _ELSEWHERE:
+                owners[use] = _elsewhere(use, own, name, known)
+            elif owner == _AGAIN:
+                owners[use] = name if _same_bias(use, own) else _UNCLEAR
+            elif owner == _UNNAMED and not twins and (len(places) == 1 or known.adapts_all):
+                owners[use] = name
+    elif not twins and (len(places) == 1 or known.adapts_all) and _one_layer(owners):
+        return list(places)
+    unclear = [use for use, owner in owners.items() if owner in (_UNNAMED, _AGAIN, _UNCLEAR)]
+    if unclear or name not in owners.values():
+        where = ", ".join(dict.fromkeys(place.weight.name for place in places))
+        which = f", used by {_listed(unclear)}" if unclear else ""
+        others = f", as of {', '.join(twins)}" if twins else ""
+        return f"the same numbers are at {where}{which}{others}, and no names tell them apart"
+    kept = [
+        dataclasses.replace(place, uses=tuple(use for use in place.uses if owners[use] == name)) for place in places
+    ]
+    return [place for place in kept if place.uses]
+
+
+def _one_layer(owners: dict[Use, str]) -> bool:
+    """Whether uses that bear no vector's name may be those of one layer: without names, or all with the same one."""
+    paths = {re.sub(r"_\d+(?=\.|$)", "", use.modules[-1]) if use.modules else None for use in owners}
+    return len(paths) == 1 and _AGAIN not in owners.values()
+
+
+def _listed(uses: Sequence[Use]) -> str:
+    listed = [use.op.name or use.op.op_type for use in uses[:4]]
+    return ", ".join(listed) + (", …" if len(uses) > 4 else "")
+
+
+def _owner(use: Use, weight: Weight, names: Sequence[str], known: Known) -> str:
+    """Which vector an op belongs to by the names that tools left."""
+    if use.modules:
+        path = use.modules[-1]
+    elif sum(one.linear for one in weight.uses) == 1 and weight.name.endswith(".weight"):
+        path = weight.name.removesuffix(".weight")
+    else:
+        return _UNNAMED
+    # A vector of a parameter that is read, "attention.in_proj_weight", belongs to the ops of "attention".
+    for candidates in ({name: name for name in names}, {name.rpartition(".")[0]: name for name in names}):
+        if path in candidates:
+            return candidates[path]
+        if inside := [one for one in candidates if _ends(path, one)]:
+            return candidates[max(inside, key=len)]
+    if again := [one for one in names if _calls_again(path, one)]:
+        if known.is_module(path):
+            return _ELSEWHERE
+        return max(again, key=len) if known.adapts(path) else _AGAIN
+    return _ELSEWHERE
+
+
+def _ends(path: str, name: str) -> bool:
+    """Whether one path is the end of the other: tools add and drop what is around a model."""
+    return bool(path) and bool(name) and (f".{path}".endswith(f".{name}") or f".{name}".endswith(f".{path}"))
+
+
+def _calls_again(path: str, name: str) -> bool:
+    """Whether a path is that of a module's second call or a later one: TorchScript puts numbers behind its parts."""
+    parts, own = path.split("."), name.split(".")
+    count = min(len(parts), len(own))
+    pairs = zip(parts[-count:], own[-count:], strict=True)
+    return all(part == one or re.fullmatch(re.escape(one) + r"_\d+", part) for part, one in pairs)
+
+
+def _elsewhere(use: Use, own: Sequence[Use], name: str, known: Known) -> str:
+    """Whose an op with the name of another module is, which no vector has: that module's, the vector's, or unclear.
+
+    Another name may be the same module's (`self.b = self.a`), or that of code which reads the adapted weight.
+    """
+    path = use.modules[-1] if use.modules else ""
+    same_bias = _same_bias(use, own)
+    if known.adapts(path):
+        return name if same_bias else _UNCLEAR
+    classes = use.op.metadata_props.get("pkg.torch.onnx.class_hierarchy", "")
+    if classes and "Linear" not in classes:
+        return _UNCLEAR
+    # Equal biases of two layers are made one as well, which then bears the name of the first; that of one layer with
+    # two names bears its last.
+    apart = _named_by_first(use) if same_bias else known.is_module(path)
+    return _ELSEWHERE if apart else _UNCLEAR
+
+
+def _same_bias(use: Use, own: Sequence[Use]) -> bool:
+    bias = _bias(use.op)
+    return bias is not None and any(bias is _bias(one.op) for one in own)
+
+
+def _named_by_first(use: Use) -> bool:
+    """Whether the bias that an op adds has the name of the module that adds it first."""
+    bias = _bias(use.op)
+    first = next((one.node for one in bias.uses()), None) if bias is not None else None
+    modules = Use((first,), 0).modules if first is not None else ()
+    return bool(modules) and _ends((bias.name or "").rpartition(".")[0], modules[-1])  # type: ignore[union-attr]
+
+
+def _bias(op: onnx_ir.Node) -> onnx_ir.Value | None:
+    """The constant that an op adds to its product, itself or by the Add that follows."""
+    if op.op_type != "MatMul":
+        return op.inputs[2] if len(op.inputs) > 2 else None
+    users = [use.node for use in op.outputs[0].uses()]
+    if len(users) != 1 or users[0].op_type != "Add":
+        return None
+    return next((one for one in users[0].inputs if one is not None and one.const_value is not None), None)

@@ -1,0 +1,117 @@
+"""Put trained heads and norms of an adapter into an ONNX model, each in the place of its base value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onelora_compile.errors import require
+from onelora_compile.exporters.fold.match_trained import OPTIONAL_BIAS, TrainedPlaces
+from onelora_compile.exporters.fold.parameter_reads import Read
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+
+def fold_trained(model: onnx_ir.Model, places: TrainedPlaces, values: dict[str, Tensor]) -> None:
+    """Change a model: constants that a parameter has alone get its value, other reads a constant of their own.
+
+    A bias that was dropped is added again.
+    """
+    ir: Any = require("onnx_ir", "onnx", "fold into an ONNX model")
+    for name, reads in places.reads.items():
+        by_constant: dict[tuple[onnx_ir.Value, bool], list[Read]] = {}
+        for read in reads:
+            by_constant.setdefault((read.value, read.transposed), []).append(read)
+        for (value, transposed), own in by_constant.items():
+            _replace(ir, model, name, value, own, values[name].T if transposed else values[name])
+    for name, ops in places.dropped.items():
+        for op in ops:
+            _add_bias(ir, model, name, op, values[name])
+
+
+def _replace(
+    ir: Any, model: onnx_ir.Model, name: str, value: onnx_ir.Value, reads: list[Read], numbers: Tensor
+) -> None:
+    held: Any = value.const_value
+    tensor = _tensor(ir, numbers.reshape(tuple(held.shape)), held.dtype, value.name or name)
+    firsts = {(read.use.nodes[0], _position(read, value)) for read in reads}
+    everything = {(use.node, use.idx) for use in value.uses()}
+    if firsts == everything and not value.is_graph_output() and value.producer() is None and not _forked(reads):
+        value.const_value = tensor
+        return
+    own = _initializer(ir, model, f"{name}.trained", tensor)
+    for read in reads:
+        before = own
+        for node in read.use.nodes[:-1]:
+            copy = ir.node(node.op_type, [before, *node.inputs[1:]], node.attributes, domain=node.domain)
+            assert node.graph is not None
+            node.graph.insert_before(node, copy)
+            copy.outputs[0].shape = node.outputs[0].shape
+            if node.outputs[0].dtype is not None:
+                copy.outputs[0].dtype = node.outputs[0].dtype
+            before = copy.outputs[0]
+        read.use.op.replace_input_with(read.use.position, before)
+
+
+def _position(read: Read, value: onnx_ir.Value) -> int:
+    return read.use.position if len(read.use.nodes) == 1 else 0
+
+
+def _forked(reads: list[Read]) -> bool:
+    """Whether a node on the way has other readers than these."""
+    ends = {(read.use.op, read.use.position) for read in reads}
+    between = {node for read in reads for node in read.use.nodes[:-1]}
+    users = [(use.node, use.idx) for node in between for use in node.outputs[0].uses()]
+    return any(user not in ends and user[0] not in between for user in users)
+
+
+def _add_bias(ir: Any, model: onnx_ir.Model, name: str, op: onnx_ir.Node, bias: Tensor) -> None:
+    """Beside the op where it takes a bias, else behind it."""
+    y = op.outputs[0]
+    weight = op.inputs[1]
+    dtype = next((one.dtype for one in (y, weight, op.inputs[0]) if one is not None and one.dtype is not None), None)
+    own = _initializer(ir, model, name, _tensor(ir, bias, dtype or ir.DataType.FLOAT, name))
+    if op.op_type in OPTIONAL_BIAS:
+        op.resize_inputs(3)
+        op.replace_input_with(2, own)
+        if op.op_type == "Gemm" and "beta" in op.attributes:
+            op.attributes.pop("beta")
+        return
+    total = ir.node("Add", [y, own], name=f"{op.name or name}_bias")
+    assert op.graph is not None
+    op.graph.insert_after(op, total)
+    out = total.outputs[0]
+    out.shape, out.type = y.shape, y.type
+    is_output = y.is_graph_output()
+    y.replace_all_uses_with(out, replace_graph_outputs=True)
+    total.replace_input_with(0, y)
+    if is_output:
+        y.name, out.name = f"{y.name}_without_bias", y.name
+
+
+def _initializer(ir: Any, model: onnx_ir.Model, name: str, tensor: Any) -> onnx_ir.Value:
+    """A constant of the main graph under a name that nothing has yet."""
+    graphs = [model.graph, *model.graph.subgraphs()]
+    taken = {value.name for graph in graphs for node in graph for value in node.outputs}
+    taken |= {name for graph in graphs for name in graph.initializers}
+    taken |= {value.name for graph in graphs for value in graph.inputs}
+    while name in taken:
+        name += "_"
+    value: onnx_ir.Value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.initializers[name] = value
+    return value
+
+
+def _tensor(ir: Any, numbers: Tensor, dtype: Any, name: str) -> Any:
+    """Numbers in a dtype of ONNX, rounded once."""
+    wide = numbers.detach().cpu().contiguous()
+    if dtype.name == "BFLOAT16":
+        array: np.ndarray = wide.to(torch.bfloat16).view(torch.int16).numpy().view(dtype.numpy())
+    else:
+        wide = wide.float() if wide.dtype == torch.bfloat16 else wide
+        array = wide.numpy().astype(dtype.numpy())
+    return ir.Tensor(array, dtype=dtype, name=name)

@@ -1,0 +1,66 @@
+"""What folding an adapter into an ONNX model did, as data and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from rich.table import Table
+
+from onelora_compile.exporters.quantized.saturation import Saturation
+from onelora_compile.printable import Printable, bytes_text, shortened
+from onelora_compile.weights.merge import FoldLoss
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedVector:
+    """Where one vector went.
+
+    Attributes:
+        where: names of the initializers.
+        how: "weight", "zero points" or "branch".
+        loss: what rounding lost; None where nothing is rounded.
+    """
+
+    where: tuple[str, ...]
+    how: str
+    loss: FoldLoss | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldReport(Printable):
+    """What `fold_onnx` did.
+
+    Attributes:
+        files: that were written.
+        bytes: of all files together.
+        folded: where each vector went.
+        skipped: vectors without a place, with the reason; only with `on_unmatched="skip"`.
+        saturation: what became of the static quantisers behind the vectors, whose ranges were calibrated on the base.
+        replaced: other trained tensors (modules_to_save, norms) that took the place of their base values.
+        seconds: wall time.
+    """
+
+    files: list[Path]
+    bytes: int
+    folded: dict[str, FoldedVector]
+    skipped: dict[str, str]
+    replaced: list[str]
+    saturation: Saturation
+    seconds: float
+
+    def __rich__(self) -> Table:
+        size = f"{bytes_text(self.bytes)}, {self.seconds:.1f} s"
+        table = Table(title=f"folded {len(self.folded)} vectors into {self.files[0]} ({size})")
+        for column in ("vector", "went into", "how", "lost to rounding"):
+            table.add_column(column, overflow="fold")
+        for name, one in self.folded.items():
+            lost = f"{one.loss.relative:.1e}" if one.loss is not None else "nothing"
+            table.add_row(name, shortened(one.where, 3), one.how, lost)
+        for name, reason in self.skipped.items():
+            table.add_row(name, "-", f"skipped: {reason}", "-")
+        for name in self.replaced:
+            table.add_row(name, name, "replaced as it was trained", "-")
+        if self.saturation.quantizers:
+            table.caption = str(self.saturation)
+        return table

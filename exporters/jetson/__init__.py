@@ -1,0 +1,1 @@
+"""A folder for a Jetson, and the program in it."""

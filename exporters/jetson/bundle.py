@@ -1,0 +1,308 @@
+"""A folder for a Jetson: the model, adapters, and a script that builds, tests, runs and updates it there.
+
+On the device nothing of this package is needed, only what JetPack ships (the room `device`).  Engines are built there:
+one built elsewhere does not load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from onelora_compile.errors import ConfigError, ExportError, StateError, require
+from onelora_compile.exporters.jetson import device
+from onelora_compile.exporters.jetson.bundle_manifest import (
+    adapter_entries,
+    check_free,
+    manifest_of,
+    tolerances,
+    types_text,
+)
+from onelora_compile.exporters.jetson.bundle_readme import readme
+from onelora_compile.exporters.jetson.device.deployed import Deployed
+from onelora_compile.exporters.jetson.device.folder import BundleError, Folder, sha256_of
+from onelora_compile.exporters.jetson.device.measure import Check, selftest
+from onelora_compile.exporters.jetson.device.options import Options
+from onelora_compile.exporters.jetson.fit_model import Fitted, fit
+from onelora_compile.exporters.jetson.reference_outputs import default_swaps, reference_cases
+from onelora_compile.exporters.jetson.releases import JetPack, jetpack_of
+from onelora_compile.exporters.jetson.shape_ranges import Profiles, Shapes, profiles_of
+from onelora_compile.exporters.jetson.trtexec import trtexec_script
+from onelora_compile.exporters.onnx_file.save import data_files, save_model
+from onelora_compile.exporters.onnx_file.trained import other_values
+from onelora_compile.exporters.onnx_runtime.convert_adapter import adapter_of
+from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
+from onelora_compile.printable import Printable, bytes_text
+from onelora_compile.progress import steps
+from onelora_compile.weights.adapter_file import read_adapter, write_adapter
+from onelora_compile.weights.atomic_write import refuse_overwriting, replacing_folder
+
+PathLike = str | os.PathLike[str]
+
+# Largest difference over the largest magnitude of an output in ONNX Runtime here, where only the form changed.
+_HERE = {"float32": 1e-4, "float16": 1e-2}
+_BUILT = "(built)"  # the adapter whose values an engine for refit is built with
+
+
+@dataclass(frozen=True)
+class BundleReport(Printable):
+    """What a bundle holds.
+
+    Attributes:
+        folder: where it is.
+        bytes: of all its files.
+        jetpack: for which it is made.
+        tensorrt: of that JetPack.
+        mode: how an adapter reaches the model there: "fold", "load", "input", "bank", "refit" or "base".
+        adapters: names of those that can be used without a new bundle.
+        opset_version: of the model in it.
+        types: what the engine will compute in.
+        notes: what was changed in the model, and what to know.
+        checks: the bundle's own self-test in ONNX Runtime; empty without.
+        seconds: wall time.
+    """
+
+    folder: Path
+    bytes: int
+    jetpack: str
+    tensorrt: str
+    mode: str
+    adapters: list[str]
+    opset_version: int
+    types: str
+    notes: list[str]
+    checks: list[Check]
+    seconds: float
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"bundle {self.folder}", show_header=False)
+        table.add_row("for", f"JetPack {self.jetpack}, TensorRT {self.tensorrt}")
+        table.add_row("size", bytes_text(self.bytes))
+        table.add_row("mode", self.mode)
+        table.add_row("adapters", ", ".join(self.adapters) or "none")
+        table.add_row("opset", str(self.opset_version))
+        table.add_row("types", self.types)
+        for note in self.notes:
+            table.add_row("note", note)
+        if self.checks:
+            worst = max(check.relative for check in self.checks)
+            table.add_row("checked", f"in ONNX Runtime: {len(self.checks)} comparisons, at most {worst:.1e} relative")
+        else:
+            table.add_row("checked", "no, and the device can't either (selftest=False)")
+        table.add_row("not checked", "TensorRT: run `python3 build_and_run.py build` and `selftest` on the device")
+        table.add_row("time", f"{self.seconds:.1f} s")
+        return table
+
+
+def bundle(
+    onnx: PathLike,
+    out: PathLike,
+    *,
+    jetpack: str = "6.2",
+    adapters: Sequence[PathLike] = (),
+    shapes: Shapes | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    swap: str = "auto",
+    weak_fp16: bool = False,
+    workspace_mib: int = 512,
+    optimization_level: int = 3,
+    selftest: bool = True,
+    progress: bool = True,
+) -> BundleReport:
+    """Write a folder that builds and runs a model on a Jetson, and takes new adapters there.
+
+    Args:
+        onnx: a model of `export_onnx` or `fold_onnx`. Its mode decides how the device takes another adapter:
+            "fold": not at all. "load": the engine is built again there, at no cost at run time. "input": at once.
+            "bank": one of those in the model, for each row of a batch.
+        out: the folder to write; a bundle that is there is replaced, if nothing was added to it.
+        jetpack: of the device: "5.1", "6.0", "6.1", "6.2", "7.0", "7.1", "7.2".
+        adapters: adapter files to pack, for "load" and "input"; more can follow as single files.
+        shapes: smallest, best and largest shape of each dynamic input: `{"x": ((1, 3), (4, 3), (8, 3))}`.
+        inputs: arrays by name for the self-test; None draws random ones.
+        swap: "refit" makes the vectors of a model of mode "input" constants of the engine that are refitted there.
+        weak_fp16: let TensorRT choose float16 for a float32 model; for TensorRT 8 and 10.
+        workspace_mib: memory for one kernel while the engine is built, in MiB.
+        optimization_level: 0 to 5, how long the builder searches for kernels.
+        selftest: store reference tensors, and check the finished bundle in ONNX Runtime.
+        progress: show a progress bar if standard error is a terminal.
+
+    Raises:
+        ConfigError: an argument that can't be meant, or a dynamic input without shapes.
+        ExportError: that TensorRT would not take the model, or the bundle computes something else than the model.
+        StateError: adapters for a model that can't take any; `out` is something else, or is used on this machine.
+        AdapterFileError: an adapter that is damaged or of another model.
+        BaseMismatchError: an adapter that was trained on another base.
+        OSError: the folder can't be written; nothing is left then.
+    """
+    start, target, source = time.perf_counter(), jetpack_of(jetpack), Path(onnx)
+    _check_choices(target, weak_fp16, workspace_mib, optimization_level)
+    refuse_overwriting(out, [source, *data_files(source), *adapters])
+    check_free(Path(out))
+    with steps(f"bundle {Path(out).name}", 4, progress) as step, replacing_folder(Path(out)) as folder:
+        step("fit the model")
+        fitted = fit(source, target, swap)
+        profiles = profiles_of(fitted.model, shapes)
+        files = _adapter_files(fitted, adapters, source)
+        built = _template(fitted) if fitted.mode == "refit" else {}
+        step("write")
+        apart = tuple(fitted.values) if fitted.mode in ("load", "refit") else ()
+        written = save_model(fitted.model, folder / "model.onnx", apart=apart)
+        _write_adapters(folder, fitted, files)
+        step("reference")
+        reference = _write_reference(folder, source, profiles, inputs, files, built) if selftest else []
+        manifest = manifest_of(fitted, target, source, written, reference)
+        manifest["build"] = {
+            "typing": "weak_fp16" if weak_fp16 else "model",
+            "workspace_mib": workspace_mib,
+            "optimization_level": optimization_level,
+            "profiles": profiles,
+        }
+        manifest["tolerance"] = tolerances(fitted, weak_fp16)
+        manifest["adapters"], manifest["default"] = adapter_entries(folder, fitted, files)
+        _write_programs(folder, manifest, fitted, target, profiles, weak_fp16)
+        step("check")
+        checks = _checked(folder, fitted) if selftest else []
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return BundleReport(
+        folder=Path(out),
+        bytes=size,
+        jetpack=target.version,
+        tensorrt=target.tensorrt,
+        mode=fitted.mode,
+        adapters=[entry["name"] for entry in manifest["adapters"]],
+        opset_version=fitted.model.opset_imports[""],
+        types=types_text(fitted, target, weak_fp16),
+        notes=fitted.notes,
+        checks=checks,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _check_choices(jetpack: JetPack, weak_fp16: bool, workspace_mib: int, optimization_level: int) -> None:
+    if weak_fp16 and not jetpack.weak_typing:
+        raise ConfigError(f"weak_fp16: TensorRT {jetpack.tensorrt} takes the types of the model: export in float16")
+    if workspace_mib < 1 or optimization_level not in range(6):
+        raise ConfigError("workspace_mib must be at least 1, optimization_level 0 to 5")
+
+
+def _adapter_files(fitted: Fitted, adapters: Sequence[PathLike], source: Path) -> dict[str, Path]:
+    """The adapter files to pack by name, each checked against the model."""
+    if adapters and fitted.mode not in ("load", "input", "refit"):
+        raise StateError(
+            f"adapters were given, but {source} can't take any (mode {fitted.mode!r}): export it with adapters='input' "
+            "or 'load', or put one into its weights with fold_onnx and bundle that"
+        )
+    found: dict[str, Path] = {}
+    for path in map(Path, adapters):
+        file, name = read_adapter(path), path.name.removesuffix(".safetensors")
+        fitted.metadata.check_fits(file, str(source))
+        if name in found or name in ("base", "default") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ConfigError(
+                f"{path}: an adapter's name is its file's, in letters, digits, '.', '_' and '-'; {name!r} is "
+                f"{'taken' if name in found or name in ('base', 'default') else 'not of those'}: rename the file"
+            )
+        found[name] = path
+    return found
+
+
+def _template(fitted: Fitted) -> dict[str, np.ndarray]:
+    """Distinct values that are not zero, for the engine to be built with: equal constants might be merged."""
+    built = other_values(fitted.metadata, fitted.values, np.random.default_rng(0))
+    ir = require("onnx_ir", "onnx", "make a bundle")
+    for name, value in built.items():
+        fitted.model.graph.initializers[name].const_value = ir.tensor(value, name=name)
+    return built
+
+
+def _write_reference(
+    folder: Path,
+    source: Path,
+    profiles: Profiles,
+    inputs: Mapping[str, Any] | None,
+    files: Mapping[str, Path],
+    built: Mapping[str, np.ndarray],
+) -> list[dict[str, str]]:
+    """What the original computes with every adapter; the manifest's list of the files."""
+    require("onnxruntime", "onnx", "make reference tensors (or pass selftest=False)")
+    runner, written = OnnxRunner(source), []
+    swaps = default_swaps(runner, files) | ({_BUILT: built} if built else {})
+    (folder / "reference").mkdir()
+    for case, content in reference_cases(runner, profiles, inputs, swaps).items():
+        name = f"reference/{case}.safetensors"
+        (folder / name).write_bytes(content)
+        written.append({"case": case, "file": name})
+    return written
+
+
+def _write_adapters(folder: Path, fitted: Fitted, files: Mapping[str, Path]) -> None:
+    if not fitted.values:
+        return
+    (folder / "adapters").mkdir()
+    for name, path in files.items():
+        shutil.copyfile(path, folder / "adapters" / f"{name}.safetensors")
+    default = adapter_of(fitted.metadata, fitted.values, fitted.metadata.producer)
+    own = folder / "adapters" / "default.safetensors"
+    write_adapter(default, own)
+    own.chmod(0o644)
+
+
+def _write_programs(
+    folder: Path, manifest: dict[str, Any], fitted: Fitted, jetpack: JetPack, profiles: Profiles, weak_fp16: bool
+) -> None:
+    """The scripts, the README, and, last, the manifest with the hash of everything else."""
+    source = Path(device.__file__).parent
+    (folder / "onelora_device").mkdir()
+    for file in sorted(source.glob("*.py")):
+        place = folder if file.name == "build_and_run.py" else folder / "onelora_device"
+        shutil.copyfile(file, place / file.name)
+    build = manifest["build"]
+    script = trtexec_script(
+        jetpack,
+        manifest["model"]["file"],
+        profiles,
+        fitted.dtypes,
+        fitted.quantized,
+        weak_fp16,
+        build["workspace_mib"],
+        build["optimization_level"],
+        fitted.mode,
+    )
+    (folder / "trtexec.sh").write_text(script, encoding="utf-8")
+    (folder / "README.md").write_text(readme(manifest, types_text(fitted, jetpack, weak_fp16)), encoding="utf-8")
+    for name in ("trtexec.sh", "build_and_run.py"):
+        (folder / name).chmod(0o755)
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest["files"] = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(str(path))}
+        for path in found
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _checked(folder: Path, fitted: Fitted) -> list[Check]:
+    """What the device will do, here in ONNX Runtime: the same steps by the same program on the same files."""
+    tolerance = _HERE["float16" if "float16" in fitted.dtypes else "float32"]
+    try:
+        if wrong := Folder(str(folder)).damaged():
+            raise ExportError(f"files changed while the bundle was made: {wrong}")
+        checks = selftest(Deployed(str(folder), Options(runtime="onnxruntime")), tolerance)
+    except BundleError as error:
+        raise ExportError(f"the bundle can't be run: {error}") from error
+    if failed := [check for check in checks if not check.passed]:
+        one = failed[0]
+        raise ExportError(
+            f"the model in the bundle differs from the original: output {one.output!r} with adapter {one.adapter!r} by "
+            f"{one.relative:.1e} relative, {one.allowed:.0e} is allowed; nothing was written"
+        )
+    return checks

@@ -1,0 +1,109 @@
+"""What a model computes, stored for a comparison elsewhere: inputs, and outputs with every adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onelora_compile.errors import ConfigError, ExportError
+from onelora_compile.exporters.jetson.device.tensors import Tensor, safetensors_bytes
+from onelora_compile.exporters.jetson.shape_ranges import Profiles
+from onelora_compile.exporters.onnx_file.mode import IDS
+from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
+
+_KINDS = {"float": np.float32, "double": np.float64, "float16": np.float16, "bool": np.bool_}
+
+Swap = Mapping[str, np.ndarray] | Path | int | None
+Swaps = Mapping[str, Swap]
+
+
+def reference_cases(
+    runner: OnnxRunner, profiles: Profiles, given: Mapping[str, Any] | None, swaps: Swaps
+) -> dict[str, bytes]:
+    """The content of a safetensors file for each case, "opt" and, where it is another shape, "min".
+
+    Args:
+        runner: the original model, before anything was done to it for TensorRT.
+        profiles: ranges of the dynamic inputs.
+        given: arrays by name for one case; None draws random ones: floats from a normal distribution, integers 0 and 1.
+        swaps: for each adapter, its vectors, its file, or its id in a bank; None is the model as it is.
+
+    Raises:
+        ConfigError: other inputs than the model's, or of shapes outside of the profiles.
+        ExportError: ONNX Runtime can't run the model.
+    """
+    if given is not None:
+        cases = {"given": _checked(runner, profiles, given)}
+    else:
+        cases = {"opt": _draw(runner, profiles, 1)}
+        if any(low != best for low, best, _ in profiles.values()):
+            cases["min"] = _draw(runner, profiles, 0)
+    return {case: safetensors_bytes(_run(runner, inputs, swaps)) for case, inputs in cases.items()}
+
+
+def _run(runner: OnnxRunner, inputs: Mapping[str, np.ndarray], swaps: Swaps) -> dict[str, Tensor]:
+    tensors = {f"inputs/{name}": Tensor.of(value) for name, value in inputs.items()}
+    for adapter, swap in swaps.items():
+        if isinstance(swap, (int, Path)):
+            chosen = runner.with_adapter(swap)
+        else:
+            chosen = runner if swap is None else runner.with_vectors(dict(swap))
+        for name, value in zip(runner.output_names, chosen.run(inputs), strict=True):
+            if not np.isfinite(value).all():
+                raise ExportError(
+                    f"output {name!r} is NaN or infinite with adapter {adapter!r} on the reference inputs: give "
+                    "inputs= of the kind that the model was made for, or selftest=False"
+                )
+            tensors[f"outputs/{adapter}/{name}"] = Tensor.of(np.asarray(value))
+    return tensors
+
+
+def _draw(runner: OnnxRunner, profiles: Profiles, which: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    drawn: dict[str, np.ndarray] = {}
+    for name, kind, shape in _inputs(runner):
+        size = profiles[name][which] if name in profiles else shape
+        if kind in ("float", "double", "float16"):
+            drawn[name] = generator.normal(size=size).astype(_KINDS[kind])
+        elif kind == "bool" or "int" in kind:
+            drawn[name] = generator.integers(0, 2, size).astype(_KINDS.get(kind, kind))
+        else:
+            raise ConfigError(f"input {name!r} is of {kind}: give inputs=, random ones are for numbers")
+    return drawn
+
+
+def _checked(runner: OnnxRunner, profiles: Profiles, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    known = {name: shape for name, _, shape in _inputs(runner)}
+    if set(given) != set(known):
+        raise ConfigError(f"inputs: the model takes {', '.join(known)}; given were {', '.join(given)}")
+    arrays = {name: np.ascontiguousarray(given[name]) for name in known}
+    for name, array in arrays.items():
+        low, _, high = profiles.get(name, (known[name],) * 3)
+        if array.ndim != len(low) or any(not a <= b <= c for a, b, c in zip(low, array.shape, high, strict=True)):
+            raise ConfigError(f"inputs: {name!r} is {list(array.shape)}, outside of {list(low)} to {list(high)}")
+    return arrays
+
+
+def _inputs(runner: OnnxRunner) -> list[tuple[str, str, tuple[Any, ...]]]:
+    own = set(runner.input_names) - {IDS}
+    return [
+        (node.name, node.type.removeprefix("tensor(").removesuffix(")"), tuple(node.shape))
+        for node in runner.session.get_inputs()
+        if node.name in own
+    ]
+
+
+def default_swaps(runner: OnnxRunner, files: Mapping[str, Path]) -> dict[str, Swap]:
+    """How to run the model with each adapter that a bundle of it has."""
+    mode, shapes = runner.mode, runner.metadata.vectors
+    if mode == "bank":
+        return {"base": -1, **{name: index for index, name in enumerate(runner.metadata.adapters)}}
+    if mode not in ("input", "load"):
+        return {("folded" if mode == "fold" else "base"): None}
+    if runner.metadata.trained:  # the base's values of these are nowhere
+        return {"default": None, **files}
+    base = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    return {"default": None, "base": base, **files}

@@ -1,0 +1,51 @@
+"""The command line of `trtexec` that builds what a bundle builds, with the flags of that TensorRT."""
+
+from __future__ import annotations
+
+import shlex
+
+from onelora_compile.exporters.jetson.releases import JetPack
+from onelora_compile.exporters.jetson.shape_ranges import Profiles
+
+_PATH = "/usr/src/tensorrt/bin/trtexec"
+
+
+def trtexec_script(
+    jetpack: JetPack,
+    model: str,
+    profiles: Profiles,
+    dtypes: list[str],
+    quantized: bool,
+    weak_fp16: bool,
+    workspace_mib: int,
+    optimization_level: int,
+    mode: str,
+) -> str:
+    """A shell script; it times with random inputs, vectors included, where the model has them as inputs.
+
+    Flags by release: `--workspace` and `--explicitBatch` ended with 8.x; `--builderOptimizationLevel` came with 8.6,
+    `--stronglyTyped` with 10.0; `--fp16`, `--bf16` and `--int8` ended with 10.x.
+    """
+    parts = [
+        f"--onnx={model}",
+        "--saveEngine=local/trtexec.plan",
+        "--timingCacheFile=local/trtexec.cache",
+        f"--memPoolSize=workspace:{workspace_mib}",
+    ]
+    if jetpack.major >= 10 or jetpack.tensorrt.startswith("8.6"):
+        parts.append(f"--builderOptimizationLevel={optimization_level}")
+    if jetpack.strongly_typed and not weak_fp16:
+        parts.append("--stronglyTyped")
+    elif jetpack.weak_typing:
+        parts += ["--fp16"] if weak_fp16 or "float16" in dtypes else []
+        parts += ["--int8"] if quantized else []
+    for index, flag in enumerate(("minShapes", "optShapes", "maxShapes")):
+        if profiles:
+            ranges = (f"{name}:{'x'.join(map(str, shapes[index]))}" for name, shapes in profiles.items())
+            parts.append(f"--{flag}={','.join(ranges)}")
+    lines = ["#!/bin/sh", f"# {_PATH} of TensorRT {jetpack.tensorrt}: builds and times the same model."]
+    if mode == "refit":
+        lines.append("# trtexec can't mark single weights: the engine of build_and_run.py is another one here.")
+    lines += ['cd "$(dirname "$0")" && mkdir -p local', f'exec "${{TRTEXEC:-{_PATH}}}" \\']
+    lines += [f"  {shlex.quote(part)} \\" for part in parts]
+    return "\n".join([*lines, '  "$@"', ""])

@@ -1,0 +1,1 @@
+"""ONNX files: reading, writing, what they say of their vectors."""

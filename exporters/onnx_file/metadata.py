@@ -1,0 +1,183 @@
+"""What a model file says about its vectors: entries `onelora.…` of ONNX `metadata_props`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from onelora_compile.errors import AdapterFileError, BaseMismatchError, ExportError
+from onelora_compile.printable import shortened
+from onelora_compile.version import __version__
+from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
+from onelora_compile.weights.fingerprint import Fingerprint
+
+_KEY = "onelora."
+PRODUCER = f"{_KEY}producer"  # stands in every file that this package wrote
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """The vectors of an ONNX model.
+
+    Attributes:
+        mode: "fold", "load", "input", "bank", or "base" for a model without vectors.
+        vectors: shape of each tensor that an adapter gives and the graph uses, by name: vectors, and what was trained
+            as it is (heads, norms).
+        fingerprints: of the base weights of the vectors, by the same names.
+        trained: those of `vectors` that take the place of a base value instead of being added to a weight, with the
+            fingerprint of that value.
+        constant: other tensors of the adapter that the graph does not take from it, with their digest: "" where the
+            graph does not use them.
+        adapters: names of the adapters: those of a bank by id, of mode "fold" those that were folded, in order.
+        digests: of the adapters of a bank, by id: what tells whether a file is one of them.
+        sha256: of the vectors that the file was written with, "" for a base.
+        producer: what wrote it.
+    """
+
+    mode: str = "base"
+    vectors: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    fingerprints: Mapping[str, Fingerprint] = dataclasses.field(default_factory=dict)
+    trained: Mapping[str, Fingerprint] = dataclasses.field(default_factory=dict)
+    constant: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
+    sha256: str = ""
+    producer: str = f"onelora-compile {__version__}"
+
+    def to_props(self) -> dict[str, str]:
+        """As entries of `metadata_props`."""
+        return {
+            f"{_KEY}mode": self.mode,
+            f"{_KEY}vectors": json.dumps({name: list(shape) for name, shape in self.vectors.items()}),
+            f"{_KEY}fingerprints": json.dumps({name: one.to_json() for name, one in self.fingerprints.items()}),
+            f"{_KEY}trained": json.dumps({name: one.to_json() for name, one in self.trained.items()}),
+            f"{_KEY}constant": json.dumps(dict(self.constant)),
+            f"{_KEY}adapters": json.dumps(list(self.adapters)),
+            f"{_KEY}digests": json.dumps(list(self.digests)),
+            f"{_KEY}adapter_sha256": self.sha256,
+            PRODUCER: self.producer,
+        }
+
+    @classmethod
+    def from_props(cls, props: Mapping[str, str], path: str) -> Metadata:
+        """Read `to_props` output; a model without these entries is a base.
+
+        Raises:
+            AdapterFileError: the entries are damaged.
+        """
+        own = {key.removeprefix(_KEY): value for key, value in props.items() if key.startswith(_KEY)}
+        if not own:
+            return cls(producer="")
+        try:
+            return cls(
+                mode=own["mode"],
+                vectors={str(name): tuple(map(int, shape)) for name, shape in json.loads(own["vectors"]).items()},
+                fingerprints=_prints(own.get("fingerprints", "{}")),
+                trained=_prints(own.get("trained", "{}")),
+                constant={str(name): str(one) for name, one in json.loads(own.get("constant", "{}")).items()},
+                adapters=tuple(map(str, json.loads(own.get("adapters", "[]")))),
+                digests=tuple(map(str, json.loads(own.get("digests", "[]")))),
+                sha256=own.get("adapter_sha256", ""),
+                producer=own.get("producer", ""),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise AdapterFileError(f"{path}: damaged onelora metadata: {error!r}") from error
+
+    def check_fits(self, file: AdapterFile, path: str) -> None:
+        """Whether an adapter belongs to this model.
+
+        What a trained head replaces is not compared: a new head is random, and another one in every process.
+
+        Raises:
+            AdapterFileError: it has other vectors or trained tensors, or other shapes.
+            BaseMismatchError: it was trained on another base.
+        """
+        tensors = file.tensors
+        if missing := sorted(set(file.vectors) - set(self.vectors) - set(self.constant)):
+            raise AdapterFileError(
+                f"{path} has no place for vectors of the adapter: {shortened(missing)}; it has "
+                f"{shortened(self.vectors)}"
+            )
+        if absent := sorted(set(self.vectors) - set(tensors)):
+            kind = "trained values" if set(absent) <= set(self.trained) else "vectors"
+            raise AdapterFileError(f"the adapter has no {kind} for {shortened(absent)} of {path}")
+        if mixed := sorted(name for name in self.vectors if (name in self.trained) != (name in file.saved)):
+            raise AdapterFileError(
+                f"{shortened(mixed)}: a vector in {path} or in the adapter, trained whole in the other"
+            )
+        wrong = [name for name, shape in self.vectors.items() if tuple(tensors[name].shape) != shape]
+        if wrong:
+            raise AdapterFileError(f"the vectors of {shortened(wrong)} have other shapes in {path}")
+        other = [
+            name
+            for name, known in self.fingerprints.items()
+            if name in file.fingerprints and not known.agrees(file.fingerprints[name])
+        ]
+        if other:
+            raise BaseMismatchError(f"the adapter was trained on another base than {path}: {shortened(other)} differ")
+        if held := [name for name in file.saved if name not in self.vectors and self._differs(name, file)]:
+            raise AdapterFileError(
+                f"the adapter also trained {shortened(held)} (modules_to_save, train_norms), which {path} holds as "
+                "constants: export the model with an adapter that trained them too"
+            )
+
+    def _differs(self, name: str, file: AdapterFile) -> bool:
+        known = self.constant.get(name)
+        return known is None or known not in ("", digest({name: file.saved[name].numpy()}))
+
+    def values_of(self, file: AdapterFile) -> dict[str, np.ndarray]:
+        """What an adapter gives this model, float32 by name; for an adapter that fits."""
+        tensors = file.tensors
+        return {name: float32(tensors[name]) for name in self.vectors}
+
+
+def bank_id(metadata: Metadata, path: str | os.PathLike[str], adapter: str | os.PathLike[str] | AdapterFile) -> int:
+    """The number of a bank's adapter: from its name, or from a file by what that holds, whatever it is called.
+
+    Raises:
+        ExportError: the bank has no adapter of that name.
+        AdapterFileError: none has the values of the file; or the file is damaged.
+        FileNotFoundError: a path, and no file there.
+    """
+    known = f"it has {shortened(metadata.adapters)}"
+    if not isinstance(adapter, AdapterFile):
+        text = os.fspath(adapter)
+        if not text.endswith(".safetensors") and text in metadata.adapters:
+            return metadata.adapters.index(text)
+        if os.path.basename(text) == text and not text.endswith(".safetensors") and not os.path.isfile(text):
+            raise ExportError(f"{path} has no adapter {text!r}; {known}")
+        adapter = read_adapter(text)
+    if not metadata.digests:
+        raise AdapterFileError(
+            f"{path} does not say what its adapters are made of, as an older version wrote it: give the adapter's name "
+            f"or id instead of a file, or export the bank again; {known}"
+        )
+    taken = {name: value for name, value in adapter.tensors.items() if name not in metadata.constant}
+    own = digest({name: float32(value) for name, value in taken.items()})
+    if own not in metadata.digests:
+        raise AdapterFileError(f"no adapter of {path} has the values of this file, whatever its name; {known}")
+    return metadata.digests.index(own)
+
+
+def digest(vectors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of vectors, as float32, and their names, in the order of names."""
+    sha = hashlib.sha256()
+    for name, vector in sorted(vectors.items()):
+        sha.update(name.encode() + np.ascontiguousarray(vector, dtype="<f4").tobytes())
+    return sha.hexdigest()
+
+
+def _prints(text: str) -> dict[str, Fingerprint]:
+    return {str(name): Fingerprint.from_json(fields) for name, fields in json.loads(text).items()}
+
+
+def float32(tensor: torch.Tensor) -> Any:
+    """The values of a vector as models and runtimes take them."""
+    return tensor.detach().float().cpu().contiguous().numpy()

@@ -1,0 +1,1 @@
+"""Models in ONNX Runtime: running, comparing, adapters in its formats."""

@@ -1,0 +1,165 @@
+"""Adapters in the formats of runtimes, and back.
+
+.safetensors     this project's adapter file (onelora_compile/weights/adapter_file.py)
+.onnx_adapter    ONNX Runtime's adapter, for models of mode "input": `LoraAdapter.Load`, `RunOptions.add_active_adapter`
+.vectors         raw float32 in the order of one model of mode "load": put in the place of its `<model>.vectors`
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.errors import AdapterFileError, ConfigError, require
+from onelora_compile.exporters.onnx_file.load import load_model
+from onelora_compile.exporters.onnx_file.metadata import Metadata, float32
+from onelora_compile.exporters.onnx_file.save import data_files
+from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
+from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
+
+PathLike = str | os.PathLike[str]
+_FORMATS = (".safetensors", ".onnx_adapter", ".vectors")
+
+
+def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = None) -> Path:
+    """Write an adapter in the format that the ending of `out` names.
+
+    Args:
+        source: an adapter in one of the formats.
+        out: the file to write, replaced in one step.
+        like: an ONNX model of the adapter's base, of mode "load" or "input", written by this package: gives the order
+            of ".vectors", and what the formats of runtimes do not hold (configuration, fingerprints) to ".safetensors".
+            With it, an adapter that does not belong to the model is refused.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: `out` is `source`, `like` or its weights; an unknown ending; `like` is missing where it is needed.
+        AdapterFileError: a damaged source, or one with other vectors than the model.
+        BaseMismatchError: the adapter was trained on another base than the model.
+    """
+    source, out = Path(source), Path(out)
+    for path in (source, out):
+        if path.suffix not in _FORMATS:
+            raise ConfigError(f"{path}: the ending names the format, one of {', '.join(_FORMATS)}")
+    refuse_overwriting(out, [source, *([] if like is None else [like, *data_files(Path(like))])])
+    model = None if like is None else _metadata(Path(like))
+    needs = ".vectors" in (source.suffix, out.suffix) or (
+        source.suffix != ".safetensors" and out.suffix == ".safetensors"
+    )
+    if needs and model is None:
+        raise ConfigError(f"{source} to {out}: give the ONNX model that it belongs to (like=, --like)")
+    file, values = _read(source, model)
+    if file is not None and model is not None:
+        model.check_fits(file, str(like))
+    with replacing(out) as beside:
+        if out.suffix == ".onnx_adapter":
+            _write_ort(values, beside)
+        elif out.suffix == ".vectors":
+            assert model is not None
+            beside.write_bytes(b"".join(values[name].astype("<f4").tobytes() for name in model.vectors))
+        else:
+            if file is None:
+                assert model is not None
+                file = adapter_of(model, values, model.producer)
+            write_adapter(file, beside)
+    return out
+
+
+def adapter_of(
+    model: Metadata, values: Mapping[str, np.ndarray], producer: str, config: OneLoRAConfig | None = None
+) -> AdapterFile:
+    """An adapter file of what a model takes.
+
+    Args:
+        model: what the model says.
+        values: float32 of all that it takes, by name.
+        producer: what made it.
+        config: None selects what there are values for: the formats of runtimes hold no configuration.
+    """
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in values.items()}
+    saved = {name: tensor for name, tensor in tensors.items() if name in model.trained}
+    vectors = {name: tensor for name, tensor in tensors.items() if name not in saved}
+    if config is None:
+        owners = {name.rpartition(".")[0] or name for name in saved}
+        config = OneLoRAConfig(target_modules=list(vectors), modules_to_save=sorted(owners))
+    return AdapterFile(config, vectors, saved, dict(model.fingerprints), producer, dict(model.trained))
+
+
+def _read(source: Path, model: Metadata | None) -> tuple[AdapterFile | None, dict[str, np.ndarray]]:
+    if source.suffix == ".safetensors":
+        file = read_adapter(source)
+        taken = (
+            file.tensors
+            if model is None
+            else {name: file.tensors[name] for name in model.vectors if name in file.tensors}
+        )
+        return file, {name: float32(value) for name, value in taken.items()}
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no file {source}")
+    if source.suffix == ".onnx_adapter":
+        values = _read_ort(source)
+    else:
+        assert model is not None
+        values = _read_raw(source, model)
+    if model is not None:
+        known = {name: tuple(shape) for name, shape in model.vectors.items()}
+        if {name: value.shape for name, value in values.items()} != known:
+            raise AdapterFileError(f"{source} has other vectors than the model, or of other shapes")
+    if bad := [name for name, value in values.items() if not np.isfinite(value).all()]:
+        raise AdapterFileError(f"{source}: NaN or infinity in {', '.join(bad)}")
+    return None, values
+
+
+def _read_raw(source: Path, model: Metadata) -> dict[str, np.ndarray]:
+    sizes = {name: int(np.prod(shape)) for name, shape in model.vectors.items()}
+    content = source.read_bytes()
+    if len(content) != 4 * sum(sizes.values()):
+        raise AdapterFileError(
+            f"{source} has {len(content)} bytes; the model's vectors are {sum(sizes.values())} numbers of 4"
+        )
+    numbers = np.frombuffer(content, "<f4")
+    ends = np.cumsum(list(sizes.values()))
+    parts = np.split(numbers, ends[:-1])
+    return {name: part.reshape(model.vectors[name]) for name, part in zip(sizes, parts, strict=True)}
+
+
+def _read_ort(source: Path) -> dict[str, np.ndarray]:
+    runtime = require("onnxruntime", "onnx", "read an .onnx_adapter")
+    try:
+        held: Mapping[str, Any] = runtime.AdapterFormat.read_adapter(str(source)).get_parameters()
+        return {name: np.array(value.numpy()) for name, value in held.items()}
+    except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
+        raise AdapterFileError(f"{source} is not an adapter of ONNX Runtime, or is damaged: {error}") from error
+
+
+def _write_ort(values: Mapping[str, np.ndarray], path: Path) -> None:
+    runtime = require("onnxruntime", "onnx", "write an .onnx_adapter")
+    adapter = runtime.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters({name: runtime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
+    try:
+        adapter.export_adapter(str(path))
+    except RuntimeError as error:  # ONNX Runtime's word for a full disk; `replacing` adds the file's name
+        raise OSError(errno.EIO, f"ONNX Runtime: {error}", str(path)) from error
+
+
+def _metadata(path: Path) -> Metadata:
+    found = Metadata.from_props(load_model(path).metadata_props, str(path))
+    if not found.vectors:
+        raise ConfigError(f"{path} says nothing of vectors: it was not written by this package from an adapted model")
+    if found.mode not in ("load", "input"):
+        raise ConfigError(
+            f"{path} takes no adapter file (mode {found.mode!r}): give a model that was exported with "
+            "adapters='load' or 'input'"
+        )
+    return found

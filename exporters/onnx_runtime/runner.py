@@ -1,0 +1,230 @@
+"""Run a model of any mode in ONNX Runtime, with the adapter that is in use.
+
+ONNX Runtime itself checks neither that an adapter belongs to the model nor, with IOBinding, that it is used at all; and
+the modes want their adapters in different places.  This is one interface to all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onelora_compile.errors import ExportError, OneLoRAError, StateError, require
+from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
+from onelora_compile.exporters.onnx_file.metadata import Metadata, bank_id
+from onelora_compile.exporters.onnx_file.mode import IDS
+from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Adapter = str | os.PathLike[str] | AdapterFile | None
+
+
+class OnnxRunner:
+    """A model in ONNX Runtime, and the adapter that its calls use.
+
+    Threads may call one runner at the same time; `use` is for all of them.  For threads with different adapters take
+    `with_adapter`, which shares the session wherever the mode allows it.
+
+    Args:
+        path: a model written by `export_onnx` or `fold_onnx`.
+        adapter: as in `use`.
+        providers: execution providers of ONNX Runtime.
+        options: makes the `onnxruntime.SessionOptions` of each session that is opened.
+
+    Raises:
+        ExportError: not an ONNX model, or ONNX Runtime refuses it.
+        MissingExtraError: onnxruntime is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        adapter: Adapter = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        options: Callable[[], onnxruntime.SessionOptions] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._providers = list(providers)
+        self._options = options
+        self._vectors: dict[str, np.ndarray] = {}
+        self._id = -1
+        self.session = self._open({})
+        self.metadata = Metadata.from_props(self.session.get_modelmeta().custom_metadata_map, str(path))
+        if adapter is not None:
+            self.use(adapter)
+
+    @property
+    def mode(self) -> str:
+        """How the model carries its vectors: "base", "fold", "load", "input" or "bank"."""
+        return self.metadata.mode
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs."""
+        return [node.name for node in self.session.get_outputs()]
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the inputs that a call gives; vectors and ids of a bank are the runner's."""
+        own = {"input": set(self.metadata.vectors), "bank": {IDS}}.get(self.mode, set())
+        return [node.name for node in self.session.get_inputs() if node.name not in own]
+
+    def use(self, adapter: Adapter | int) -> None:
+        """Let the calls that follow use another adapter.
+
+        Mode "load" opens the session again, "input" and "bank" change what is fed.
+
+        Args:
+            adapter: an adapter file, or one that was read; None is what the model was exported with ("load", "input")
+                or the base ("bank"). For a bank: the name of an adapter that it holds, or its id.
+
+        Raises:
+            BaseMismatchError: the adapter was trained on another base.
+            StateError: the model's vectors are in its weights.
+            ExportError: the adapter has other vectors than the model.
+        """
+        if self.mode == "bank":
+            self._id = self.adapter_id(adapter)
+            return
+        if isinstance(adapter, int):
+            raise StateError(f"{self.path} is no bank: give an adapter file, not the number {adapter}")
+        self._set(self._checked(adapter))
+
+    def run(
+        self, inputs: Mapping[str, Any] | Sequence[Any], adapter_ids: Sequence[int] | np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """The outputs of one call.
+
+        Args:
+            inputs: arrays by name, or in the order of `input_names`.
+            adapter_ids: for a bank, the adapter of each row, -1 the base; None takes that of `use` for all.
+
+        Raises:
+            ExportError: ONNX Runtime refuses the inputs.
+        """
+        try:
+            return list(self.session.run(None, self.feed(inputs, adapter_ids)))
+        except OneLoRAError:
+            raise
+        except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
+            raise ExportError(f"ONNX Runtime can't run {self.path}: {error}") from error
+
+    def feed(
+        self, inputs: Mapping[str, Any] | Sequence[Any], adapter_ids: Sequence[int] | np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """All inputs of the session for a call: what `run` feeds, also for use with IOBinding."""
+        names = self.input_names
+        if not isinstance(inputs, Mapping):
+            if len(inputs) != len(names):
+                raise ExportError(f"the ONNX model takes {len(names)} inputs {names}; {len(inputs)} were given")
+            inputs = dict(zip(names, inputs, strict=True))
+        feed = {name: np.asarray(value) for name, value in inputs.items()}
+        if self.mode == "input":
+            feed |= self._vectors
+        elif self.mode == "bank":
+            if adapter_ids is None:
+                first = feed[names[0]]
+                adapter_ids = np.full(first.shape[0], self._id)
+            feed[IDS] = self._checked_ids(np.asarray(adapter_ids, dtype=np.int64))
+        elif adapter_ids is not None:
+            raise StateError(f"{self.path} is no bank (its mode is {self.mode!r}): adapter_ids means nothing to it")
+        return feed
+
+    def bind(self, binding: onnxruntime.IOBinding, adapter_ids: Sequence[int] | np.ndarray | None = None) -> None:
+        """Bind the adapter in use to an IOBinding of `session`, for which ONNX Runtime ignores its own active adapters.
+
+        Args:
+            binding: its data inputs and outputs are the caller's. After another `use` bind again.
+            adapter_ids: for a bank, the adapter of each row of the batch that is bound.
+
+        Raises:
+            StateError: a bank without ids, or ids without a bank.
+            ExportError: ids that the bank does not have.
+        """
+        runtime = require("onnxruntime", "onnx", "run an ONNX model")
+        if (self.mode == "bank") != (adapter_ids is not None):
+            raise StateError(f"{self.path} is of mode {self.mode!r}: a bank, and only that, is bound with adapter_ids")
+        if self.mode == "bank":
+            binding.bind_cpu_input(IDS, self._checked_ids(np.asarray(adapter_ids, dtype=np.int64)))
+        elif self.mode == "input":
+            # All of them: what an earlier adapter bound would stay.
+            for name, value in (self._vectors or self._defaults()).items():
+                # Not bind_cpu_input, which does not know inputs that have a default.
+                binding.bind_ortvalue_input(name, runtime.OrtValue.ortvalue_from_numpy(value))
+
+    def with_adapter(self, adapter: Adapter | int) -> OnnxRunner:
+        """Another runner of the same model with an adapter of its own; for modes "input" and "bank" one session."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.use(adapter)
+        return other
+
+    def with_vectors(self, vectors: Mapping[str, np.ndarray]) -> OnnxRunner:
+        """As `with_adapter`, of vectors that are no file: float32 by name, unchecked."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._set(dict(vectors))
+        return other
+
+    def adapter_id(self, adapter: Adapter | int) -> int:
+        """The number of a bank's adapter, from its name, its file (by content), or itself."""
+        if adapter is None:
+            return -1
+        if isinstance(adapter, int):
+            self._checked_ids(np.asarray([adapter]))
+            return adapter
+        return bank_id(self.metadata, self.path, adapter)
+
+    def _defaults(self) -> dict[str, np.ndarray]:
+        """The vectors that a model of mode "input" was exported with."""
+        held = load_model(self.path).graph.initializers
+        return {name: read_tensor(held[name].const_value) for name in self.metadata.vectors}
+
+    def _set(self, vectors: dict[str, np.ndarray]) -> None:
+        if self.mode == "load":
+            self.session = self._open(vectors)
+        self._vectors = vectors
+
+    def _checked_ids(self, ids: np.ndarray) -> np.ndarray:
+        count = len(self.metadata.adapters)
+        # The table's last row is the base, so ids beyond it would be read without an error.
+        if ids.size and (ids.min() < -1 or ids.max() >= count):
+            raise ExportError(f"adapter_ids {ids.tolist()} are not all between -1 (the base) and {count - 1}")
+        return ids
+
+    def _checked(self, adapter: Adapter) -> dict[str, np.ndarray]:
+        """The vectors that the model takes."""
+        if adapter is None:
+            return {}
+        if self.mode not in ("load", "input"):
+            raise StateError(
+                f"the vectors of {self.path} are in its weights (mode {self.mode!r}): export the model with "
+                "adapters='load', 'input' or 'bank' to swap them, or fold another file with fold_onnx"
+            )
+        file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
+        self.metadata.check_fits(file, str(self.path))
+        return self.metadata.values_of(file)
+
+    def _open(self, vectors: Mapping[str, np.ndarray]) -> onnxruntime.InferenceSession:
+        runtime = require("onnxruntime", "onnx", "run an ONNX model")
+        if self._options is not None:
+            options = self._options()
+        else:
+            options = runtime.SessionOptions()
+            options.log_severity_level = 3
+        if vectors:
+            values = [runtime.OrtValue.ortvalue_from_numpy(value) for value in vectors.values()]
+            options.add_external_initializers(list(vectors), values)
+        try:
+            return runtime.InferenceSession(str(self.path), options, providers=self._providers)
+        except Exception as error:  # see run
+            raise ExportError(
+                f"ONNX Runtime can't load {self.path}: {error}. Export with verify=False to keep the file for another "
+                "runtime"
+            ) from error

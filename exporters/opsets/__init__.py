@@ -1,0 +1,1 @@
+"""An ONNX model in an older opset."""

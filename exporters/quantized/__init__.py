@@ -1,0 +1,1 @@
+"""Vectors beside quantised weights and before quantised activations."""

@@ -1,0 +1,227 @@
+"""Run an engine, with the adapter that is in use."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from onelora_compile.errors import ExportError, StateError
+from onelora_compile.exporters.onnx_file.mode import IDS
+from onelora_compile.exporters.tensorrt.feed import DTYPES, Adapter, adapter_id, feed_of, offsets_of, vectors_to_feed
+from onelora_compile.exporters.tensorrt.gpu_memory import Array, device_memory
+from onelora_compile.exporters.tensorrt.library import find_api
+from onelora_compile.exporters.tensorrt.manifest import Manifest, Tensor
+from onelora_compile.exporters.tensorrt.messages import engine_error
+from onelora_compile.exporters.tensorrt.refit import load_engine, refit_loaded, vectors_for
+
+
+class EngineRunner:
+    """An engine on the GPU, and the adapter that its calls use.
+
+    One runner is for one thread at a time; `with_adapter` makes another one of the same engine, with an execution
+    context, buffers and an adapter of its own.
+
+    Buffers keep their addresses while the shapes stay the same, and `use` overwrites vectors where they are: a CUDA
+    graph that captured `launch` goes on to work, with the new adapter.
+
+    Args:
+        path: an engine of `build_engine`, with its manifest beside it.
+        adapter: as in `use`.
+        profile: number of the optimization profile, where it was built with several.
+        memory: "torch" or "cuda-python"; "auto" takes the first that has a GPU.
+
+    Raises:
+        FileNotFoundError: no engine, or no manifest beside it.
+        StateError: the engine was built for another device or library, or there is no GPU.
+        ExportError: the engine is not the manifest's, or TensorRT refuses it.
+        MissingExtraError: TensorRT is not installed.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], adapter: Adapter | int = None, profile: int = 0, memory: str = "auto"
+    ) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.read(self.path)
+        self.manifest.check_file(self.path)
+        self._api = find_api(self.manifest.flavour)
+        self.manifest.check_library(self._api, self.path)
+        self._memory = device_memory(memory)
+        self.manifest.check_device(self._memory.target(), self.path)
+        self._profile = profile
+        self._api.messages.clear()
+        self.engine = load_engine(self._api, self.path, self.manifest)
+        self._sharers: weakref.WeakSet[EngineRunner] = weakref.WeakSet()  # of the engine
+        self._open()
+        if adapter is not None:
+            self.use(adapter)
+
+    @property
+    def mode(self) -> str:
+        """How the engine carries its vectors: "base", "fold", "input", "bank" or "refit"."""
+        return self.manifest.mode
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the inputs that a call gives; vectors and ids of a bank are the runner's."""
+        own = {*self.manifest.vectors, IDS} if self.mode in ("input", "bank") else set()
+        return [one.name for one in self.manifest.inputs if one.name not in own]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs."""
+        return [one.name for one in self.manifest.outputs]
+
+    def use(self, adapter: Adapter | int) -> None:
+        """Let the calls that follow use another adapter.
+
+        Args:
+            adapter: an adapter file, or one that was read; None is what the engine was built with ("input", "refit") or
+                the base ("bank"). For a bank: the name of an adapter that it holds, or its id.
+
+        Raises:
+            StateError: the vectors are in the engine's weights; or mode "refit", and several runners share the engine.
+            AdapterFileError, BaseMismatchError: the adapter does not belong to the engine.
+            ExportError: TensorRT refuses the refit.
+        """
+        if self.mode == "bank":
+            self._id = adapter_id(self.manifest, self.path, adapter)
+            return
+        if isinstance(adapter, int):
+            raise StateError(f"{self.path} is no bank: give an adapter file, not the number {adapter}")
+        if self.mode == "refit":
+            if len(self._sharers) > 1:
+                raise StateError(
+                    f"{len(self._sharers)} runners share {self.path}, whose adapter is in its weights: use one runner, "
+                    "or an "
+                    "engine of mode 'input', which has an adapter for each"
+                )
+            file = self.manifest.initial_adapter(self.path) if adapter is None else adapter
+            _, values = vectors_for(self.manifest, self.path, file)
+            self._memory.synchronize()
+            refit_loaded(self._api, self.engine, values, self.manifest, self.path)
+            return
+        self._upload(vectors_to_feed(self.manifest, self.path, adapter))
+
+    def run(
+        self, inputs: Mapping[str, Array] | Sequence[Array], adapter_ids: Sequence[int] | np.ndarray | None = None
+    ) -> list[Any]:
+        """The outputs of one call: tensors if the first input is one, on its device; else numpy arrays.
+
+        Args:
+            inputs: arrays or tensors by name, or in the order of `input_names`, in the engine's dtypes.
+            adapter_ids: for a bank, the adapter of each row, -1 the base; None takes that of `use` for all.
+
+        Raises:
+            ExportError: inputs that the engine does not take, or TensorRT can't run it.
+            StateError: adapter_ids for an engine that is no bank.
+        """
+        feed = feed_of(self.manifest, self.path, self.input_names, inputs, adapter_ids, self._id)
+        for name, array in feed.items():
+            self._feed(name, array)
+        outputs = self._prepare_outputs()
+        self.launch()
+        first = next(iter(feed.values()), None)
+        found: list[Any] = []
+        for tensor, shape in outputs:
+            dtype = DTYPES[tensor.dtype]
+            size = int(np.prod(shape)) * dtype.itemsize
+            value = self._memory.download(self._buffers[tensor.name][1], size).view(dtype).reshape(shape)
+            if isinstance(first, torch.Tensor):
+                found.append(value.to(first.device))
+            else:
+                found.append(value.cpu() if dtype is torch.bfloat16 else value.cpu().numpy())
+        return found
+
+    def launch(self, stream: int | None = None) -> None:
+        """Enqueue the engine on the inputs that are in its buffers, as the last `run` left them, and return at once.
+
+        Args:
+            stream: handle of a CUDA stream, for example that of a graph's capture; None is the runner's own.
+        """
+        if not self._context.execute_async_v3(self._memory.stream if stream is None else stream):
+            raise engine_error(f"{self.path} can't be run", self._api)
+
+    def with_adapter(self, adapter: Adapter | int = None) -> EngineRunner:
+        """Another runner of the same engine, with a context, buffers and an adapter of its own; for another thread too.
+
+        Raises:
+            StateError: mode "refit": the adapter is in the weights, which contexts share.
+        """
+        if self.mode == "refit" and adapter is not None:
+            raise StateError(
+                f"{self.path} has one adapter for all its contexts (mode 'refit'): call use(adapter) before"
+            )
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._open()
+        if adapter is not None:
+            other.use(adapter)
+        return other
+
+    def _open(self) -> None:
+        """A context with buffers of its own."""
+        self._sharers.add(self)
+        self._context = self.engine.create_execution_context()
+        if self._context is None:
+            raise engine_error(f"{self.path}: no execution context", self._api)
+        if self._profile and not self._context.set_optimization_profile_async(self._profile, self._memory.stream):
+            raise engine_error(f"{self.path} has no profile {self._profile}", self._api)
+        self._buffers: dict[str, tuple[int, Any]] = {}
+        self._id = -1
+        self._offsets, size = offsets_of(self.manifest)
+        if self._offsets:
+            self._packed = self._memory.allocate(size)
+            start = self._memory.address(self._packed)
+            for name, offset in self._offsets.items():
+                self._set_address(name, start + offset)
+            self._upload(vectors_to_feed(self.manifest, self.path, None))
+
+    def _upload(self, values: Mapping[str, np.ndarray]) -> None:
+        for name, value in values.items():
+            self._memory.upload(self._packed, self._offsets[name], value)
+
+    def _feed(self, name: str, array: Array) -> None:
+        shape = tuple(array.shape)
+        if not self._context.set_input_shape(name, shape):
+            allowed = [profile.get(name) for profile in self.manifest.profiles]
+            raise engine_error(
+                f"{self.path}: input {name!r} of {list(shape)} is not in its profile {allowed}", self._api
+            )
+        self._memory.upload(self._buffer(name, _bytes(array)), 0, array)
+
+    def _prepare_outputs(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        found = []
+        for tensor in self.manifest.outputs:
+            shape = tuple(self._context.get_tensor_shape(tensor.name))
+            if any(size < 0 for size in shape):
+                raise ExportError(
+                    f"{self.path}: the shape of output {tensor.name!r} {list(shape)} depends on values, which "
+                    "EngineRunner "
+                    "does not support"
+                )
+            self._buffer(tensor.name, int(np.prod(shape)) * DTYPES[tensor.dtype].itemsize)
+            found.append((tensor, shape))
+        return found
+
+    def _buffer(self, name: str, size: int) -> Any:
+        """A buffer that stays where it is while it is large enough."""
+        held, buffer = self._buffers.get(name, (-1, None))
+        if held < size:
+            buffer = self._memory.allocate(size)
+            self._buffers[name] = (size, buffer)
+            self._set_address(name, self._memory.address(buffer))
+        return buffer
+
+    def _set_address(self, name: str, address: int) -> None:
+        if not self._context.set_tensor_address(name, address):
+            raise engine_error(f"{self.path}: no address for {name!r}", self._api)
+
+
+def _bytes(array: Array) -> int:
+    return array.numel() * array.element_size() if isinstance(array, torch.Tensor) else array.nbytes

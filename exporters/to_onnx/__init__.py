@@ -1,0 +1,1 @@
+"""From an adapted model to an ONNX model."""

@@ -1,0 +1,374 @@
+"""Export a model with its adapter to ONNX."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from onelora_compile.adapting.adapter import adapted_part, adapted_weights, undo_adapt, unwrap, vectors
+from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, OneLoRAError, StateError, require
+from onelora_compile.exporters.calls.axes import Axes, axes_of
+from onelora_compile.exporters.calls.names import Names, chosen_names, name_graph
+from onelora_compile.exporters.calls.signature import Call
+from onelora_compile.exporters.onnx_file.metadata import Metadata, digest, float32
+from onelora_compile.exporters.onnx_file.mode import IDS, MODES, Mode
+from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
+from onelora_compile.exporters.onnx_file.trained import Trained, trained_of
+from onelora_compile.exporters.onnx_runtime.verify import Parity, check_export
+from onelora_compile.exporters.opsets.lower import lower_opset
+from onelora_compile.exporters.to_onnx.capture import Frozen, Place, freeze
+from onelora_compile.exporters.to_onnx.operators import translations
+from onelora_compile.exporters.to_onnx.place_vectors import Vectors, place_vectors
+from onelora_compile.passes.exported.fold_vectors import vector_of
+from onelora_compile.printable import Printable, bytes_text, shortened
+from onelora_compile.progress import steps
+from onelora_compile.version import __version__
+from onelora_compile.weights.adapter_file import AdapterFile, check_base, load_adapter, read_adapter
+from onelora_compile.weights.atomic_write import refuse_overwriting
+from onelora_compile.weights.fingerprint import fingerprint_of
+from onelora_compile.weights.merge import FoldLoss
+
+if TYPE_CHECKING:
+    import onnx_ir
+    from torch.export import ExportedProgram
+
+    from onelora_compile.passes.exported.fold_vectors import FoldResult
+
+OLDEST, NEWER = 17, 18  # what torch.onnx writes begins at NEWER; the one before is rewritten here
+_PLACES: dict[str, Place] = {"fold": "folded", "load": "weight", "input": "activation", "bank": "activation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport(Printable):
+    """What an export wrote and how good it is.
+
+    Attributes:
+        files: the model file, and the file of its weights where it needs one.
+        bytes: of all files together.
+        opset_version: of the standard ONNX operators.
+        mode: "fold", "load", "input" or "bank"; "base" for a model that is not adapted.
+        vectors: how many the file holds or was folded with.
+        losses: what rounding lost in each folded weight, by module name.
+        unused: modules whose vector the graph does not use.
+        captured_for: what dynamic sizes must be for the file to be right (`batch <= 3`), beside 2 or more: a model that
+            branches on a size was captured for the branch that the example takes.
+        parity: the difference to eager on the example inputs; None without verification.
+        seconds: wall time.
+    """
+
+    files: list[Path]
+    bytes: int
+    opset_version: int
+    mode: str
+    vectors: int
+    losses: dict[str, FoldLoss]
+    unused: list[str]
+    captured_for: list[str]
+    parity: Parity | None
+    seconds: float
+
+    @property
+    def error(self) -> float | None:
+        """The largest relative difference to eager, None without verification."""
+        return None if self.parity is None else self.parity.relative
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"exported {self.files[0]}", show_header=False)
+        table.add_row("files", "\n".join(str(file) for file in self.files))
+        table.add_row("size", bytes_text(self.bytes))
+        table.add_row("opset", str(self.opset_version))
+        if self.mode == "base":
+            table.add_row("vectors", "none: the model is not adapted")
+        elif self.mode == "fold":
+            worst = max((loss.relative for loss in self.losses.values()), default=0.0)
+            table.add_row("vectors folded", f"{len(self.losses)} (lost to rounding: at most {worst:.1e} of the update)")
+        else:
+            table.add_row("vectors", f"{self.vectors}, mode {self.mode!r}")
+        if self.unused:
+            table.add_row("not in the graph", ", ".join(self.unused))
+        if self.captured_for:
+            table.add_row("right only for", "\n".join(self.captured_for))
+        if self.parity is None:
+            table.add_row("verified", "no")
+        else:
+            table.add_row("verified", f"ONNX Runtime against eager: {self.parity.relative:.1e} relative, passed")
+        table.add_row("time", f"{self.seconds:.1f} s")
+        return table
+
+
+def export_onnx(
+    model: nn.Module,
+    args: Sequence[Any],
+    path: str | os.PathLike[str],
+    kwargs: Mapping[str, Any] | None = None,
+    adapters: str = "fold",
+    dynamic_shapes: Any = None,
+    opset_version: int | None = None,
+    dtype: torch.dtype | None = None,
+    bank: Sequence[str | os.PathLike[str]] = (),
+    verify: bool = True,
+    external_data: bool | None = None,
+    progress: bool = True,
+    input_names: Names = None,
+    output_names: Names = None,
+) -> ExportReport:
+    """Export a model, adapted or not, to an ONNX file, and check that file in ONNX Runtime.
+
+    The model is exported in evaluation mode and is not changed, also when it is compiled; nor are the inputs, of which
+    a cache of transformers (`past_key_values`) is one: its tensors are inputs and outputs of the file.
+
+    Args:
+        model: the model.
+        args: example inputs, in the dtypes and on the device of the model.
+        path: the file to write; replaced in one step if it exists.
+        kwargs: example keyword inputs.
+        adapters: where the vectors are.
+            "fold": inside the weights; the graph is that of the base.
+            "load": external initializers in `<path>.vectors`, added to the weights; ONNX Runtime folds them when it
+            opens the model, with these values or with others (`SessionOptions.add_external_initializers`).
+            "input": graph inputs with the trained values as defaults; ONNX Runtime adapters, another one per call.
+            "bank": tables of several adapters, chosen for each row of the batch by the input `adapter_ids` [batch].
+        dynamic_shapes: as in `torch.export.export`; a dimension may be a name: `{"x": {0: "batch"}}`. What holds
+            several tensors may have one entry for all: `{"past_key_values": {0: "batch", 2: "past"}}`. `"batch"` alone
+            names the first axis of all inputs that agree in its size, wherever the model lets it vary; beside other
+            entries write `{"*": "batch", ...}`.
+        opset_version: None is the exporter's recommended one; 17 is the oldest.
+        dtype: convert to float16 or bfloat16 on the way; folded weights are rounded once. Inputs are of that dtype too.
+        bank: adapter files, for "bank"; the id of each is its place. The model may be adapted or not.
+        verify: run the file on the example inputs, compare with eager, and fail beyond the dtype's tolerance; vectors
+            that can be swapped are compared with other values too.
+        external_data: keep the weights in `<path>.data`; None does so from 1.9 GB on.
+        progress: show a progress bar if standard error is a terminal.
+        input_names: of the tensors among the inputs, in order, or `{name: another}` for some. Without: those of the
+            arguments; of a tensor inside an argument, the way to it (`boxes.0`, `past_key_values.0.key`).
+        output_names: of the tensors among the outputs, in the same way. Without: the keys of a mapping or a dataclass
+            (`logits`), `output_0`, ... of a tuple, `present.0.key`, ... of a cache.
+
+    Raises:
+        ExportError: the model can't be exported so, or the file differs from the model; no file is left then, and an
+            old one is as it was.
+        ConfigError: an unknown value of `adapters`, a bank without files, names that are too few, too many, unknown or
+            taken, an axis that no input has.
+        StateError: "load" or "input" of a model that is not adapted.
+        AdapterFileError: a file of the bank that is damaged or of another model.
+        BaseMismatchError: a file of the bank that was trained on another base.
+        MissingExtraError: an ONNX package is not installed.
+        OSError: the file can't be written.
+    """
+    if adapters not in MODES:
+        raise ConfigError(f"adapters={adapters!r} is not one of {', '.join(map(repr, MODES))}")
+    if bool(bank) != (adapters == "bank"):
+        raise ConfigError("adapters='bank' needs bank=[files], and only that takes it")
+    if opset_version is not None and opset_version < OLDEST:
+        raise ConfigError(f"opset_version={opset_version}: {OLDEST} is the oldest that a model can be written in")
+    refuse_overwriting(path, bank, "path")
+    mode: Mode = adapters  # type: ignore[assignment]
+    args = args if isinstance(args, (tuple, list)) else (args,)
+    require("onnxscript", "onnx", "export to ONNX")
+    if verify:
+        require("onnxruntime", "onnx", "verify the export (or pass verify=False)")
+    root, path, start = unwrap(model), Path(path), time.perf_counter()
+    if adapters != "fold" and not bank and not adapted_weights(root):
+        raise StateError(f"adapters={adapters!r} needs an adapted model: call adapt or load_adapter before")
+    with steps(f"export {path.name}", 4, progress) as step, _carrying(root, bank):
+        step("read the base")
+        # By the names that the adapter file has, also where the adapted model is exported inside a wrapper.
+        part, adapted = adapted_part(root)
+        prints = {name: fingerprint_of(target) for name, target in adapted_weights(adapted).items()}
+        trained = trained_of(root, part, adapted)
+        held = {name: float32(vector) for name, vector in vectors(adapted).items()} | trained.values
+        banked = _read_bank(adapted, trained, bank)
+        step("capture")
+        call = Call.of(root, args, kwargs)
+        call.check()
+        axes = axes_of(dynamic_shapes, root, call)
+        taken = {} if mode == "fold" else dict.fromkeys(held, "a vector of the adapter")
+        taken |= {IDS: "the ids of a bank"} if mode == "bank" else {}
+        inputs = chosen_names("input", list(call.tensors), input_names, taken)
+        given = [_cast(tensor, dtype) for tensor in call.tensors.values()]
+        inside = f"{part}." if part else ""
+        targets = {target: inside + name for target, name in trained.targets.items() if name in trained.values}
+        frozen = _captured(root, Call.of(root, *call.with_tensors(given)), axes, adapters, dtype, targets)
+        taken |= dict.fromkeys(inputs, "an input")
+        outputs = chosen_names("output", frozen.outputs, output_names, taken)
+        folded = _inside(frozen.folded, part)
+        step("convert to ONNX")
+        ir_model = _converted(frozen.program, opset_version, frozen.axes)
+        used = (
+            place_vectors(ir_model, mode, held, list(banked.values()), part, trained.originals)
+            if adapters != "fold"
+            else list(folded.losses)
+        )
+        name_graph(ir_model, inputs, outputs)
+        _in_opset(ir_model, opset_version)
+        metadata = Metadata(
+            mode=adapters if held else "base",
+            vectors={name: held[name].shape for name in used},
+            fingerprints={name: prints[name] for name in used if name in prints},
+            trained={name: trained.bases[name] for name in used if name in trained.bases},
+            constant=(
+                trained.constants(frozen.program, used) | dict.fromkeys(folded.unused, "") if mode != "fold" else {}
+            ),
+            adapters=tuple(banked),
+            digests=tuple(digest({name: one[name] for name in used if name in one}) for one in banked.values()),
+            sha256=digest(held) if held else "",
+            producer=f"onelora-compile {__version__}, torch {torch.__version__}",
+        )
+        ir_model.metadata_props.update(metadata.to_props())
+        step("write and verify" if verify else "write")
+        # Verified before it gets its name: a file that is there is a file that passed.
+        parity: list[Parity] = []
+
+        def check(written: Path) -> None:
+            if verify:
+                parity.append(check_export(written, root, call, given, list(banked.values())))
+
+        files = save_model(ir_model, path, external_data, check, apart=used if adapters == "load" else ())
+    return ExportReport(
+        files=files,
+        bytes=bytes_of(files),
+        opset_version=ir_model.opset_imports[""],
+        mode=metadata.mode,
+        vectors=len(used),
+        losses=folded.losses,
+        unused=folded.unused,
+        captured_for=frozen.captured_for,
+        parity=parity[0] if parity else None,
+        seconds=time.perf_counter() - start,
+    )
+
+
+@contextlib.contextmanager
+def _carrying(root: nn.Module, bank: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
+    """A model that nobody adapted carries the adapter of a bank that trained most while it is exported."""
+    if not bank or adapted_weights(root):
+        yield
+        return
+    load_adapter(root, max(bank, key=lambda path: len(read_adapter(path).tensors)))
+    try:
+        yield
+    finally:
+        undo_adapt(root)
+
+
+def _read_bank(root: nn.Module, trained: Trained, files: Sequence[str | os.PathLike[str]]) -> dict[str, Vectors]:
+    """What each file trained, by a name for it."""
+    bank: dict[str, Vectors] = {}
+    for path in files:
+        file = read_adapter(path)
+        _check_bankable(root, trained, file, path)
+        name = Path(path).name.removesuffix(".safetensors")
+        if name in bank:
+            raise ConfigError(f"two files of the bank are called {name!r}: their names tell the adapters apart")
+        bank[name] = {one: float32(value) for one, value in file.tensors.items() if one not in trained.counters}
+    return bank
+
+
+def _check_bankable(root: nn.Module, trained: Trained, file: AdapterFile, path: str | os.PathLike[str]) -> None:
+    here = adapted_weights(root)
+    if other := sorted(set(file.vectors) - set(here)):
+        raise AdapterFileError(f"{path} has vectors that the model does not have: {shortened(other)}")
+    check_base({name: here[name] for name in file.vectors}, file, path)
+    saved = {name: value for name, value in file.saved.items() if name not in trained.counters}
+    if other := sorted(set(saved) - set(trained.values)):
+        raise AdapterFileError(
+            f"{path} also trained {shortened(other)}, which the model does not train: export it adapted with "
+            "modules_to_save and train_norms as that file was, or not adapted"
+        )
+    if wrong := [name for name, value in saved.items() if tuple(value.shape) != trained.values[name].shape]:
+        raise AdapterFileError(f"{path}: {shortened(wrong)} have other shapes than the model's")
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def _in_dtype(root: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """The model, or a copy of it in another dtype whose vectors are as they were."""
+    if dtype is None:
+        return root
+    converted = copy.deepcopy(root).to(dtype)
+    kept = vectors(root)
+    for name, vector in vectors(converted).items():
+        vector.data = kept[name].detach().clone()
+    return converted
+
+
+def _captured(
+    root: nn.Module,
+    call: Call,
+    axes: Sequence[Axes],
+    mode: str,
+    dtype: torch.dtype | None,
+    trained: Mapping[str, str],
+) -> Frozen:
+    originals = {name: value for name, value in root.state_dict().items() if dtype and vector_of(name) is None}
+    try:
+        return freeze(_in_dtype(root, dtype), call, axes, _PLACES[mode], originals, trained)
+    except OneLoRAError:
+        raise
+    except Exception as error:  # torch.export raises what it likes, also the model's own exceptions
+        raise ExportError(f"torch.export can't capture {type(root).__name__}: {error}") from error
+
+
+def _inside(result: FoldResult, part: str) -> FoldResult:
+    """By the names that vectors have in a part of the model."""
+    start = f"{part}." if part else ""
+    losses = {name.removeprefix(start): loss for name, loss in result.losses.items()}
+    return dataclasses.replace(result, losses=losses, unused=[name.removeprefix(start) for name in result.unused])
+
+
+def _converted(program: ExportedProgram, opset_version: int | None, axes: Sequence[Axes]) -> onnx_ir.Model:
+    # Without gradients, as it was captured: with them, attention has other kernels with other strides, and a view that
+    # was captured for the one layout fails on the other.
+    with _quiet(), torch.no_grad():
+        try:
+            converted = torch.onnx.export(
+                program,
+                opset_version=opset_version and max(opset_version, NEWER),
+                dynamic_shapes=tuple(axes) if any(axes) else None,  # the names of dynamic axes
+                dynamo=True,
+                verbose=False,
+                custom_translation_table=translations(),
+            )
+        except Exception as error:
+            raise ExportError(f"torch.onnx can't convert the captured program: {error}") from error
+    assert converted is not None
+    return converted.model
+
+
+def _in_opset(model: onnx_ir.Model, opset_version: int | None) -> None:
+    """Hold the model to the opset that was asked for: torch.onnx may write another one without a word."""
+    if opset_version is not None:
+        lower_opset(model, opset_version)
+    if opset_version not in (None, found := model.opset_imports[""]):
+        raise ExportError(f"opset_version={opset_version} was asked for, torch.onnx wrote {found}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's own chatter: what matters of it comes back as an error or in the report."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

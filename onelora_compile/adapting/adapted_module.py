@@ -1,0 +1,158 @@
+"""The adapted form of a module: the same object, of a subclass of its own class.
+
+Two forms: a module that is called adds the update to its output (`OneLoRALayer`); a module whose weights are read
+hands out W + vector 1ᵀ instead of W (`OneLoRAWeights`), while `_parameters`, and so `state_dict`, keep W.
+
+Why a subclass and not a forward hook or `torch.nn.utils.parametrize`: Dynamo does not guard on hooks
+(`skip_nnmodule_hook_guards`), but on types.  With hooks, measured on torch 2.13, a frozen model that was compiled
+before it was adapted, or beside an unadapted copy of itself, ran the base's graph without a word.  With the subclass
+each finds its own graph.  `parametrize` renames and reorders the keys of `state_dict`, and removing it from a deepcopy
+breaks the class of the original.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onelora_compile.adapting import eager_linear
+from onelora_compile.adapting.dead_vectors import observe
+from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
+from onelora_compile.sharded import is_fsdp_shard
+
+VECTOR = "onelora_vector"  # the parameter's name on the module, and so the ending of its key in state_dict
+
+
+def vector_name(parameter: str) -> str:
+    """Under which name the module keeps the vector of its parameter `parameter`."""
+    return VECTOR if parameter == "weight" else f"{VECTOR}_{parameter}"
+
+
+class Adapted(nn.Module):
+    """What both forms share; mixed in before the module's own class, never instantiated alone."""
+
+    _onelora_base: type[nn.Module]
+    # The names of the weights that have a vector, each with its input axes, as in `Target.dims`.
+    _onelora_weights: Mapping[str, tuple[int, ...] | None]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Vectors that leave the meta device are zeros: `to_empty` would leave memory as it was."""
+        own = map(vector_name, self._onelora_weights)
+        names = [name for name in own if self._parameters[name].is_meta]  # type: ignore[union-attr]
+        result = super()._apply(fn, recurse)
+        with torch.no_grad():
+            for name in names:
+                self._parameters[name].zero_()  # type: ignore[union-attr]
+        return result
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """A checkpoint of the base, assigned to a model on the meta device, has no vectors: they are zeros then."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for parameter in self._onelora_weights:
+            name = vector_name(parameter)
+            vector, weight = self._parameters[name], self._parameters.get(parameter)
+            if vector is not None and weight is not None and vector.is_meta and not weight.is_meta:
+                zeros = torch.zeros(vector.shape, dtype=vector.dtype, device=weight.device)
+                self._parameters[name] = nn.Parameter(zeros, vector.requires_grad)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by the base class: the subclass is made at run time and can't be imported by name."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, args, *rest = reduced
+        if args[:1] == (type(self),):
+            own = (isinstance(self, OneLoRALayer), tuple(self._onelora_weights.items()))
+            return (_new_adapted, (function, self._onelora_base, args[1:], *own), *rest)
+        return (function, args, *rest)
+
+
+class OneLoRALayer(Adapted):
+    """A linear that is called: the update by its input is added to its output."""
+
+    onelora_vector: nn.Parameter  # [out_features]
+    _onelora_input: str  # name of the first argument of the base's forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's forward, then the rank-1 update of its output by its input."""
+        if eager_linear.takes(self, args, kwargs, self.onelora_vector):
+            observe(self, args[0])
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            return eager_linear.adapted_linear(args[0], weight, bias, self.onelora_vector)  # type: ignore[arg-type]
+        y = super().forward(*args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} returned {type(y).__name__}; a linear that returns more than one tensor "
+                "can't be adapted: leave it out with exclude_modules"
+            )
+        x = args[0] if args else kwargs[self._onelora_input]
+        if not torch.compiler.is_compiling():
+            observe(self, x)
+        return RANK1_UPDATE(y, x, self.onelora_vector)
+
+
+class OneLoRAWeights(Adapted):
+    """A module whose weights are read: each listed one is handed out as W + vector 1ᵀ."""
+
+
+def _new_adapted(function: Any, base: Any, args: tuple[Any, ...], called: bool, weights: Any) -> nn.Module:
+    return function(_adapted_class(base, called, weights), *args)
+
+
+@functools.cache  # one class for each base, so that guards and `type(a) is type(b)` agree
+def _adapted_class(base: Any, called: bool, weights: tuple[tuple[str, tuple[int, ...] | None], ...]) -> Any:
+    attributes = {"__module__": __name__, "__doc__": base.__doc__, "_onelora_base": base}
+    attributes["_onelora_weights"] = dict(weights)
+    if called:
+        attributes["_onelora_input"] = next(
+            name for name in inspect.signature(base.forward).parameters if name != "self"
+        )
+    else:
+        attributes |= {parameter: property(_reader(parameter, dims or ())) for parameter, dims in weights}
+    return type(f"OneLoRA{base.__name__}", (OneLoRALayer if called else OneLoRAWeights, base), attributes)
+
+
+def _reader(parameter: str, dims: tuple[int, ...]) -> Any:
+    vector, axes = vector_name(parameter), list(dims)
+
+    def read(self: nn.Module) -> Any:
+        weight = self._parameters[parameter]
+        # FSDP looks its shards up by attribute, and would take W + vector 1ᵀ for W.
+        if type(weight).__name__ == "DTensor" and is_fsdp_shard(self, parameter):
+            return weight
+        return ADAPTED_WEIGHT(weight, self._parameters[vector], axes)
+
+    return read
+
+
+def is_adapted(module: object) -> bool:
+    """Whether the module itself carries a vector."""
+    return isinstance(module, Adapted)
+
+
+def attach(
+    module: nn.Module, called: bool, weights: Mapping[str, tuple[int, ...] | None], vectors: Mapping[str, Tensor]
+) -> None:
+    """Give a module its vectors and make it an adapted one.
+
+    Args:
+        module: changed in place.
+        called: whether the update is added to its output; else its weights are handed out adapted.
+        weights: input axes of each weight, by parameter name; only "weight" for a module that is called.
+        vectors: for each weight, of the shape of its other axes.
+    """
+    base: Any = type(module)
+    for parameter, vector in vectors.items():
+        module.register_parameter(vector_name(parameter), nn.Parameter(vector))
+    module.__class__ = _adapted_class(base, called, tuple(weights.items()))
+
+
+def remove(module: nn.Module) -> None:
+    """Undo `attach`: the vectors are dropped, the class is the base's again."""
+    assert isinstance(module, Adapted)
+    for parameter in module._onelora_weights:
+        del module._parameters[vector_name(parameter)]
+    module.__class__ = module._onelora_base  # type: ignore[assignment]

@@ -1,0 +1,288 @@
+"""Adapting a model in place: vectors on its linears, the base frozen, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from onelora_compile.adapting.adapted_module import is_adapted, remove
+from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.dead_vectors import watch
+from onelora_compile.adapting.select_targets import Selection, clean_name, named_modules, select
+from onelora_compile.adapting.torch_fast_paths import close_fast_paths
+from onelora_compile.adapting.weight_target import Target, attach, targets_of
+from onelora_compile.errors import StateError
+from onelora_compile.sharded import is_sharded, write_whole
+
+STATE = "_onelora_state"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclasses.dataclass
+class AdapterState:
+    """What an adapted model knows besides its vectors; an attribute of the module given to `adapt`.
+
+    Attributes:
+        config: the configuration in force.
+        requires_grad: of every base parameter, as it was before, by name.
+        originals: values before training of what is trained besides the vectors, by name: parameters of
+            modules_to_save and norms, and the running statistics of batch norms, which move without a gradient.
+        fast_paths: attributes that were switched off, with their values; see `fastpath`.
+        disabled: how many `disabled` blocks are open.
+        skipped: linear ops without a vector, by name, with the reason.
+        not_linear: convolutions and embeddings, with what they are.
+        constant: names of vectors whose input a compiled graph showed to sum to one number; see `watch`.
+    """
+
+    config: OneLoRAConfig
+    requires_grad: dict[str, bool]
+    originals: dict[str, Tensor]
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    not_linear: dict[str, str] = dataclasses.field(default_factory=dict)
+    constant: set[str] = dataclasses.field(default_factory=set)
+    fast_paths: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
+    disabled: int = 0
+
+
+def adapt(model: Model, config: OneLoRAConfig | None = None) -> Model:
+    """Put a zero vector on every selected linear and freeze everything else.
+
+    In place. The vectors are ordinary parameters (`<module>.onelora_vector`), so `.to`, `state_dict`, `deepcopy`
+    and optimizers see them; a model that was compiled before is captured anew at its next call.
+
+    Args:
+        model: the model, plain or compiled.
+        config: what to adapt; None is `OneLoRAConfig()`: every linear but the output head.
+
+    Returns:
+        The same object.
+
+    Raises:
+        StateError: the model, or a part of it, is adapted already, or it is sharded over processes.
+        TargetError: the selection is empty or can't be adapted; the message lists what the model offers.
+    """
+    root = unwrap(model)
+    if adapted := adapted_weights(root):
+        raise StateError(
+            f"the model is adapted already ({len(adapted)} vectors, the first on {next(iter(adapted))!r}). "
+            "To start over call onelora.detach(model) first; to keep the vectors call onelora.merge(model); "
+            "to load other values use onelora.load_adapter(model, path)"
+        )
+    refuse_sharded(root, "adapt", "call onelora.adapt before fully_shard")
+    config = config or OneLoRAConfig()
+    attach_vectors(root, select(root, config), config)
+    return model
+
+
+def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig) -> None:
+    """Carry out a selection: freeze, mark what is trained besides, attach zero vectors, remember the way back."""
+    parameters = {clean_name(name): parameter for name, parameter in root.named_parameters(remove_duplicate=False)}
+    tensors = parameters | {clean_name(name): buffer for name, buffer in root.named_buffers()}
+    travelling = [*selection.saved, *_running_statistics(root, selection)]
+    # inference_mode(False): tensors made in inference mode could never be trained.
+    with torch.inference_mode(False), torch.no_grad():
+        originals = {name: tensors[name].detach().clone() for name in travelling}
+        state = AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals)
+        state.skipped, state.not_linear = dict(selection.skipped), dict(selection.not_linear)
+        setattr(root, STATE, state)
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        for name in selection.saved:
+            parameters[name].requires_grad_(True)
+        attach(list(selection.targets.values()), config.vector_dtype)
+    state.fast_paths = close_fast_paths(root)
+    callers = {name: target.module for name, target in selection.targets.items() if target.called}
+    watch(vectors(root), callers, lambda: state.constant, frozen_norms=not config.train_norms)
+
+
+def detach(model: Model) -> Model:
+    """Remove the vectors: the model is the base again, bit for bit.
+
+    Also restores what modules_to_save, train_norms and batch-norm statistics changed, and which parameters
+    require a gradient.
+
+    Returns:
+        The same object.
+
+    Raises:
+        StateError: the model is not adapted, or a `disabled` block is open.
+    """
+    root = unwrap(model)
+    state = state_of(root, "detach")
+    refuse_sharded(root, "detach", "save the adapter, and build the model anew")
+    tensors = saved_tensors(root, state)
+    with torch.inference_mode(False), torch.no_grad():
+        for name, original in state.originals.items():
+            tensors[name].copy_(original)
+    release(root, state)
+    return model
+
+
+def release(root: nn.Module, state: AdapterState) -> None:
+    """Take the vectors off and give the base its requires_grad flags back; values stay as they are."""
+    for module in [module for module in root.modules() if is_adapted(module)]:
+        remove(module)
+    for module, attribute, value in state.fast_paths:
+        setattr(module, attribute, value)
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if (flag := state.requires_grad.get(clean_name(name))) is not None:
+            parameter.requires_grad_(flag)
+    # The mark stays: a model whose vectors were removed on purpose is not adapted again by its next compiled call.
+    setattr(root, STATE, None)
+
+
+def undo_adapt(root: nn.Module) -> None:
+    """As if `adapt` had not been called: `detach`, and the next compiled call adapts the model again."""
+    detach(root)
+    delattr(root, STATE)
+
+
+def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The vectors, float [out_features] each ([experts, out_features] for the 3-D weights of experts).
+
+    The name is that of the module whose `weight` is adapted, or of the parameter if it has another name.
+    They are the parameters themselves, not copies. Empty for a model that is not adapted.
+    """
+    return {name: target.vector for name, target in adapted_weights(unwrap(model)).items()}
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimizer should get: the vectors and whatever modules_to_save and train_norms train.
+
+    Raises:
+        StateError: the model is not adapted, so that its whole base would be trained.
+    """
+    root = unwrap(model)
+    if not adapted_weights(root):
+        raise StateError(
+            "the model is not adapted yet: call onelora.adapt(model) before you build the optimizer, or run a model "
+            "compiled with backend='onelora' once"
+        )
+    return [parameter for parameter in root.parameters() if parameter.requires_grad]
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is the base, exactly; no recompilation.
+
+    The values are swapped underneath the parameters, so a backward of a forward from outside the block still
+    works afterwards. The switch holds for every thread that uses the model.
+
+    Raises:
+        StateError: the model is not adapted.
+    """
+    root = unwrap(model)
+    state = state_of(root, "disable", allow_disabled=True)
+    with torch.inference_mode(False), torch.no_grad():
+        swaps: list[tuple[Tensor, Tensor]] = [(v, torch.zeros_like(v)) for v in vectors(root).values()]
+        trained = saved_tensors(root, state)
+        swaps += [(trained[name], original.to(trained[name], copy=True)) for name, original in state.originals.items()]
+    kept = [tensor.detach().clone() if is_sharded(tensor) else tensor.data for tensor, _ in swaps]
+    state.disabled += 1
+    try:
+        for tensor, base in swaps:
+            _swap(tensor, base)
+        yield
+    finally:
+        for (tensor, _), value in zip(swaps, kept, strict=True):
+            _swap(tensor, value)
+        state.disabled -= 1
+
+
+def _swap(tensor: Tensor, value: Tensor) -> None:
+    """Assigning .data leaves autograd's version counters alone, unlike copy_; FSDP holds on to its shards' memory."""
+    if is_sharded(tensor):
+        with torch.no_grad():
+            write_whole(tensor, value)
+    else:
+        tensor.data = value
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain module inside a compiled one (`torch.compile` returns an `OptimizedModule`) or inside DDP."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    inner = model._modules.get("_orig_mod")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = model.module
+    return unwrap(inner) if inner is not None else model
+
+
+def refuse_sharded(root: nn.Module, purpose: str, remedy: str) -> None:
+    """fully_shard changes the classes of modules too, and keeps the shards to itself.
+
+    Raises:
+        StateError: a parameter of the model is split over processes.
+    """
+    if (name := next((name for name, p in root.named_parameters() if is_sharded(p)), None)) is not None:
+        raise StateError(f"can't {purpose} a model that is sharded over processes ({name!r} is): {remedy}")
+
+
+def adapted_weights(root: nn.Module) -> dict[str, Target]:
+    """The weights that have a vector, by its name."""
+    return {target.key(name): target for name, module in named_modules(root) for target in targets_of(module)}
+
+
+def adapted_part(root: nn.Module) -> tuple[str, nn.Module]:
+    """The module that was given to `adapt`, with its name in the model: the part of a wrapper whose names files have.
+
+    The model itself, named "", where it was given to `adapt`, or where several parts of it were.
+    """
+    parts = [(name, module) for name, module in named_modules(root) if vars(module).get(STATE)]
+    return parts[0] if len(parts) == 1 else ("", root)
+
+
+def was_adapted(root: nn.Module) -> bool:
+    """Whether the model or a part of it is adapted, or was until `detach` or `merge`."""
+    return any(is_adapted(module) or STATE in vars(module) for module in root.modules())
+
+
+def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> AdapterState:
+    """The state of an adapted model.
+
+    Raises:
+        StateError: not adapted, adapted at another module of the tree, or disabled.
+    """
+    state = state_or_none(root)
+    if state is None:
+        inside = next((name for name, module in named_modules(root) if vars(module).get(STATE)), None)
+        hint = f"its submodule {inside!r} is: pass that one" if inside else "call onelora.adapt(model) first"
+        raise StateError(f"can't {purpose}: this {type(root).__name__} was not given to adapt; {hint}")
+    if state.disabled and not allow_disabled:
+        raise StateError(f"can't {purpose} inside a onelora.disabled block: the values there are the base's")
+    return state
+
+
+def state_or_none(root: nn.Module) -> AdapterState | None:
+    """The state of a model that was given to `adapt`; None for any other."""
+    state = vars(root).get(STATE)
+    assert state is None or isinstance(state, AdapterState)
+    return state
+
+
+def saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
+    """What travels with the vectors: trained base parameters and batch-norm statistics, by name."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]:
+        if clean_name(name) in state.originals:
+            tensors[clean_name(name)] = tensor
+    return tensors
+
+
+def _running_statistics(root: nn.Module, selection: Selection) -> list[str]:
+    """Persistent buffers that training moves: of batch norms, and of everything under modules_to_save."""
+    saved_owners = {name.rpartition(".")[0] for name in selection.saved}
+    names = []
+    for prefix, module in root.named_modules():
+        owner = clean_name(prefix)
+        tracked = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        if tracked or owner in saved_owners:
+            own = [name for name, buffer in module._buffers.items() if buffer is not None]
+            persistent = [name for name in own if name not in module._non_persistent_buffers_set]
+            names += [f"{owner}.{name}" if owner else name for name in persistent]
+    return names

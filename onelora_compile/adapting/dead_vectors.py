@@ -1,0 +1,179 @@
+"""The first backward tells which vectors learn nothing; this says so, once.
+
+Three ways to be dead: the output of the linear does not reach the loss (no gradient at all); its input sums to zero
+or what follows is zero (a gradient of exact zeros); its input always sums to the same number, so that the vector is a
+constant bias.  The last is what a LayerNorm with a constant weight causes: its output, before the bias, sums to zero.
+
+In eager the sums are looked at as they pass; in a compiled graph they can't be, so there the LayerNorm itself is looked
+for (`constant_inputs`).  What is watched is kept here and not on the modules, so that copies and pickles of a model are
+free of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, fx, nn
+
+from onelora_compile.errors import OneLoRAWarning
+from onelora_compile.passes.sites.linear_site import LinearSite, example
+from onelora_compile.passes.sites.operators import arguments, op_name
+from onelora_compile.printable import shortened
+
+# Spread of the sums over the size of what is summed, below which they count as one number: rounding of the dtype.
+_CONSTANT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 3e-3}
+_THROUGH = {"dropout", "view", "reshape", "contiguous", "to", "float", "half", "bfloat16", "flatten", "unflatten"}
+
+
+@dataclasses.dataclass
+class _Seen:
+    """The feature sums of one module so far: extremes, the mean sum of magnitudes, whether any two inputs differed."""
+
+    low: Tensor
+    high: Tensor
+    size: Tensor
+    differ: Tensor
+    tolerance: float
+
+
+_watched: weakref.WeakKeyDictionary[nn.Module, _Seen | None] = weakref.WeakKeyDictionary()
+_empty: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # were given inputs without any row
+
+
+def observe(module: nn.Module, x: Tensor) -> None:
+    """Called by adapted linears in eager; costs a look into an empty dictionary once the first backward is over."""
+    if not _watched or module not in _watched or not torch.is_grad_enabled() or torch._C._is_tracing():
+        return
+    if torch._C._are_functorch_transforms_active():
+        return  # what vmap and its kind hand in must not outlive them
+    if not x.numel():
+        _empty.add(module)
+        return
+    with torch.no_grad():
+        wide = x.detach().reshape(-1, x.shape[-1]).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        sums, size = wide.sum(-1), wide.abs().sum(-1).mean()
+        low, high, differ = sums.min(), sums.max(), (wide != wide[:1]).any()
+        if (seen := _watched[module]) is not None:
+            low, high, differ = torch.minimum(low, seen.low), torch.maximum(high, seen.high), differ | seen.differ
+    _watched[module] = _Seen(low, high, size, differ, _CONSTANT.get(x.dtype, 3e-3))
+
+
+def watch(
+    vectors: dict[str, nn.Parameter],
+    callers: dict[str, nn.Module],
+    known_constant: Callable[[], Iterable[str]],
+    frozen_norms: bool,
+) -> None:
+    """Look at the gradients after the first backward, and warn of vectors that learn nothing.
+
+    Args:
+        vectors: by name.
+        callers: the modules whose input is the linear's, by the name of their vector.
+        known_constant: names of vectors whose input a compiled graph showed to sum to one number; asked at the end.
+        frozen_norms: whether a norm stays as it is, so that what it makes constant is so for ever.
+    """
+    handles: list[Any] = []
+    held = {name: weakref.ref(vector) for name, vector in vectors.items()}
+    modules = {name: weakref.ref(module) for name, module in callers.items()}
+
+    def finish() -> None:
+        for handle in handles:
+            handle.remove()
+        alive = {name: vector for name, ref in held.items() if (vector := ref()) is not None and vector.requires_grad}
+        if _inside_another_backward():
+            alive = {name: vector for name, vector in alive.items() if vector.grad is not None}
+        called = {name: module for name, ref in modules.items() if (module := ref()) is not None}
+        seen = {name: _watched.pop(module, None) for name, module in called.items()}
+        constant = set(known_constant()) | {name for name, one in seen.items() if one is not None and _is_constant(one)}
+        idle = {name for name, module in called.items() if module in _empty}
+        _empty.difference_update(called.values())
+        _warn({name: vector for name, vector in alive.items() if name not in idle}, constant if frozen_norms else set())
+
+    def first(vector: Tensor) -> None:
+        del vector
+        if len(handles) == len(held):
+            # Runs when this backward is over; what DistributedDataParallel and FSDP use. torch/autograd/variable.py
+            torch.autograd.Variable._execution_engine.queue_callback(finish)
+            for handle in handles[1:]:
+                handle.remove()
+            del handles[1:]
+
+    handles += [vector.register_post_accumulate_grad_hook(first) for vector in vectors.values()]
+    for module in callers.values():
+        _watched[module] = None
+
+
+def constant_inputs(sites: Iterable[tuple[str, LinearSite]], value_of: Callable[[fx.Node], Tensor | None]) -> list[str]:
+    """The sites whose input is the output of a LayerNorm with a constant, frozen weight, by name.
+
+    Args:
+        sites: with the names of their vectors.
+        value_of: the parameter that a graph input is.
+    """
+    return [name for name, site in sites if _after_constant_norm(site.x, value_of)]
+
+
+def _after_constant_norm(node: fx.Node, value_of: Callable[[fx.Node], Tensor | None]) -> bool:
+    x = example(node)
+    while op_name(node) in _THROUGH and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    given = arguments(node) if op_name(node) == "layer_norm" else None
+    if given is None:
+        return False
+    shape, weight = given["normalized_shape"], given["weight"]
+    if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) != 1:
+        return False
+    if x is not None and x.shape[-1] % shape[0]:  # a view whose rows are parts of the norm's
+        return False
+    if weight is None:
+        return True
+    value = value_of(weight) if isinstance(weight, fx.Node) else None
+    return value is not None and not value.requires_grad and bool(value.min() == value.max())
+
+
+def _inside_another_backward() -> bool:
+    """Reentrant checkpointing runs a backward for each segment: what has no gradient yet may still get one."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "backward" and frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_constant(seen: _Seen) -> bool:
+    spread = (seen.high - seen.low).item()
+    return bool(seen.differ) and math.isfinite(spread) and spread <= seen.tolerance * seen.size.item()
+
+
+def _warn(vectors: dict[str, nn.Parameter], constant: set[str]) -> None:
+    without = [name for name, vector in vectors.items() if vector.grad is None]
+    zero = [name for name, vector in vectors.items() if vector.grad is not None and not vector.grad.any()]
+    bias = [name for name in vectors if name in constant and name not in without]
+    zero = [name for name in zero if name not in bias]
+    parts = []
+    if without:
+        parts.append(f"no gradient at all: {shortened(without)} (the loss does not depend on these linears)")
+    if zero:
+        parts.append(
+            f"a gradient of exact zeros: {shortened(zero)} (their input sums to zero, or what follows is zero, as a "
+            "zero-initialised layer is at the start)"
+        )
+    if bias:
+        parts.append(
+            f"no more than a constant bias, as their input always sums to the same number: {shortened(bias)} (a "
+            "LayerNorm with a constant weight before them does that: train the norms too, "
+            "OneLoRAConfig(train_norms=True))"
+        )
+    if parts:
+        message = f"vectors that learn nothing, seen after the first backward: {'; '.join(parts)}"
+        warnings.warn(message, OneLoRAWarning, stacklevel=2)

@@ -1,0 +1,267 @@
+"""What a module does, where its class does not tell: a forward of its own, a weight that is packed or computed.
+
+A subclass of `nn.Linear` is a linear by its weight if it computes W x + c for whatever numbers are in its weight; else
+only its output can be adapted, and nothing can be merged.  A module with `in_features` and `out_features` is a linear
+if it behaves like one.  Its effect on a few vectors tells, how it stores its weight, and the fingerprint of that
+weight.  A call leaves no trace (`twin`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onelora_compile.kinds import is_conv1d, is_linear, is_plain
+from onelora_compile.looking.twin import no_trace, twin_of
+
+_ROWS = 8
+# int4 kernels that quantise their input too are off by some per cent; a wrong guess is off by its whole size.
+_AFFINE = 0.1
+_SAME = 1e-3
+_BLOCK = 65521  # numbers that are drawn for a large weight, which repeats them: a prime, so that no two rows agree
+
+OTHER_OUTPUT = "it has the sizes of a linear, but returns {found} for {given}"
+
+
+def weight_axes(module: nn.Module) -> tuple[tuple[int, ...] | None, str]:
+    """The input axes of the `weight` of a subclass of `nn.Linear`, or of Conv1D.
+
+    Returns:
+        The axes where a call computes W x + c; none where the weight is packed, so that only its effect is known;
+        None where a call computes something else, or the weight something else than the parameter `weight`: there
+        its output can be adapted, but no weight; and "", or why not even that.
+    """
+    usual = (0,) if is_conv1d(module) else (1,)
+    if _is_unchanged(module):
+        return usual, ""
+    weight = module._parameters.get("weight")
+    if weight is None or not is_plain(weight):
+        packed = weight is not None or not _computes_weight(module)
+        return (usual if weight is not None else ()) if packed else None, ""
+    with no_trace(module):
+        return _axes_of(module, usual)
+
+
+def _is_unchanged(module: nn.Module) -> bool:
+    """Whether the module computes with its parameter `weight` what its library's class does."""
+    kind = type(module)
+    base = next(c for c in kind.__mro__ if c is nn.Linear or (c.__name__, c.__module__) == _CONV1D)
+    names = ("forward", "weight", "bias", "__call__", "__getattr__", "__getattribute__")
+    changed = any(name in vars(c) for c in kind.__mro__[: kind.__mro__.index(base)] for name in names)
+    known = base.forward is _FORWARD if base is nn.Linear else True
+    return known and not changed and "weight" in module._parameters and "weight" not in vars(module)
+
+
+_CONV1D = ("Conv1D", "transformers.pytorch_utils")
+_FORWARD = nn.Linear.forward
+
+
+def _computes_weight(module: nn.Module) -> bool:
+    """Whether its `weight` is a plain tensor that is made of others: a property, a parametrization, weight_norm."""
+    with no_trace(module):
+        try:
+            value = getattr(twin_of(module, _copied), "weight", None)
+        except Exception:  # of the user's property
+            return True
+    return isinstance(value, Tensor) and is_plain(value)
+
+
+def _axes_of(module: nn.Module, usual: tuple[int, ...]) -> tuple[tuple[int, ...] | None, str]:
+    """As `weight_axes`, by what a call does with two weights: f(x; W) - f(x; V) = (W - V) x is what merging needs."""
+    try:
+        twin = twin_of(module, _random_like)
+        weight: Any = twin._parameters["weight"]
+        x, y = _first_call(twin, weight, usual)
+    except Exception as error:  # code that nobody knows, on numbers that it may not take
+        return None, _why_no_call(module, error)
+    if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
+        return None, OTHER_OUTPUT.format(found=_shape(y), given=_shape(x))
+    try:
+        if (axes := _moved_axes(twin, weight, x, y)) is not None and not _minds_more(twin, x):
+            return axes, ""
+    except Exception:  # as above
+        pass
+    right = y.shape[-1] == getattr(module, "out_features", y.shape[-1])
+    return None, "" if right else OTHER_OUTPUT.format(found=_shape(y), given=_shape(x))
+
+
+def _moved_axes(twin: nn.Module, weight: Tensor, x: Tensor, y: Tensor) -> tuple[int, ...] | None:
+    """The input axes of the weight if another weight, which it is given, changes the output by what W x changes."""
+    before = weight.detach().clone()
+    weight.copy_(before.flip(0) * 0.5)
+    moved, change = y - twin.forward(x), before - weight
+    for axes, w in (((1,), change.T), ((0,), change)):
+        if w.shape == (x.shape[-1], y.shape[-1]) and _close(moved.double(), (x @ w).double(), _SAME):
+            return axes
+    return None
+
+
+def _why_no_call(module: nn.Module, error: Exception) -> str:
+    """Why a module that can't be called with other numbers can't even be adapted by its output; "" if it can."""
+    rest = list(inspect.signature(module.forward).parameters.values())[1:]
+    if any(one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in rest):
+        return ""  # it needs more than an input
+    x = torch.randn(_ROWS, _size(module, "in_features"), generator=torch.Generator().manual_seed(0), device="cpu")
+    try:
+        y = effect(module, x)
+    except Exception:
+        return f"it has the sizes of a linear, but a call with one tensor failed: {error}"
+    right = y.shape == (_ROWS, _size(module, "out_features"))
+    return "" if right else OTHER_OUTPUT.format(found=_shape(y), given=_shape(x))
+
+
+def _size(module: nn.Module, name: str) -> int:
+    value = getattr(module, name, None) or getattr(module, {"in_features": "nx", "out_features": "nf"}[name])
+    assert isinstance(value, int)
+    return value
+
+
+def _first_call(twin: nn.Module, weight: Tensor, usual: tuple[int, ...]) -> tuple[Tensor, Any]:
+    """The first input of a few shapes that the module takes, and what it returns."""
+    failed: Exception | None = None
+    rows, columns = weight.shape if usual == (1,) else weight.shape[::-1]
+    count, own = _count(columns, rows), getattr(twin, "in_features", columns)
+    for shape in dict.fromkeys(((count, own), (2, count, own), (count, rows))):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1), device="cpu")
+        x = x.to(weight.device, weight.dtype)
+        try:
+            return x, twin.forward(x)
+        except Exception as error:  # as above
+            failed = failed or error
+    assert failed is not None
+    raise failed
+
+
+def _count(*taken: int) -> int:
+    """A number of rows that is no size of the weight: a module that transposes its input must fail."""
+    return next(count for count in range(_ROWS, _ROWS + 3) if count not in taken)
+
+
+def _minds_more(twin: nn.Module, x: Tensor) -> bool:
+    """Whether the output depends on an argument besides the input, as far as other values of it can be found."""
+    y = twin.forward(x)
+    for name, parameter in list(inspect.signature(twin.forward).parameters.items())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        default = parameter.default
+        if isinstance(default, bool):
+            other: Any = not default
+        elif isinstance(default, (int, float)):
+            other = 2 * default + 1
+        elif default is None:
+            other = 0.5
+        else:
+            return True
+        found = twin.forward(x, **{name: other})
+        if not isinstance(found, Tensor) or found.shape != y.shape or not _close(found.double(), y.double(), _SAME):
+            return True
+    return False
+
+
+def _shape(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _random_like(tensor: Tensor) -> Tensor:
+    """Other numbers of the same kind, in float32: what holds for them holds whatever the numbers are."""
+    if not tensor.is_floating_point() or not is_plain(tensor):
+        return _copied(tensor)
+    device = torch.device("cpu") if tensor.is_meta else tensor.device
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    block = torch.rand(min(tensor.numel(), _BLOCK), generator=torch.Generator().manual_seed(2), device="cpu") - 0.3
+    block = block.to(device, dtype)
+    times = -(-tensor.numel() // max(1, len(block)))
+    made = block.repeat(times)[: tensor.numel()].view(tensor.shape)
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        made = tensor.detach().clone()
+    return nn.Parameter(made, requires_grad=False) if type(tensor) is nn.Parameter else made
+
+
+def linear_like(module: nn.Module) -> tuple[tuple[int, ...] | None, str]:
+    """Whether a module that is no `nn.Linear` behaves like a linear.
+
+    Returns:
+        As `weight_axes`.
+    """
+    in_features, out_features = module.in_features, module.out_features
+    assert isinstance(in_features, int)
+    assert isinstance(out_features, int)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_ROWS, in_features, generator=generator)
+    # f(Σ a x) = Σ a f(x) for weights a that add up to 1: what an affine map does, and little else.
+    mix = torch.randn(_ROWS, _ROWS, generator=generator)
+    mix = mix / mix.sum(-1, keepdim=True).clamp(min=0.5)
+    mix[:, 0] += 1 - mix.sum(-1)
+    try:
+        y, mixed = effect(module, x), effect(module, mix @ x)
+    except Exception as error:  # a module of an unknown class may raise anything
+        return None, f"it has in_features and out_features, but a call with one tensor failed: {error}"
+    if y.shape != (_ROWS, out_features):
+        return None, f"it has in_features and out_features, but returns {list(y.shape)} for {list(x.shape)}"
+    if not _close(mixed, mix.double() @ y, _AFFINE):
+        return None, "it has in_features and out_features, but its output is not linear in its input"
+    weight = module._parameters.get("weight")
+    if weight is None or not is_plain(weight) or weight.ndim != 2:
+        return (), ""
+    with no_trace(module):
+        return _axes_of(module, (1,))
+
+
+def may_be_linear(module: nn.Module) -> bool:
+    """Whether `linear_like` should be asked: sizes of a linear on a module of another class, without children."""
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    named = all(isinstance(size, int) and size > 0 for size in sizes)
+    return named and not is_linear(module) and next(module.children(), None) is None
+
+
+def effect(module: nn.Module, x: Tensor) -> Tensor:
+    """Output of the module for x [n, in_features], float64 on the CPU; the module is as before.
+
+    Raises:
+        RuntimeError: it takes none of the floating dtypes.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device if tensors else x.device
+    failed: Exception | None = None
+    with no_trace(module):
+        twin = twin_of(module, _copied)
+        for dtype in _dtypes(tensors):
+            try:
+                y: Tensor = twin(x.to(device, dtype))
+                return y.detach().cpu().double()
+            except (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError) as error:
+                failed = failed or error
+    assert failed is not None
+    raise failed
+
+
+def _dtypes(tensors: list[Tensor]) -> Iterator[torch.dtype]:
+    """Dtypes to try: those of the module's own floating tensors first."""
+    own = dict.fromkeys(t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize >= 2)
+    yield from dict.fromkeys([*own, torch.float32, torch.bfloat16, torch.float16])
+
+
+def base_effect(module: nn.Module, x: Tensor) -> Tensor:
+    """W x for x [n, in_features], without bias and vector, whatever the class of the module."""
+    from onelora_compile.adapting.adapted_module import is_adapted, remove
+
+    plain = module
+    if is_adapted(module):
+        # Shares the weight. Not copy.copy: parametrised modules refuse it.
+        plain = object.__new__(type(module))
+        plain.__dict__.update(module.__dict__)
+        plain._parameters = dict(module._parameters)
+        remove(plain)
+    return effect(plain, x) - effect(plain, torch.zeros(1, x.shape[1]))
+
+
+def _close(actual: Tensor, expected: Tensor, relative: float) -> bool:
+    return bool((actual - expected).norm() <= relative * expected.norm().clamp(min=1e-30))

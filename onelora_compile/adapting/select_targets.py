@@ -1,0 +1,371 @@
+"""Which modules are adapted: PEFT's selection rules, with an answer for every module that is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
+
+from onelora_compile.adapting.adapted_module import Adapted
+from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.probe_linear import linear_like, may_be_linear, weight_axes
+from onelora_compile.adapting.trace_weight_uses import INSIDE, KEPT, direct_reads
+from onelora_compile.adapting.weight_target import Target, calling, reading, targets_of, vector_key
+from onelora_compile.errors import TargetError
+from onelora_compile.kinds import is_linear, is_plain
+from onelora_compile.passes.sites.contractions import conv_patches
+from onelora_compile.printable import shortened
+
+ALL_LINEAR = "all-linear"
+
+# Heads that transformers puts beside the base model, as direct children of an `…For<Task>` class.
+HEAD_NAMES = (
+    "classifier",
+    "cls_classifier",
+    "distillation_classifier",
+    "classification_head",
+    "score",
+    "qa_outputs",
+    "lm_head",
+)
+
+OUTPUT_HEAD = "output head"
+EXCLUDED = "excluded by exclude_modules"
+SAVED = "trained as a whole by modules_to_save"
+NOT_SELECTED = "not selected by target_modules"
+TIED_EMBEDDING = "an embedding's weight, which a linear op reads too: the embedding would change with it"
+BILINEAR = "a bilinear form of two inputs, not a linear op of the method"
+RECURRENT = "its weights go to one kernel of a recurrent layer, which nothing can be added to"
+EMBEDDING = "an embedding, not a linear op"
+CONVOLUTION = "a convolution, not a linear op of the method"
+PATCHES = "a convolution, not a linear op of the method; it is a linear map of patches: name it in target_modules"
+# What is not an op that was left out by choice.
+NOT_LINEAR = (BILINEAR, EMBEDDING, CONVOLUTION, PATCHES)
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What a configuration means for one model.
+
+    Attributes:
+        targets: weights to adapt, by the name of their vector.
+        saved: qualified names of the parameters that are trained as they are.
+        skipped: every other weight of a linear op, with the reason.
+        not_linear: convolutions and embeddings, which the method does not adapt, with what they are.
+    """
+
+    targets: dict[str, Target]
+    saved: list[str]
+    skipped: dict[str, str]
+    not_linear: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by qualified name, each once, without the `_orig_mod` that `torch.compile` puts in between."""
+    for name, module in model.named_modules():
+        yield clean_name(name), module
+
+
+def clean_name(name: str) -> str:
+    """A qualified name as it is in the model that was not compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
+    """Apply the rules of `config` to the linear ops of `model`.
+
+    Raises:
+        TargetError: nothing is selected, a name in a list matches nothing, or a selected module can't be adapted.
+    """
+    # A module may be registered under several names: it is selected if any matches, and known by the first.
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(clean_name(name))
+    candidates = _candidates(names, model)
+    asked = _asked_for(config, names)
+    candidates |= asked
+
+    saved_roots = _matching_roots(names, config.modules_to_save)
+    saved_modules = {inner for root in saved_roots for inner in root.modules()}
+    heads = output_heads(model) if config.target_modules == ALL_LINEAR else set()
+
+    targets: dict[str, Target] = {}
+    skipped: dict[str, str] = {}
+    not_linear: dict[str, str] = {}
+    for key, candidate in candidates.items():
+        module = candidate.module
+        named = key in asked or (
+            config.target_modules != ALL_LINEAR and _any_match(config.target_modules, candidate.names)
+        )
+        if module in saved_modules:
+            reason = SAVED
+        elif module in heads:
+            reason = OUTPUT_HEAD
+        elif candidate.reason in NOT_LINEAR and not (named and candidate.target):
+            not_linear[key] = candidate.reason
+            continue
+        elif config.target_modules != ALL_LINEAR and not named:
+            reason = NOT_SELECTED
+        elif config.exclude_modules is not None and _any_match(config.exclude_modules, candidate.names):
+            reason = EXCLUDED
+        elif candidate.target is None or (candidate.reason and not named):
+            reason = candidate.reason
+        else:
+            targets[key] = candidate.target
+            continue
+        skipped[key] = reason
+
+    _check_names_match(config, names, candidates)
+    if not targets:
+        raise TargetError(_nothing_selected(model, config, skipped, not_linear))
+    for key, target in targets.items():
+        _check_adaptable(key, target)
+    return Selection(targets, _saved_parameters(model, config, saved_modules), skipped, not_linear)
+
+
+def available_targets(model: nn.Module, config: OneLoRAConfig) -> list[str]:
+    """The names of all vectors that the model could get, by any choice of target_modules."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in named_modules(model):
+        names.setdefault(module, []).append(name)
+    candidates = _candidates(names, model) | _asked_for(config, names)
+    return [key for key, candidate in candidates.items() if candidate.target is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A weight that could be meant: its target, or why it has none; all names that a pattern may match."""
+
+    module: nn.Module
+    names: list[str]
+    target: Target | None
+    reason: str = ""
+
+
+def _candidates(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str, _Candidate]:
+    """Everything that is or resembles a linear op, in the order of the modules, by the name of its vector."""
+    called = {module: _called(module) for module in names}
+    read: dict[nn.Module, list[tuple[str, Target | None, str]]] = {}
+    inside: dict[nn.Module, list[tuple[str, str]]] = {}  # of modules that are linears as they are called
+    for found in direct_reads(model, {module for module, (target, _) in called.items() if target is not None}):
+        module, dims, why = found.module, found.dims, found.why
+        if isinstance(module, _CONVOLUTIONS) or (dims is None and called[module][1] not in ("", *NOT_LINEAR)):
+            continue  # known by its call
+        own = called[module][0]
+        if own is not None and found.parameter != own.parameter:
+            inside.setdefault(module, []).append((found.parameter, why or INSIDE))
+            continue
+        if dims is None and why not in KEPT and own is not None:
+            if not own.dims:
+                continue  # known by its call
+            dims, why = own.dims, ""  # what else reads the weight of a linear sees it adapted, as after a merge
+        reason = TIED_EMBEDDING if isinstance(module, _EMBEDDINGS) else CONVOLUTION if found.convolution else why
+        target = reading(module, found.parameter, dims) if dims and not reason else None
+        read.setdefault(module, []).append((found.parameter, target, reason))
+    result: dict[str, _Candidate] = {}
+    for module, aliases in names.items():
+        if isinstance(module, Adapted):
+            read[module] = [(target.parameter, target, "") for target in targets_of(module)]
+        for parameter, own, why in read.get(module, ()):
+            keys = [vector_key(alias, parameter) for alias in aliases]
+            full = [f"{alias}.{parameter}".removeprefix(".") for alias in aliases]
+            result[keys[0]] = _Candidate(module, [*keys, *full, *aliases], own, why)
+        if module not in read:
+            own, why = called[module]
+            if own is not None or why:
+                result[aliases[0]] = _Candidate(module, aliases, own, why)
+            for parameter, why in inside.get(module, ()):
+                result[vector_key(aliases[0], parameter)] = _Candidate(module, [], None, why)
+    return result
+
+
+def _asked_for(config: OneLoRAConfig, names: dict[nn.Module, list[str]]) -> dict[str, _Candidate]:
+    """The weights of target_parameters; each name must find one."""
+    result: dict[str, _Candidate] = {}
+    for pattern, axis in config.target_parameters.items():
+        found = False
+        for module, aliases in names.items():
+            for parameter, value in module._parameters.items():
+                own = [f"{alias}.{parameter}".removeprefix(".") for alias in aliases]
+                if value is None or not _any_match([pattern], own):
+                    continue
+                if value.ndim < 2 or not -value.ndim <= axis < value.ndim or not is_plain(value):
+                    raise TargetError(
+                        f"target_parameters: {own[0]!r} is {list(value.shape)} in {value.dtype}: it has no input axis "
+                        f"{axis}, or is not the weight of a linear op"
+                    )
+                target = reading(module, parameter, (axis % value.ndim,))
+                result[vector_key(aliases[0], parameter)] = _Candidate(module, own, target)
+                found = True
+        if not found:
+            raise TargetError(f"target_parameters: {pattern!r} matches no parameter of the model")
+    return result
+
+
+def _called(module: nn.Module) -> tuple[Target | None, str]:
+    """The target of a module that is called, or why it has none; neither for a module that is no op of weights."""
+    if isinstance(module, Adapted):
+        return targets_of(module)[0], ""
+    if is_linear(module):
+        dims, reason = weight_axes(module)
+        return (None, reason) if reason else (calling(module, dims), "")
+    if isinstance(module, _CONVOLUTIONS):
+        patches = conv_patches(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+        if not patches or module._parameters.get("weight") is None:  # computed from others
+            return None, CONVOLUTION
+        return reading(module, "weight", range(1, module.weight.ndim)), PATCHES
+    if isinstance(module, _EMBEDDINGS):
+        return None, EMBEDDING
+    if isinstance(module, nn.Bilinear):
+        return None, BILINEAR
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return None, CONVOLUTION
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return None, RECURRENT
+    if may_be_linear(module):
+        dims, reason = linear_like(module)
+        return (None, reason) if reason else (calling(module, dims), "")
+    return None, ""
+
+
+def output_heads(model: nn.Module) -> set[nn.Module]:
+    """The linears of the output head of every transformers model inside `model` (or of `model` itself).
+
+    Other models have no agreed way to tell their head, so theirs counts as any other linear, as in PEFT.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None:  # then no model can be one of its classes
+        return set()
+    heads: set[nn.Module] = set()
+    for module in model.modules():
+        if not isinstance(module, transformers.PreTrainedModel):
+            continue
+        roots = [getattr(module, name, None) for name in HEAD_NAMES]
+        try:
+            roots.append(module.get_output_embeddings())
+        except (AttributeError, NotImplementedError):
+            pass  # a model without one
+        for root in roots:
+            if isinstance(root, nn.Module):
+                heads.update(inner for inner in root.modules() if is_linear(inner))
+    return heads
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is a normalisation layer: by its class name, as each model library has classes of its own."""
+    return any("Norm" in c.__name__ for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
+
+
+def _any_match(patterns: str | Sequence[str], names: Sequence[str]) -> bool:
+    return any(matches(patterns, name) for name in names)
+
+
+def matches(patterns: str | Sequence[str], name: str) -> bool:
+    """PEFT's rule: one regular expression matches whole; of a list, a name or the ending after a dot."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _matching_roots(names: dict[nn.Module, list[str]], patterns: Sequence[str]) -> list[nn.Module]:
+    """Modules named in modules_to_save; each pattern must find one."""
+    for pattern in patterns:
+        if not any(_any_match([pattern], aliases) for aliases in names.values()):
+            offer = sorted({alias.rpartition(".")[2] for aliases in names.values() for alias in aliases} - {""})
+            raise TargetError(
+                f"modules_to_save: {pattern!r} matches no module; the last names are {shortened(offer, 30)}"
+            )
+    return [module for module, aliases in names.items() if _any_match(patterns, aliases)]
+
+
+def _check_names_match(
+    config: OneLoRAConfig, names: dict[nn.Module, list[str]], candidates: dict[str, _Candidate]
+) -> None:
+    """Every name in a list must match: a typing error would leave a layer unadapted without a word."""
+    linears = [key for key, candidate in candidates.items() if candidate.target and not candidate.reason]
+    for field in ("target_modules", "exclude_modules"):
+        patterns = getattr(config, field)
+        if patterns is None or isinstance(patterns, str):
+            continue
+        for pattern in patterns:
+            hits = {key: c for key, c in candidates.items() if _any_match([pattern], c.names)}
+            if any(candidate.target for candidate in hits.values()):
+                continue
+            modules = (aliases[0] for aliases in names.values() if _any_match([pattern], aliases))
+            other = [f"{name!r} ({type(m).__name__})" for name, m in _by_name(names, modules)]
+            why = [f"{key!r}: {candidate.reason}" for key, candidate in hits.items()]
+            found = (
+                f"only {shortened(why, 30)}"
+                if why
+                else f"only {shortened(other, 30)}, not a linear"
+                if other
+                else "no module"
+            )
+            raise TargetError(f"{field}: {pattern!r} matches {found}. The linears of this model: {_offer(linears)}")
+
+
+def _by_name(names: dict[nn.Module, list[str]], wanted: Iterable[str]) -> list[tuple[str, nn.Module]]:
+    first = {aliases[0]: module for module, aliases in names.items()}
+    return [(name, first[name]) for name in wanted]
+
+
+def _nothing_selected(
+    model: nn.Module, config: OneLoRAConfig, skipped: dict[str, str], not_linear: dict[str, str]
+) -> str:
+    if not skipped:
+        other = shortened([f"{name!r} is {what}" for name, what in not_linear.items()], 5)
+        return (
+            f"{type(model).__name__} holds no linear module (nn.Linear, a subclass of it, Conv1D, or what behaves like "
+            "one), and no module in it was seen to use a parameter as the weight of a linear op"
+            + (f"; {other}" if other else "")
+        )
+    reasons: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        reasons.setdefault(reason, []).append(name)
+    listed = "; ".join(f"{reason}: {_offer(names)}" for reason, names in reasons.items())
+    return (
+        f"target_modules={config.target_modules!r}, exclude_modules={config.exclude_modules!r}, "
+        f"modules_to_save={config.modules_to_save!r} select no linear of {type(model).__name__}. "
+        f"Its linears, by the endings that select them: {listed}"
+    )
+
+
+def _check_adaptable(key: str, target: Target) -> None:
+    module = target.module
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        raise TargetError(f"{key!r} is a {type(module).__name__} without a shape yet: run the model once, then adapt")
+    if target.called and "forward" in vars(module):
+        # An instance's own forward hides the class's, where the update is: the vector would be dead.
+        raise TargetError(
+            f"{key!r} has a forward of its own on the instance (accelerate's device_map hooks do that): adapt the "
+            "model first and dispatch it afterwards, or leave the module out with exclude_modules"
+        )
+
+
+def _saved_parameters(model: nn.Module, config: OneLoRAConfig, saved_modules: set[nn.Module]) -> list[str]:
+    """Names of the parameters under modules_to_save, and of the norms' own if they are trained."""
+    saved = []
+    for prefix, module in model.named_modules():
+        if module in saved_modules or (config.train_norms and is_norm(module)):
+            own = (clean_name(f"{prefix}.{name}" if prefix else name) for name in module._parameters)
+            saved += [name for name, p in zip(own, module._parameters.values(), strict=True) if p is not None]
+    if config.train_norms and not any(is_norm(module) for module in model.modules()):
+        raise TargetError(f"train_norms=True, but {type(model).__name__} has no normalisation layer")
+    return saved
+
+
+def _offer(names: Iterable[str]) -> str:
+    """The linears as the endings that select them, with how many each selects."""
+    counts: dict[str, int] = {}
+    for name in names:
+        last = name.rpartition(".")[2]
+        # 'blocks.0.mlp.2' is better offered by its parent than as '2'.
+        ending = ".".join(name.split(".")[-2:]) if last.isdigit() else last
+        counts[ending] = counts.get(ending, 0) + 1
+    return shortened([f"{name} (x{count})" if count > 1 else name for name, count in sorted(counts.items())], 30)

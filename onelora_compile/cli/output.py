@@ -1,0 +1,58 @@
+"""What the command line prints: tables in any locale, and each mistake as one line."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from onelora_compile.cli.user_function import described
+from onelora_compile.errors import OneLoRAError
+
+TRACEBACK = "ONELORA_TRACEBACK"
+_LONGEST = 800  # torch.export explains itself on several screens
+# One character for one: columns stay in line.
+_ASCII = {"…": "~", "–": "-", "—": "-", "ᵀ": "T", "·": "*", "×": "x", "→": ">", "≤": "<", "⊗": "*", "’": "'"}
+_HANDLER = "onelora.terminal"
+
+
+def show(renderable: RenderableType) -> None:
+    """Print a report or a text; brackets in it are what they are, no markup."""
+    Console(markup=False).print(renderable, highlight=False, soft_wrap=isinstance(renderable, str))
+
+
+def fail(error: BaseException) -> None:
+    """Print a mistake on standard error as one line; raise it again if the environment asks for tracebacks."""
+    if os.environ.get(TRACEBACK):
+        raise error
+    expected = isinstance(error, (OneLoRAError, OSError))
+    text = str(error) if expected else f"{described(error)} ({TRACEBACK}=1 shows where)"
+    console = Console(stderr=True, markup=False, highlight=False)
+    console.print(f"error: {one_line(text) or type(error).__name__}", style="red", soft_wrap=True)
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks, and not longer than can be read."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} … ({TRACEBACK}=1 shows all of it)"
+
+
+def print_in_any_locale() -> None:
+    """Let the standard streams replace what their encoding has no character for, instead of an exception."""
+    codecs.register_error(_HANDLER, _replaced)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Any = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors=_HANDLER)
+
+
+def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    one = error.object[error.start]
+    if "\udc80" <= one <= "\udcff":  # a byte of a file name that is no text: as it was
+        return bytes([ord(one) - 0xDC00]), error.start + 1
+    return _ASCII.get(one, "?"), error.start + 1

@@ -1,0 +1,1 @@
+"""Private API of Dynamo and Inductor, and capturing a call."""

@@ -1,0 +1,1 @@
+"""Running a user's code to look at it, so that nothing of it is left afterwards."""

@@ -1,0 +1,1 @@
+"""What people read: summaries, explanations, pictures, progress, times."""

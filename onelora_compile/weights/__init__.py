@@ -1,0 +1,1 @@
+"""Vectors and weights as numbers: folding, fingerprints, adapter files, safe writing."""

@@ -1,0 +1,174 @@
+"""A fingerprint of a weight that survives a change of dtype and device, and tells how far another weight is.
+
+    sketch = Lᵀ W R,  L [out_features, 4] and R [in_features, 4] of fixed random signs
+
+The 16 numbers are a random projection of W: the expected square of a difference of two sketches is 16 times the
+squared Frobenius distance of the weights (Johnson-Lindenstrauss).  So they agree to the rounding of the storage
+dtype, and a hash, which would not, is no substitute.  Only numpy is needed to make one of an array.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onelora_compile.adapting.probe_linear import base_effect
+from onelora_compile.adapting.weight_target import Target
+from onelora_compile.kinds import is_plain
+from onelora_compile.sharded import whole
+
+_WIDTH = 4  # columns of L and of R
+_CHUNK = 1 << 22  # entries of W that are converted at a time
+
+# Relative Frobenius distance that storing a weight in a dtype can cause, with a margin of about 5: measured
+# 2e-4 for float16 and 1.7e-3 for bfloat16 on transformers' weights; float64 and float32 differ by rounding alone.
+TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
+# Of a module that computes something else than W x + c: nothing can be folded where this is the dtype.
+OUTPUT = "output"
+TOLERANCE[OUTPUT] = 1e-2
+# Quantised storage: int4 in groups of 32 is 0.07 away from its original, int8 0.004; an unrelated weight is 1.0 to 1.4.
+_TOLERANCE_OTHER = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What is known of a weight [out_features, in_features] without having it.
+
+    Attributes:
+        shape: (out_features, in_features).
+        dtype: in which it was stored when the fingerprint was taken.
+        norm: Frobenius norm.
+        sketch: float32 [16].
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    norm: float
+    sketch: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; the sketch is base64 of little-endian float32."""
+        sketch = base64.b64encode(self.sketch.astype("<f4").tobytes()).decode()
+        return {"shape": list(self.shape), "dtype": self.dtype, "norm": self.norm, "sketch": sketch}
+
+    @classmethod
+    def from_json(cls, fields: Any) -> Fingerprint:
+        """Read `to_json` output.
+
+        Raises:
+            ValueError: not such values.
+        """
+        try:
+            out_features, in_features = (int(size) for size in fields["shape"])
+            raw = base64.b64decode(fields["sketch"], validate=True)
+            sketch = np.frombuffer(raw, "<f4")
+            norm = float(fields["norm"])
+            dtype = str(fields["dtype"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a fingerprint: {error!r}") from error
+        if sketch.shape != (_WIDTH * _WIDTH,) or not np.isfinite(sketch).all() or not 0 <= norm < float("inf"):
+            raise ValueError("not a fingerprint: a sketch of the wrong size, or not finite")
+        return cls((out_features, in_features), dtype, norm, sketch)
+
+    def distance(self, other: Fingerprint) -> float:
+        """Estimated Frobenius distance of the two weights over the norm of the larger; inf for other shapes."""
+        if self.shape != other.shape:
+            return float("inf")
+        scale = max(self.norm, other.norm)
+        difference = self.sketch.astype(np.float64) - other.sketch.astype(np.float64)
+        return float(np.linalg.norm(difference) / _WIDTH / scale) if scale else 0.0
+
+    def cosine(self, other: Fingerprint) -> float:
+        """Cosine of the two sketches: 1 of weights that differ by a factor, 0 give or take 1/4 of unrelated ones."""
+        one, two = self.sketch.astype(np.float64), other.sketch.astype(np.float64)
+        scale = float(np.linalg.norm(one) * np.linalg.norm(two))
+        return float(one @ two) / scale if scale else 0.0
+
+    def agrees(self, other: Fingerprint) -> bool:
+        """Whether the two can be one weight, stored in the dtypes that they name."""
+        tolerance = max(TOLERANCE.get(dtype, _TOLERANCE_OTHER) for dtype in (self.dtype, other.dtype))
+        return self.distance(other) <= tolerance
+
+
+def fingerprint(weight: Tensor) -> Fingerprint:
+    """Take the fingerprint of a weight [out_features, in_features], on its device, by chunks of rows.
+
+    Dtype: float32 products on a CPU (or where there is no float64), float64 on a CUDA GPU, whose float32 products
+    may be TF32, and for float64 weights; sums over chunks are float64.
+    """
+    return _of_blocks([weight], weight.shape[0], weight)
+
+
+def fingerprint_of(target: Target) -> Fingerprint:
+    """The fingerprint of the base weight of a target; its experts, if any, count as rows after each other.
+
+    A weight that can't be read (quantised) is judged by what its module does to the columns of R; its norm is an
+    estimate then.  Of a module that computes something else than W x + c the dtype is "output".
+    """
+    weight = target.weight
+    if weight is not None:
+        return _of_blocks(target.blocks(), target.out_features, weight)
+    return _of_effect(target) if target.dims is not None else _of_output(target)
+
+
+def _of_output(target: Target) -> Fingerprint:
+    """Of a module that computes something else than W x + c: of what it has as `weight`, else of its effect."""
+    sizes, stored = (target.out_features, target.in_features), target.module._parameters.get("weight")
+    if stored is not None and is_plain(stored) and tuple(stored.shape) in (sizes, sizes[::-1]):
+        rows = whole(stored.detach())
+        known = fingerprint(rows if tuple(stored.shape) == sizes else rows.T)
+    else:
+        known = _of_effect(target)
+    return dataclasses.replace(known, dtype=OUTPUT)
+
+
+def fingerprint_of_values(values: Tensor) -> Fingerprint:
+    """The fingerprint of a floating tensor of any shape: [n] counts as [n, 1], other axes as columns."""
+    rows = values.shape[0] if values.ndim else 1
+    return fingerprint(values.detach().reshape(rows, -1))
+
+
+def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerprint:
+    dtype = torch.float64 if stored.dtype == torch.float64 or stored.is_cuda else torch.float32
+    left = torch.from_numpy(signs(rows, 0))
+    sketch = torch.zeros(_WIDTH, _WIDTH, dtype=torch.float64)
+    square, done, columns = 0.0, 0, 0
+    with torch.no_grad():
+        for block in blocks:
+            columns = block.shape[1]
+            right = torch.from_numpy(signs(columns, 1)).to(block.device, dtype)
+            step = max(1, _CHUNK // max(1, columns))
+            for start in range(0, block.shape[0], step):
+                chunk = block[start : start + step].to(dtype)
+                sketch += left[done : done + len(chunk)].T @ (chunk @ right).cpu().double()
+                square += torch.linalg.vector_norm(chunk).item() ** 2
+                done += len(chunk)
+    name = str(stored.dtype).removeprefix("torch.")
+    return Fingerprint((rows, columns), name, square**0.5, sketch.flatten().numpy().astype(np.float32))
+
+
+def _of_effect(target: Target) -> Fingerprint:
+    rows, columns = target.out_features, target.in_features
+    seen = base_effect(target.module, torch.from_numpy(signs(columns, 1)).T.float())  # (W R)ᵀ, float64 [4, rows]
+    sketch = (torch.from_numpy(signs(rows, 0)).T @ seen.T).flatten().numpy().astype(np.float32)
+    # The expected square of |W r| over random signs r is the square of the Frobenius norm of W.
+    return Fingerprint((rows, columns), "quantized", seen.norm().item() / _WIDTH**0.5, sketch)
+
+
+@functools.lru_cache(maxsize=64)
+def signs(rows: int, stream: int) -> np.ndarray:
+    """Fixed random signs, float64 [rows, 4]; the first rows do not depend on how many are asked for.
+
+    From the raw words of PCG64, which NumPy's compatibility policy keeps the same for ever (its distributions
+    may change).
+    """
+    words = np.random.PCG64([2503_08333, stream]).random_raw((rows * _WIDTH + 63) // 64)
+    bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")[: rows * _WIDTH]
+    return np.where(bits == 1, 1.0, -1.0).reshape(rows, _WIDTH)

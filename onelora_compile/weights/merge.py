@@ -1,0 +1,255 @@
+"""Putting vectors into weights: W <- W + b 1ᵀ, with one rounding, and what that rounding lost.
+
+`fold_weight` is the one place where a weight and a vector become one; exporters use it too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from onelora_compile.adapting.adapter import adapted_weights, refuse_sharded, release, state_of, unwrap
+from onelora_compile.adapting.weight_target import Target
+from onelora_compile.errors import MergeError
+from onelora_compile.kinds import is_plain
+from onelora_compile.ops import accumulation_dtype
+from onelora_compile.printable import Printable
+from onelora_compile.progress import over_weights
+
+# The loss is measured in float64, many times as slow as the addition: on all rows of a weight up to this many
+# entries, on evenly spaced rows of a larger one.
+_MEASURED = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldLoss:
+    """What storing W + b 1ᵀ in the weight's dtype lost.
+
+    Attributes:
+        dtype: of the stored weight.
+        relative: Frobenius norm of (stored - exact) over that of b 1ᵀ; 0 for a zero vector.
+        unchanged: share of the entries that the update should have moved and did not, 0 to 1.
+
+    Measured on a part of a large weight, on evenly spaced rows.
+    """
+
+    dtype: torch.dtype
+    relative: float
+    unchanged: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport(Printable):
+    """What `merge` did, by module name; `print(report)` shows it as a table."""
+
+    losses: dict[str, FoldLoss]
+
+    @property
+    def worst(self) -> float:
+        """The largest relative loss."""
+        return max((loss.relative for loss in self.losses.values()), default=0.0)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"merged {len(self.losses)} vectors")
+        for column, justify in (
+            ("module", "left"),
+            ("dtype", "left"),
+            ("lost to rounding", "right"),
+            ("unchanged", "right"),
+        ):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for name, loss in self.losses.items():
+            dtype = str(loss.dtype).removeprefix("torch.")
+            table.add_row(name, dtype, f"{loss.relative:.2e}", f"{loss.unchanged:.1%}")
+        return table
+
+
+def merge(model: nn.Module) -> MergeReport:
+    """Write W + b 1ᵀ into the weights and remove the vectors.
+
+    In place and final. Computed in float32 from the weight as it is (float64 for float64) and rounded once to its
+    dtype. A weight that something else reads too (a tied embedding, another module) is untied first, so that only
+    the adapted use changes. What modules_to_save and train_norms trained stays. All weights are computed before
+    the first is written, so a failure leaves the model as it was.
+
+    Raises:
+        StateError: the model is not adapted or sharded over processes, or a `disabled` block is open.
+        MergeError: a weight that is not floating point, or a result that its dtype can't hold.
+    """
+    root = unwrap(model)
+    state = state_of(root, "merge")
+    refuse_sharded(root, "merge", "save the adapter, load it into the whole model, and merge there")
+    targets = adapted_weights(root)
+    folded = {name: _folded(name, target) for name, target in over_weights("merge", targets)}
+    readers = _readers(root)
+    with torch.inference_mode(False), torch.no_grad():
+        for name, target in targets.items():
+            weight = target.weight
+            assert weight is not None
+            if readers[id(weight)] > 1:
+                own = nn.Parameter(folded[name][0], requires_grad=weight.requires_grad)
+                target.module._parameters[target.parameter] = own
+            else:
+                weight.copy_(folded[name][0])
+    release(root, state)
+    return MergeReport({name: loss for name, (_, loss) in folded.items()})
+
+
+def fold_weight(
+    weight: Tensor,
+    vector: Tensor,
+    dims: Sequence[int] = (1,),
+    stored_dtype: torch.dtype | None = None,
+    measured: int = _MEASURED,
+) -> tuple[Tensor, FoldLoss]:
+    """W + b 1ᵀ with one rounding, and what it lost.
+
+    Shapes: weight of any layout with input axes `dims`, vector of its other axes: [out_features, in_features] and
+    [out_features] by default; the result is a new tensor like weight.
+    Dtype: float32 arithmetic (float64 for a float64 weight or vector), stored in `stored_dtype`, the weight's by
+    default.  The loss is measured on `measured` entries, in evenly spaced rows.
+    Raises: MergeError where the weight is not floating point, or the result overflows its dtype.
+    Source: arXiv 2503.08333, section 3.2, merging.
+    """
+    if not is_plain(weight):
+        raise MergeError(
+            f"a weight of {type(weight).__name__} in {weight.dtype} can't take the vector without quantising again; "
+            "dequantise the base first, or keep the vectors beside it"
+        )
+    update = _update(weight.shape, weight, vector, dims)
+    stored = (weight.to(update.dtype) + update).to(stored_dtype or weight.dtype)
+    if not _finite(stored) and _finite(weight):
+        raise _overflow(stored)
+    rows = slice(None, None, _every(weight.shape, measured))
+    return stored, _loss(weight[rows].double(), stored[rows], update[rows])
+
+
+class FoldByRows:
+    """`fold_weight` in place, some rows at a time, for a weight that is folded while it is copied.
+
+    Args:
+        shape: of the weight: of those rows and columns of the stored matrix that the vector is for.
+        vector: of its axis that is no input axis.
+        dims: its input axis.
+        first: the row of the stored matrix that is the weight's first.
+        columns: of the stored matrix.
+        measured: entries on which the loss is measured.
+
+    The weight is known to be finite.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        vector: Tensor,
+        dims: Sequence[int] = (1,),
+        first: int = 0,
+        columns: slice = slice(None),
+        measured: int = _MEASURED,
+    ) -> None:
+        self._shape, self._first, self._columns = shape, first, columns
+        self._vector, self._dims = vector.detach(), dims
+        self._every = _every(shape, measured)
+        self._sampled: list[tuple[Tensor, Tensor, Tensor]] = []  # before, after, and what was added
+
+    def add(self, start: int, rows: Tensor) -> None:
+        """Fold into rows of the stored matrix, the first of which is its row `start`.
+
+        Raises: MergeError where the result overflows the weight's dtype.
+        """
+        begin, end = max(start, self._first), min(start + len(rows), self._first + self._shape[0])
+        if begin >= end:
+            return
+        part = rows[begin - start : end - start, self._columns]
+        update = _update(self._shape, part, self._vector, self._dims)[begin - self._first : end - self._first]
+        sample = slice(-(begin - self._first) % self._every, None, self._every)
+        before = part[sample].double()
+        if part.dtype == update.dtype:
+            part.add_(update)
+        else:
+            part.copy_(part.to(update.dtype) + update)
+        if not _finite(part):
+            raise _overflow(part)
+        self._sampled.append((before, part[sample].clone(), update[sample]))
+
+    def loss(self) -> FoldLoss:
+        """What rounding lost, once every row is folded."""
+        before, after, update = (torch.cat(parts) for parts in zip(*self._sampled, strict=True))
+        return _loss(before, after, update)
+
+
+def _update(shape: Sequence[int], like: Tensor, vector: Tensor, dims: Sequence[int]) -> Tensor:
+    """The update b 1ᵀ of a shape, a view, in the dtype of its sum with `like`."""
+    dtype = torch.promote_types(accumulation_dtype(like.dtype), accumulation_dtype(vector.dtype))
+    update = vector.detach().to(like.device, dtype)
+    for dim in sorted(dims):
+        update = update.unsqueeze(dim)
+    return update.expand(tuple(shape))
+
+
+def _every(shape: Sequence[int], measured: int) -> int:
+    """Each how-manyth row the loss is measured on."""
+    return max(1, -(-math.prod(shape) // measured))
+
+
+def _overflow(stored: Tensor) -> MergeError:
+    return MergeError(f"W + b 1ᵀ does not fit {stored.dtype}: convert the model to bfloat16 or float32 first")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite: their sum tells in one pass, but for one that overflows by itself."""
+    return bool(tensor.sum(dtype=accumulation_dtype(tensor.dtype)).isfinite() or tensor.isfinite().all())
+
+
+def _loss(weight: Tensor, stored: Tensor, update: Tensor) -> FoldLoss:
+    exact = weight + update.double()
+    asked = update != 0
+    moved, still = asked.sum().item(), (asked & (stored == weight.to(stored.dtype))).sum().item()
+    size = update.double().norm().item()  # Frobenius norm of b 1ᵀ
+    lost = (stored.double() - exact).norm().item()
+    return FoldLoss(stored.dtype, lost / size if size else 0.0, still / moved if moved else 0.0)
+
+
+def _folded(name: str, target: Target) -> tuple[Tensor, FoldLoss]:
+    weight = target.weight
+    if target.dims != () and target.parameter not in target.module._parameters:
+        raise MergeError(
+            f"{name!r}: its weight is not a parameter but computed from others (a parametrization, weight_norm): "
+            "remove that first, for example with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if target.dims is None:
+        raise MergeError(f"{name!r}: {output_only(target)}")
+    if weight is None:
+        raise MergeError(
+            f"{name!r}: {type(target.module).__name__} does not keep W as a plain tensor (it is quantised or packed), "
+            "so the vector can't go into it; dequantise the base first, or keep the vectors beside it"
+        )
+    try:
+        return fold_weight(weight.detach(), target.vector, target.dims)
+    except MergeError as error:
+        raise MergeError(f"{name!r}: {error}") from None
+
+
+def output_only(target: Target) -> str:
+    """Why nothing can be merged into a module whose output alone is adapted."""
+    kind = getattr(target.module, "_onelora_base", type(target.module)).__name__
+    return (
+        f"{kind} computes something else than W x + c (it scales, quantises or activates, or its weight is computed), "
+        "so the vector, which adds to its output, can't go into its weight; keep the vectors beside the model (an "
+        "adapter file, export with adapters='input' or 'bank'), or leave it out with exclude_modules"
+    )
+
+
+def _readers(root: nn.Module) -> dict[int, int]:
+    """How many places of the module tree register each parameter."""
+    counts: dict[int, int] = {}
+    for module in root.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return counts

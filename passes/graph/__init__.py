@@ -1,0 +1,1 @@
+"""Graphs as such: new nodes, writes, graphs inside graphs."""

@@ -1,0 +1,1 @@
+"""Where a graph multiplies with a parameter, and on which way the parameter came there."""

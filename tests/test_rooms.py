@@ -1,0 +1,81 @@
+"""Rooms import in one direction, and each says what lives in it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TOPS = ("onelora_compile", "passes", "exporters")
+# From low to high: whatever is here imports only from what stands before it.  "" is the package's own __init__.
+ORDER = (
+    "errors version printable sharded kinds ops progress torch_versions kernels looking dynamo passes/sites "
+    "passes/graph adapting weights testing passes/lowerings passes passes/exported backend report"
+).split()
+ORDER += [
+    "",
+    *(
+        "exporters/onnx_file exporters/calls exporters/opsets exporters/onnx_runtime exporters/to_onnx "
+        "exporters/quantized exporters/fold exporters/tensorrt exporters/jetson exporters examples cli"
+    ).split(),
+]
+DEVICE = ROOT / "exporters" / "jetson" / "device"  # a program of its own, with relative imports
+FOLDERS = sorted({path.parent for top in TOPS for path in (ROOT / top).rglob("*.py")} - {DEVICE})
+SHORT = {"onelora_compile", "onelora_compile/kernels"}  # ARCHITECTURE.md tells of these
+ROOMS = [room for room in FOLDERS if room.relative_to(ROOT).as_posix() not in SHORT and "examples" not in room.parts]
+
+
+def named(folder):
+    return folder.relative_to(ROOT).as_posix()
+
+
+def room_of(module):
+    """The room of a dotted name below the package: the longest that the order has."""
+    parts = module.split(".")[1:]
+    return next(name for n in range(len(parts), -1, -1) if (name := "/".join(parts[:n])) in ORDER)
+
+
+def module_of(path):
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts = parts if parts[0] == "onelora_compile" else ["onelora_compile", *parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path) for folder in FOLDERS for path in folder.glob("*.py")} | {module_of(DEVICE / "__init__.py")}
+
+
+def imported(path):
+    """Modules of this package that a file imports, wherever it does, but for annotations."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "onelora_compile":
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else node.module
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=named)
+def test_a_room_imports_only_from_lower_ones(folder):
+    for path in folder.glob("*.py"):
+        own = room_of(module_of(path))
+        for module in imported(path):
+            assert ORDER.index(room_of(module)) <= ORDER.index(own), f"{named(path)} imports {module}"
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=named)
+def test_a_room_names_every_file_in_it(room):
+    text = (room / "README.md").read_text()
+    assert len(text.splitlines()) <= 20
+    files = {path.name for path in room.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert [name for name in sorted(files) if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("top", TOPS)
+def test_no_public_name_hides_a_module(top):
+    body = ast.parse((ROOT / top / "__init__.py").read_text()).body
+    (names,) = [node.value for node in body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"]
+    modules = {path.stem for path in (ROOT / top).iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert set(ast.literal_eval(names)) & modules == set()
