@@ -37,9 +37,7 @@ RECEIVERS = {
     "layer.get_output(0)": "ITensor",
     "serialization": "ISerializationConfig",
 }
-ENGINE_FILES = (
-    "tensorrt tensorrt_api engine_network engine_options engine_precision engine_progress engine_runner refit"
-).split()
+ENGINE_FILES = "build library network options precision progress runner refit".split()
 
 # Not in every version: the name that our code asks for before it uses them.
 GUARDED = {
