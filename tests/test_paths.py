@@ -11,6 +11,7 @@ import pytest
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export:UserWarning"),
 ]
 MODES = {"train": (True, True), "eval": (False, True), "eval no_grad": (False, False), "train no_grad": (True, False)}
 FORMS = [case for case in paths.CASES if case.startswith("form:")]

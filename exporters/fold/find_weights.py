@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 _PASSED = {"Identity", "Cast", "Transpose", "Squeeze", "Unsqueeze", "Reshape"}
+_CUTS = {"Split", "Slice"}
 # What reads a weight as a table or its shape; an adapted layer's is not meant.
 _READS = {"Gather", "GatherElements", "GatherND", "Shape", "Size", "EmbedLayerNormalization", "SkipLayerNormalization"}
 
@@ -38,6 +39,7 @@ class Use:
         product: the op with its matrix, of a quantised weight.
         across: the op multiplies by the transpose of the weight; only of a quantised one.
         constant: what the op gives is constant too, and a weight of its own where a linear op reads it.
+        parts: the ways of the parts that the op takes from the weight, where all of them end in linear ops.
     """
 
     nodes: tuple[onnx_ir.Node, ...]
@@ -45,6 +47,7 @@ class Use:
     product: Product | None = None
     across: bool = False
     constant: bool = False
+    parts: tuple[Use, ...] = ()
 
     @property
     def op(self) -> onnx_ir.Node:
@@ -60,6 +63,11 @@ class Use:
     def strange(self) -> bool:
         """Whether the op does with the weight what is neither linear nor a look-up; what constants give is followed."""
         return not self.linear and not self.constant and self.op.op_type not in _READS
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether the op cuts the weight up."""
+        return self.constant and self.op.op_type in _CUTS
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -104,6 +112,11 @@ class Weight:
         return self.value.name or "a constant"
 
     @property
+    def ways(self) -> tuple[Use, ...]:
+        """Its uses, with those of its parts in the place of the op that cuts it up."""
+        return tuple(one for use in self.uses for one in (use.parts or (use,)))
+
+    @property
     def quantized(self) -> bool:
         """Whether its numbers are quantised, and stay as they are."""
         return any(use.product is not None for use in self.uses)
@@ -126,11 +139,20 @@ def weights_of(model: onnx_ir.Model) -> list[Weight]:
         tensor = value.const_value
         if tensor is not None and (shape := _matrix(tuple(tensor.shape))) and _floating(tensor):
             stored.add(value)
-            uses = [dataclasses.replace(use, constant=constants.known(use.op.outputs[0])) for use in uses_of(value)]
+            uses = [_followed(use, constants) for use in uses_of(value)]
             found.append(Weight(value, shape, tensor.dtype.name.lower(), tuple(uses)))
     found += _computed(model, constants, stored)
     names = {"float": "float32", "double": "float64"}
     return [dataclasses.replace(weight, dtype=names.get(weight.dtype, weight.dtype)) for weight in found]
+
+
+def _followed(use: Use, constants: Constants) -> Use:
+    """A use with what is constant behind it."""
+    use = dataclasses.replace(use, constant=constants.known(use.op.outputs[0]))
+    if not use.takes_parts:
+        return use
+    parts = [one for output in use.op.outputs for one in uses_of(output, use.nodes)]
+    return dataclasses.replace(use, parts=tuple(parts) if all(one.linear for one in parts) else ())
 
 
 def _matrix(shape: tuple[Any, ...]) -> tuple[int, int] | None:

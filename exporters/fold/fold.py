@@ -247,7 +247,7 @@ class _Folder:
         value = weight.value
         # What ops compute is taken now: they are removed when nothing else reads them.
         source: Any = weight.tensor if weight.computed is None else self.ir.tensor(weight.computed.numpy())
-        shared = len(uses) < len(weight.uses) or value.is_graph_output() or value.producer() is not None
+        shared = len(uses) < len(weight.ways) or value.is_graph_output() or value.producer() is not None
         name = self.branches.writer.name(f"{weight.name}.{placed[0][0]}.folded") if shared else weight.name
         streamed = _Streamed(lambda: self._folded(weight, source, placed), tuple(source.shape))
         tensor = self.ir.LazyTensor(lambda: streamed, dtype=source.dtype, shape=source.shape, name=name)

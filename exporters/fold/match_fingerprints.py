@@ -48,6 +48,11 @@ class Place:
     uses: tuple[Use, ...]
 
     @property
+    def whole(self) -> bool:
+        """Whether the vector is that of all rows."""
+        return self.base == (self.weight.shape[::-1] if self.transposed else self.weight.shape)
+
+    @property
     def rows(self) -> int:
         """How many rows (columns, if transposed) are the vector's."""
         return self.base[0]
@@ -98,13 +103,13 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
         for place in places:
             at.setdefault((id(place.weight), place.start), set()).add(name)
     for name, places in found.items():
-        own = [dataclasses.replace(place, uses=_linear(place.weight)) for place in places if _linear(place.weight)]
+        own = [dataclasses.replace(place, uses=uses) for place in places if (uses := _linear(place))]
         if not own:
             unmatched[name] = OUTPUT_ONLY if prints[name].dtype == OUTPUT else _reason(name, places, nearest)
             continue
         # Zeros are equal by chance, the numbers of a trained weight only as its copy.
         theirs = places if prints[name].norm else own
-        if strange := [use for place in theirs for use in place.weight.uses if use.strange]:
+        if strange := [use for place in theirs for use in place.weight.uses if _strange(use, place)]:
             unmatched[name] = f"its weight {own[0].weight.name!r} also goes into {_ops(strange)}, which is not followed"
             continue
         there = set[str]().union(*(at[id(place.weight), place.start] for place in own))
@@ -222,8 +227,13 @@ def _best(projected: np.ndarray, known: _Group) -> tuple[np.ndarray, np.ndarray,
     return starts, factors, distances
 
 
-def _linear(weight: Weight) -> tuple[Use, ...]:
-    return tuple(use for use in weight.uses if use.linear)
+def _linear(place: Place) -> tuple[Use, ...]:
+    """The uses that a vector there may go into; of parts only where it is the whole weight's."""
+    return tuple(use for use in (place.weight.ways if place.whole else place.weight.uses) if use.linear)
+
+
+def _strange(use: Use, place: Place) -> bool:
+    return use.strange or (place.whole and use.takes_parts and not use.parts)
 
 
 def _ops(uses: Sequence[Use]) -> str:

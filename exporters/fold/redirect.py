@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from onelora_compile.exporters.fold.find_weights import Use
@@ -19,16 +20,21 @@ def redirect(writer: Writer, graph: onnx_ir.Graph, uses: Sequence[Use], tensor: 
     graph.initializers[tensor.name] = own
     for use in uses:
         before, old = own, use.op.inputs[use.position]
-        for node in use.nodes[:-1]:
-            copy = ir.node(node.op_type, [before, *node.inputs[1:]], node.attributes, domain=node.domain)
+        for node, following in pairwise(use.nodes):
+            outputs = len(node.outputs)
+            copy = ir.node(
+                node.op_type, [before, *node.inputs[1:]], node.attributes, domain=node.domain, num_outputs=outputs
+            )
             assert node.graph is not None
             node.graph.insert_before(node, copy)
             copy.name = writer.name(f"{node.name or node.op_type}.folded")
-            copy.outputs[0].name = writer.name(f"{node.outputs[0].name}.folded")
-            copy.outputs[0].shape = node.outputs[0].shape
-            if node.outputs[0].dtype is not None:  # foreign models need not say it
-                copy.outputs[0].dtype = node.outputs[0].dtype
-            before = copy.outputs[0]
+            for one, other in zip(node.outputs, copy.outputs, strict=True):
+                other.name = writer.name(f"{one.name}.folded")
+                other.shape = one.shape
+                if one.dtype is not None:  # foreign models need not say it
+                    other.dtype = one.dtype
+            taken = next(number for number, one in enumerate(node.outputs) if one in following.inputs)
+            before = copy.outputs[taken]
         use.op.replace_input_with(use.position, before)
         remove_unread(old)
 
