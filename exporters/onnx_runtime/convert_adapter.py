@@ -20,7 +20,6 @@ from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.errors import AdapterFileError, ConfigError, require
 from onelora_compile.exporters.onnx_file.load import load_model
 from onelora_compile.exporters.onnx_file.metadata import Metadata, float32
-from onelora_compile.exporters.onnx_file.save import data_files
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
 
@@ -33,7 +32,8 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
 
     Args:
         source: an adapter in one of the formats.
-        out: the file to write, replaced in one step.
+        out: the file to write, replaced in one step. The `.vectors` file of a model of mode "load" may be it: the model
+            begins with this adapter then.
         like: an ONNX model of the adapter's base, of mode "load" or "input", written by this package: gives the order
             of ".vectors", and what the formats of runtimes do not hold (configuration, fingerprints) to ".safetensors".
             With it, an adapter that does not belong to the model is refused.
@@ -42,7 +42,7 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
         `out`.
 
     Raises:
-        ConfigError: `out` is `source`, `like` or its weights; an unknown ending; `like` is missing where it is needed.
+        ConfigError: `out` is `source` or `like`; an unknown ending; `like` is missing where it is needed.
         AdapterFileError: a damaged source, or one with other vectors than the model.
         BaseMismatchError: the adapter was trained on another base than the model.
     """
@@ -50,7 +50,7 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
     for path in (source, out):
         if path.suffix not in _FORMATS:
             raise ConfigError(f"{path}: the ending names the format, one of {', '.join(_FORMATS)}")
-    refuse_overwriting(out, [source, *([] if like is None else [like, *data_files(Path(like))])])
+    refuse_overwriting(out, [source, *([] if like is None else [like])])
     model = None if like is None else _metadata(Path(like))
     needs = ".vectors" in (source.suffix, out.suffix) or (
         source.suffix != ".safetensors" and out.suffix == ".safetensors"
@@ -149,8 +149,10 @@ def _write_ort(values: Mapping[str, np.ndarray], path: Path) -> None:
     adapter.set_parameters({name: runtime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
     try:
         adapter.export_adapter(str(path))
-    except RuntimeError as error:  # ONNX Runtime's word for a full disk; `replacing` adds the file's name
-        raise OSError(errno.EIO, f"ONNX Runtime: {error}", str(path)) from error
+    except RuntimeError as error:  # its word for a full disk
+        raise OSError(
+            errno.EIO, "ONNX Runtime failed; the disk is full, or a file may not be so large", str(path)
+        ) from error
 
 
 def _metadata(path: Path) -> Metadata:

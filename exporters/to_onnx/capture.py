@@ -126,7 +126,7 @@ def captured_for(program: ExportedProgram, call: Call, axes: Sequence[Axes]) -> 
     guards: dict[sympy.Expr, None] = {}
     for name, value, each in zip(call.tensors, _inputs_of(program), axes, strict=True):
         for axis, dim in each.items():
-            size = value.shape[axis]
+            size: Any = value.shape[axis]
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                 symbols.setdefault(
                     size.node.expr, sympy.Symbol(dim if isinstance(dim, str) else f"{name}.shape[{axis}]")

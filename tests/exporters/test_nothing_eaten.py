@@ -77,10 +77,7 @@ def writers(here):
         "fold": (lambda out: fold_onnx(base, a, out, progress=False), [a, here / "base.onnx.data"]),
         "export": (bank, [a]),
         "convert": (lambda out: convert_adapter(a, out), [a]),
-        "convert like": (
-            lambda out: convert_adapter(a, out, like=here / "load.onnx"),
-            [a, here / "load.onnx.vectors"],
-        ),
+        "convert like": (lambda out: convert_adapter(a, out, like=here / "load.onnx"), [a]),
         "bundle": (
             lambda out: bundle(here / "input.onnx", out, adapters=[a], selftest=False, progress=False),
             [a, here / "input.onnx", here],
