@@ -220,6 +220,7 @@ def test_a_failure_at_each_call(here, name, lasting):
     assert is_function(here / out, 1)
 
 
+@pytest.mark.slow
 def test_two_folders_can_change_places_in_two_steps(here, monkeypatch):
     monkeypatch.setattr(atomic_write, "_exchange", lambda *_: False)  # a file system without it
     test_a_failure_at_each_call(here, "bundle", False)
