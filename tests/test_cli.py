@@ -132,6 +132,7 @@ def test_export_in_each_mode_convert_and_verify(project, mode):
         assert all(torch.equal(old[key], new[key]) for key in old)
 
 
+@pytest.mark.slow
 def test_bench(project):
     done = run_in(project, "bench", "mymodels:make", "--rounds", "3", "--no-compiled")
     assert done.exit_code == 0, done.output

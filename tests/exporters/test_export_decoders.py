@@ -181,6 +181,7 @@ def test_an_encoder_decoder(tmp_path):
         assert verify(runner, model, (), call(*size)).passed
 
 
+@pytest.mark.slow
 def test_a_sliding_window(tmp_path):
     """Its layers count tokens in Python: right inside the window, refused beyond it."""
     model = adapted(mistral)

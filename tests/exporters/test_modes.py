@@ -367,6 +367,7 @@ def test_a_bank_of_a_model_that_is_not_adapted_and_of_adapters_of_different_laye
         np.testing.assert_allclose(outputs[row], one[row].detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_that_are_read_directly(tmp_path):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(24, 2, 48, dropout=0.0, batch_first=True)
