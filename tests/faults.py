@@ -32,9 +32,14 @@ class Fault:
     fired: str = ""
 
     @property
-    def in_cleaning(self):
-        """Whether what failed is the removal of something, or the look into a folder before it."""
-        return self.fired in ("os.remove", "os.rmdir", "os.scandir", "os.listdir", "open a folder")
+    def gone(self):
+        """Whether the disk is gone, so that nothing could be cleaned up."""
+        return self.lasting and bool(self.fired)
+
+    @property
+    def leaves(self):
+        """Whether something may be left: what failed is a removal, a look into a folder before it, or every call."""
+        return self.gone or self.fired in ("os.remove", "os.rmdir", "os.scandir", "os.listdir", "open a folder")
 
     def check(self, event, path):
         if self.nth is None or not isinstance(path, str | bytes | os.PathLike):
@@ -64,6 +69,19 @@ def failing(folder, fault):
     finally:
         _current = None
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def content(folder):
+    """Bytes of every file, None for a folder, the target of a link."""
+    return {
+        path.relative_to(folder).as_posix(): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in folder.rglob("*")
+        if path.name != "lock" and "__pycache__" not in path.parts  # empty, and always there
+    }
 
 
 def _install():

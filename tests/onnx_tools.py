@@ -13,6 +13,9 @@ import onnxruntime
 import torch
 from torch import nn
 
+import onelora_compile as onelora
+from onelora_compile.testing import fill_vectors
+
 
 class Main(nn.Module):
     """A model with one output."""
@@ -192,3 +195,14 @@ def run(path, args):
     names = [node.name for node in session.get_inputs()]
     feed = dict(zip(names, (value.numpy() for value in args), strict=True))
     return session.run(None, feed)[0].astype(np.float64)
+
+
+def adapter(folder, weight, **config):
+    """The file of an adapter of one linear "lin" with this weight, and its vector, float64."""
+    module = nn.ModuleDict({"lin": nn.Linear(weight.shape[1], weight.shape[0])})
+    with torch.no_grad():
+        module["lin"].weight.copy_(torch.from_numpy(weight))
+    torch.manual_seed(1)
+    model = fill_vectors(onelora.adapt(module, onelora.OneLoRAConfig(**config)), 0.5)
+    onelora.save_adapter(model, folder / "a.safetensors")
+    return folder / "a.safetensors", onelora.vectors(model)["lin"].detach().double().numpy()

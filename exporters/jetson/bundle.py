@@ -38,7 +38,7 @@ from onelora_compile.exporters.jetson.reference_outputs import default_swaps, re
 from onelora_compile.exporters.jetson.releases import JetPack, jetpack_of
 from onelora_compile.exporters.jetson.shape_ranges import Profiles, Shapes, profiles_of
 from onelora_compile.exporters.jetson.trtexec import trtexec_script
-from onelora_compile.exporters.onnx_file.save import data_files, save_model
+from onelora_compile.exporters.onnx_file.save import save_model
 from onelora_compile.exporters.onnx_file.trained import other_values
 from onelora_compile.exporters.onnx_runtime.convert_adapter import adapter_of
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
@@ -147,7 +147,7 @@ def bundle(
     """
     start, target, source = time.perf_counter(), jetpack_of(jetpack), Path(onnx)
     _check_choices(target, weak_fp16, workspace_mib, optimization_level)
-    refuse_overwriting(out, [source, *data_files(source), *adapters])
+    refuse_overwriting(out, [source, *adapters])
     check_free(Path(out))
     with steps(f"bundle {Path(out).name}", 4, progress) as step, replacing_folder(Path(out)) as folder:
         step("fit the model")

@@ -11,25 +11,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import nn
+from onnx_tools import adapter
 
-import onelora_compile as onelora
 from onelora_compile.errors import BaseMismatchError, ExportError
 from onelora_compile.exporters import fold_onnx
-from onelora_compile.testing import fill_vectors
 
 make, info, kinds = onnx.helper.make_node, onnx.helper.make_tensor_value_info, onnx.TensorProto
 OUT, IN, BATCH = 6, 4, 3
-
-
-def adapter(folder, weight, **config):
-    module = nn.ModuleDict({"lin": nn.Linear(weight.shape[1], weight.shape[0])})
-    with torch.no_grad():
-        module["lin"].weight.copy_(torch.from_numpy(weight))
-    torch.manual_seed(1)
-    model = fill_vectors(onelora.adapt(module, onelora.OneLoRAConfig(**config)), 0.5)
-    onelora.save_adapter(model, folder / "a.safetensors")
-    return folder / "a.safetensors", onelora.vectors(model)["lin"].detach().double().numpy()
 
 
 def way(name, wanted):

@@ -1,6 +1,5 @@
 """No writer writes over what it reads, and clean-up removes nothing that anybody still names."""
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from faults import content
 from torch import nn
 
 import onelora_compile as onelora
@@ -19,14 +19,6 @@ from onelora_compile.exporters import bundle, convert_adapter, export_onnx, fold
 from onelora_compile.testing import fill_vectors
 
 X = torch.randn(2, 24)
-
-
-def contents(folder):
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.is_symlink()
-    }
 
 
 def outputs(path):
@@ -98,10 +90,10 @@ def test_no_writer_takes_an_input_for_its_output(here, name, kind, monkeypatch):
             out = Path("..") / "work" / source.relative_to(here)
         elif kind != "itself":
             out = link(kind, source, f"{kind}-{source.name}")
-        before = contents(here)
+        before = content(here)
         with pytest.raises(onelora.ConfigError, match="would overwrite the input"):
             write(out)
-        assert contents(here) == before
+        assert content(here) == before
 
 
 def test_an_engine_is_none_of_its_inputs(here):
@@ -118,10 +110,10 @@ def test_an_engine_is_none_of_its_inputs(here):
         lambda: refit_engine(here / "m.engine", beside),
         lambda: refit_engine(here / "m.engine", here / "b.safetensors", out=here / "b.safetensors"),
     ):
-        before = contents(here)
+        before = content(here)
         with pytest.raises(onelora.ConfigError, match="would overwrite the input"):
             call()
-        assert contents(here) == before
+        assert content(here) == before
 
 
 def fold(here, name, source, out):
@@ -187,10 +179,10 @@ def test_a_link_is_replaced_by_the_model_and_what_it_pointed_to_stays(here, tmp_
     store = tmp_path / "store"
     store.mkdir()
     fold_onnx(here / "base.onnx", here / "a.safetensors", store / "model.onnx", progress=False)
-    before = contents(store)
+    before = content(store)
     (here / "model.onnx").symlink_to(store / "model.onnx")
     fold(here, "b", "base.onnx", "model.onnx")
-    assert contents(store) == before
+    assert content(store) == before
     assert not (here / "model.onnx").is_symlink()
     assert right(here, "b", "model.onnx")
 
@@ -222,10 +214,10 @@ def test_a_folder_is_replaced_only_if_it_is_a_bundle_and_nothing_else(here):
         ("manifest.json", "[]", "is no bundle"),
     ):
         (out / name).write_text(text)
-        before = contents(here)
+        before = content(here)
         with pytest.raises(onelora.StateError, match=message):
             write(out)
-        assert contents(here) == before
+        assert content(here) == before
         (out / name).unlink()
         if name == "notes.txt":
             write(out)
