@@ -8,7 +8,7 @@ that is what adapted modules do); augmented K, [x, s] · [W, b]ᵀ, whose wider 
 and gets b at each step.
 
 On a CUDA GPU (not run on one yet): bfloat16, compiled places only, and each lowering forced besides the chosen one.
-Rates count the flops and bytes of the linear, of its backward to x, and, by the lowering's own estimate, of the update.
+Rates count the flops and bytes of the linear and of its backward to x.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 import onelora_compile as onelora
 from onelora_compile.adapting.eager_linear import adapted_linear
 from onelora_compile.ops import rank1_update
-from onelora_compile.passes.lowerings import DEFAULT, LOWERINGS, Cost, Shape
+from onelora_compile.passes.lowerings import LOWERINGS
 from onelora_compile.report.timing import interleaved, ratios
 
 SHAPES = [  # rows, in_features, out_features
@@ -132,12 +132,9 @@ def _compiled(way: str, model: nn.Module) -> nn.Module:
     return torch.compile(model, backend="onelora" if way == OWN else "inductor")
 
 
-def rates(way: str, place: str, rows: int, n: int, m: int, seconds: float) -> dict[str, float]:
-    """TFLOP/s and GB/s (1e9) of the linear alone; its neighbours' time is in `seconds`, their work is not counted."""
-    apart = place == "attention"
-    shape = Shape(rows, n, m, DTYPE, torch.float32, True, apart, apart, True)
-    cost = LOWERINGS[way if way in LOWERINGS else DEFAULT].cost(shape) if way != BASE else Cost(0, 0)
-    flops, moved = 4 * rows * n * m + cost.flops, 2 * DTYPE.itemsize * (rows * n + n * m + rows * m) + cost.bytes
+def rates(rows: int, n: int, m: int, seconds: float) -> dict[str, float]:
+    """TFLOP/s and GB/s (1e9) of the frozen linear; what else runs in `seconds` is not counted as work."""
+    flops, moved = 4 * rows * n * m, 2 * DTYPE.itemsize * (rows * n + n * m + rows * m)
     return {"tflop_per_s": round(flops / seconds / 1e12, 4), "gb_per_s": round(moved / seconds / 1e9, 2)}
 
 
@@ -198,7 +195,7 @@ def main() -> None:
                 row = {"place": place} | dict(zip(("rows", "in_features", "out_features"), shape, strict=True))
                 numbers = {"ratio": round(median, 4), "ratio_p20": round(low, 4), "ratio_p80": round(high, 4)}
                 numbers |= {"ms": round(1e3 * statistics.median(times[way]), 4)}
-                numbers |= rates(way, place, *shape, statistics.median(times[way]))
+                numbers |= rates(*shape, statistics.median(times[way]))
                 rows.append(row | {"way": way} | numbers | {"rounds": arguments.rounds})
             save("linear", rows, key=("place", "rows", "in_features", "out_features", "way"))
     Console().print(table)

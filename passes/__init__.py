@@ -11,7 +11,7 @@ from onelora_compile.passes.lowerings import LOWERINGS
 from onelora_compile.passes.move_updates import weight_to_activation
 from onelora_compile.passes.open_attention import expand_attention
 from onelora_compile.passes.result import PassResult
-from onelora_compile.passes.run import PIPELINE, run_passes
+from onelora_compile.passes.run import PIPELINE, pipeline, run_passes
 from onelora_compile.passes.share_sums import share_feature_sum
 from onelora_compile.passes.sites.linear_site import LinearSite, match_linear
 
@@ -24,6 +24,7 @@ __all__ = [
     "fuse_rank1",
     "insert_rank1",
     "match_linear",
+    "pipeline",
     "run_passes",
     "share_feature_sum",
     "verify",

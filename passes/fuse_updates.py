@@ -1,8 +1,8 @@
-"""Choose for each adapted linear how it is made fast, and rewrite it to that form.
+"""Rewrite each adapted linear to the form in which it is fast.
 
-    s = feature_sum(x);  add_rank1(linear(x, W, c), s, b)   ->   the chosen lowering's own operators
+    s = feature_sum(x);  add_rank1(linear(x, W, c), s, b)   ->   the lowering's own operators
 
-The lowerings, and how one is chosen, are in `lowerings/`.  Leaves alone updates without shapes on their nodes: the
+The lowerings are in `lowerings/`.  Leaves alone updates without shapes on their nodes: the
 composite operator decomposes by itself.  Runs after share_feature_sum, which leaves one spelling and one sum per input.
 """
 
@@ -27,7 +27,7 @@ def fuse_rank1(gm: fx.GraphModule, lowering: str | None = None) -> PassResult:
 
     Args:
         gm: changed in place.
-        lowering: the name of the one to take where it can be taken; None for the best.
+        lowering: the name of the one to take where it can be taken; None for the rule.
     """
     result = PassResult("fuse_rank1")
     for node in list(gm.graph.find_nodes(op="call_function", target=ADD_RANK1)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -28,13 +29,21 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 
-def run_passes(gm: fx.GraphModule, passes: Sequence[Pass] = PIPELINE, lowering: str | None = None) -> list[PassResult]:
+def pipeline(lowering: str | None = None) -> tuple[Pass, ...]:
+    """The passes of the backend, for `run_passes`.
+
+    Args:
+        lowering: the name of the one to take where it can be taken (`LOWERINGS`); None for the rule.
+    """
+    return (*PIPELINE[:-1], functools.partial(fuse_rank1, lowering=lowering))
+
+
+def run_passes(gm: fx.GraphModule, passes: Sequence[Pass] = PIPELINE) -> list[PassResult]:
     """Run passes over a graph and the subgraphs of its higher-order ops, in place, and recompile it.
 
     Args:
         gm: changed in place.
         passes: in order.
-        lowering: for `fuse_rank1`: the name of the one to take where it can be taken.
 
     Raises:
         PassError: a pass failed or broke an invariant; the message names it and those that ran before.
@@ -43,12 +52,12 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass] = PIPELINE, lowering: 
     graphs = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
     vectors = {graph: vectors_of(graph) for graph in graphs}
     for one in passes:
-        name = getattr(one, "__name__", str(one))
+        name = getattr(getattr(one, "func", one), "__name__", str(one))
         total = PassResult(name)
         start = time.perf_counter()
         for graph in graphs:
             try:
-                result = fuse_rank1(graph, lowering) if one is fuse_rank1 else one(graph)
+                result = one(graph)
                 verify(graph, vectors[graph])
             except Exception as error:
                 before = [done.name for done in results]

@@ -68,21 +68,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Any, vector: torch.Tenso
     return y.detach(), s.detach(), *torch.autograd.grad(y, wanted, up)
 
 
-def checked(shape: Any, broken: str = "") -> None:
-    """What is checked before a lowering is timed; `broken` names an operator whose results are made wrong."""
-    from onelora_compile.kernels import rank1_linear as kernels
-    from onelora_compile.passes.lowerings.on_gpu import Tensors, check_fused_kernel
-
-    right = getattr(kernels, broken) if broken else None
-    try:
-        if right is not None:
-            setattr(kernels, broken, lambda *args: tuple(1.05 * one for one in right(*args)))
-        check_fused_kernel(shape, Tensors(shape, "cpu"))
-    finally:
-        if right is not None:
-            setattr(kernels, broken, right)
-
-
 def opcheck(*args: Any) -> None:
     """PyTorch's own checks of a custom operator: schema, fake tensors, autograd, AOTAutograd."""
     from onelora_compile.kernels.rank1_linear import rank1_linear

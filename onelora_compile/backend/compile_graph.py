@@ -25,7 +25,7 @@ from onelora_compile.dynamo import private_api
 from onelora_compile.errors import ConfigError, OneLoRAWarning
 from onelora_compile.passes.graph.subgraphs import scopes
 from onelora_compile.passes.result import PassResult
-from onelora_compile.passes.run import run_passes
+from onelora_compile.passes.run import pipeline, run_passes
 from onelora_compile.passes.sites.linear_site import is_update, match_linear
 
 Compiled = Callable[..., Any]
@@ -55,7 +55,7 @@ def onelora_backend(
     gm = private_api.copy_graph(gm)
     if (first := _first_call(gm, example_inputs, checked.config)) is not None:
         return first.run
-    _check_forced(run_passes(gm, lowering=checked.lowering), checked.lowering)
+    _check_forced(run_passes(gm, pipeline(checked.lowering)), checked.lowering)
     return compiler(gm, example_inputs)
 
 

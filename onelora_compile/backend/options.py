@@ -18,7 +18,8 @@ class BackendOptions:
     Args:
         config: for a model that was never given to `adapt`: how to adapt it at its first call.
         inner: the backend that compiles the rewritten graph: a name known to `torch.compile` or a callable.
-        lowering: the lowering to take for every linear that it can take, instead of the best; `explain` lists which.
+        lowering: what to take, instead of the rule, for every linear that can take it.  "producer_consumer" is the
+            rule, "fused_kernel" a kernel for GPUs (experimental: none has run it).  `explain` says which each got.
         inner_options: options of the inner backend; for Inductor any key of `torch._inductor.config`.
     """
 

@@ -243,29 +243,6 @@ def is_of_a_transform(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
-def size_hint(size: Any) -> int | None:
-    """The value that a size of a graph had when it was captured, without guarding on it; None if it is not known.
-
-    Source: `torch/fx/experimental/sym_node.py::SymNode.hint`.
-    """
-    if isinstance(size, int):
-        return size
-    hint = getattr(getattr(size, "node", None), "hint", None)
-    return hint if isinstance(hint, int) else None
-
-
-@contextlib.contextmanager
-def outside_of_modes() -> Iterator[None]:
-    """Run operators on real tensors, whatever fake or tracing mode a compilation is in.
-
-    Source: `torch/utils/_python_dispatch.py`.
-    """
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
-        yield
-
-
 def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any]) -> Compiler:
     """The backend that compiles the rewritten graph.
 

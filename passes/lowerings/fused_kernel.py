@@ -5,10 +5,10 @@
     forward    the row sum of x is taken in the loop that multiplies x, the update and the bias in its epilogue
     backward   gx = g W + (g b) 1ᵀ is the same kernel with b as weights of the row sum;  gb = gᵀ s in the same loop
 
+Experimental: it has run on no GPU yet, and is taken by `options={"lowering": "fused_kernel"}` alone.  It is proven in
+Triton's interpreter against float64, and compiled for sm_80, sm_87 and sm_90 with spills checked.
 Cost beyond the frozen linear: no pass over x, y, g or gx; the feature sum and partial sums of gb.  What it risks is the
-matmul itself, which is Triton's and not cuBLAS'.  So it is taken only where a measurement on the very GPU says that
-it wins (`choose`), or by `options={"lowering": "fused_kernel"}`.  Expected to win where the matmul is bound by memory
-(few rows) and where the update stands beside attention.
+matmul itself, which is Triton's and not cuBLAS'.
 
 Takes calls of `linear` on a 2-D weight, in float32, bfloat16 or float16, whose output nobody else reads.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from onelora_compile.kernels import why_not as why_no_kernels
-from onelora_compile.passes.lowerings.lowering import Cost, Lowering, Shape, Update
+from onelora_compile.passes.lowerings.lowering import Lowering, Update
 from onelora_compile.passes.sites.linear_site import example
 
 NO_LINEAR = "the update does not follow a call of linear whose output is used by it alone"
@@ -29,12 +29,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _why_not(update: Update) -> str | None:
-    if reason := why_no_kernels(update.device):
+    y, vector = example(update.y), example(update.vector)
+    assert y is not None  # fuse_rank1 leaves alone what has no values
+    assert vector is not None
+    if reason := why_no_kernels(y.device):
         return reason
     if update.linear is None:
         return NO_LINEAR
-    x, weight, y, vector = map(example, (*update.linear[:2], update.y, update.vector))
-    if x is None or weight is None or y is None or vector is None:
+    x, weight = map(example, update.linear[:2])
+    if x is None or weight is None:
         return "the graph carries no example values"
     if y.dtype not in DTYPES or vector.dtype not in DTYPES:
         return f"no kernel for {y.dtype if y.dtype not in DTYPES else vector.dtype}"
@@ -66,12 +69,4 @@ def _rewrite(graph: fx.Graph, update: Update) -> fx.Node:
     return y
 
 
-def _cost(shape: Shape) -> Cost:
-    """The feature sum, written and read; partial sums of gb for blocks of 128 rows, written and read."""
-    m, k, n = shape.rows, shape.in_features, shape.out_features
-    partial = n * -(-m // 128)
-    flops = m * k * -(-n // 128) + 2 * m * n + (2 * m * n * -(-k // 128) + m * k) * shape.trains_input + 2 * m * n
-    return Cost(4 * (2 * m + 2 * partial + 3 * n), flops)
-
-
-FUSED_KERNEL = Lowering("fused_kernel", _why_not, _rewrite, _cost)
+FUSED_KERNEL = Lowering("fused_kernel", _why_not, _rewrite)

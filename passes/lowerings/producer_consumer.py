@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from onelora_compile.ops import accumulation_dtype
-from onelora_compile.passes.lowerings.lowering import Cost, Lowering, Shape, Update
+from onelora_compile.passes.lowerings.lowering import Lowering, Update
 from onelora_compile.passes.sites.linear_site import example
 
 _library = torch.library.Library("onelora", "FRAGMENT")
@@ -104,13 +104,4 @@ def _matmul_gains(update: Update) -> bool:
     return plain and y.dtype == s.dtype == vector.dtype
 
 
-def _cost(shape: Shape) -> Cost:
-    """The feature sum is written and read twice; g is read once for gb; passes of their own read and write."""
-    m, k, n, size = shape.rows, shape.in_features, shape.out_features, shape.dtype.itemsize
-    moved = 4 * 4 * m + size * m * n
-    moved += size * m * k * (1 + 2 * shape.trains_input) * shape.sum_apart  # the sum; gx read and written
-    moved += size * m * n * (2 + shape.trains_input) * shape.update_apart  # y read and written; g for g b
-    return Cost(moved, m * k * (1 + shape.trains_input) + 2 * m * n * (2 + shape.trains_input))
-
-
-PRODUCER_CONSUMER = Lowering("producer_consumer", _why_not, _rewrite, _cost)
+PRODUCER_CONSUMER = Lowering("producer_consumer", _why_not, _rewrite)

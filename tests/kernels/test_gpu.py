@@ -47,8 +47,7 @@ def test_values_and_gradients_against_float64(dtype, size):
 
 
 @pytest.mark.parametrize("lowering", [None, "producer_consumer", "fused_kernel"])
-def test_a_compiled_model(lowering, tmp_path, monkeypatch):
-    monkeypatch.setenv("ONELORA_CACHE_DIR", str(tmp_path))
+def test_a_compiled_model(lowering):
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64)).cuda()
     model = fill_vectors(onelora.adapt(model))
     x = torch.randn(100, 64, device="cuda", requires_grad=True)
@@ -62,9 +61,6 @@ def test_a_compiled_model(lowering, tmp_path, monkeypatch):
     exact = gradients(twin(x.detach().double()).square().sum(), plain)
     for name, value in actual.items():
         assert_parity(value, exact[name].sum(1), exact[name].sum(1).float(), name, floor=64)
-    assert len(list(tmp_path.glob("*.json"))) == (2 if lowering is None else 0)
-    chosen = {site.lowering: site.why for site in onelora.explain(model, x).sites}
-    assert all("measured" in why for why in chosen.values())
 
 
 SANITIZED = """

@@ -1,9 +1,6 @@
-"""Lowerings: their operators against float64, which one is chosen and why, and what is kept of measurements."""
+"""Lowerings: their operators against float64, which one is chosen and why."""
 
 import dataclasses
-import json
-import logging
-import threading
 
 import pytest
 import torch
@@ -13,13 +10,11 @@ from torch import nn
 import onelora_compile as onelora
 from onelora_compile import kernels
 from onelora_compile.ops import ADD_RANK1, RANK1_UPDATE
-from onelora_compile.passes import fuse_rank1, run_passes, share_feature_sum
-from onelora_compile.passes.lowerings import DEFAULT, LOWERINGS, Lowering, Shape, choose, update_of
-from onelora_compile.passes.lowerings.measured import seconds
+from onelora_compile.passes import fuse_rank1, pipeline, run_passes, share_feature_sum
+from onelora_compile.passes.lowerings import DEFAULT, LOWERINGS, Choice, Lowering, choose, update_of
 from onelora_compile.passes.lowerings.producer_consumer import ADD_RANK1_BY_MATMUL
+from onelora_compile.passes.sites.linear_site import example
 from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
-
-SHAPE = Shape(512, 384, 1536, torch.float32, torch.float32, True, False, False, True)
 
 
 def captured(model, *args, dynamic=None):
@@ -108,20 +103,6 @@ def test_what_reaches_the_compiler(mode):
 # What is known of an update
 
 
-def test_neighbours():
-    proj, fc = updates(onelora.adapt(Block()), torch.randn(2, 3, 8))
-    assert fc.shape() == Shape(6, 8, 12, torch.float32, torch.float32, True, False, False, False)
-    assert (proj.shape().sum_apart, proj.shape().update_apart, proj.shape().bias) == (True, True, False)
-
-
-def test_dynamic_rows_are_rounded_up_and_dynamic_widths_are_unknown():
-    model = onelora.adapt(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)))
-    (update,) = updates(model, torch.randn(5, 8), dynamic=True)
-    assert update.shape().rows == 8
-    (update,) = updates(model, torch.randn(5, 8))
-    assert update.shape().rows == 5
-
-
 def test_an_output_that_is_used_besides_keeps_its_linear():
     class Twice(nn.Module):
         def __init__(self):
@@ -134,80 +115,28 @@ def test_an_output_that_is_used_besides_keeps_its_linear():
 
     (update,) = updates(Twice(), torch.randn(5, 8))
     assert update.linear is None
-    assert update.shape() is None
-
-
-def test_costs():
-    """Ours moves g once more; beside attention it makes passes over x, y and g; the kernel makes none."""
-    apart = dataclasses.replace(SHAPE, sum_apart=True, update_apart=True)
-    costs = {name: (one.cost(SHAPE), one.cost(apart)) for name, one in LOWERINGS.items()}
-    fused, alone = costs["producer_consumer"]
-    assert fused.bytes == 4 * 512 * 1536 + 16 * 512
-    assert alone.bytes - fused.bytes == 4 * 512 * (3 * 384 + 3 * 1536)
-    assert costs["fused_kernel"][0] == costs["fused_kernel"][1]
-    assert costs["fused_kernel"][0].bytes < fused.bytes
-    assert costs["fused_kernel"][0].flops > fused.flops
 
 
 # The choice
 
 
-@pytest.fixture
-def on_another_device():
-    """An update on a device that is no CPU."""
-    return updates(onelora.adapt(Block(device="meta")), torch.randn(2, 3, 8, device="meta"))[0]
+def lowering(name, reason=None):
+    return Lowering(name, lambda update: reason, None)
 
 
-def able(name):
-    return Lowering(name, lambda update: None, None, None)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_rule_asks_no_other(device):
+    update = updates(onelora.adapt(Block(device=device)), torch.randn(2, 3, 8, device=device))[0]
+    choice = choose(update, lowerings={DEFAULT: lowering(DEFAULT), "other": lowering("other")})
+    assert (choice.name, choice.why) == (DEFAULT, "the rule")
 
 
-def unable(name):
-    return Lowering(name, lambda update: f"no {name} today", None, None)
-
-
-def never(*args):
-    raise AssertionError("measured")
-
-
-def test_the_rule_on_a_cpu():
+def test_a_forced_one():
     update = updates(onelora.adapt(Block()), torch.randn(2, 3, 8))[0]
-    choice = choose(update, measure=never, lowerings={DEFAULT: able(DEFAULT), "other": able("other")})
-    assert (choice.name, choice.why) == (DEFAULT, "the rule on a CPU")
-
-
-@pytest.mark.parametrize(("other", "expected"), [(0.9e-3, "other"), (0.99e-3, DEFAULT), (2e-3, DEFAULT)])
-def test_the_fastest_is_taken_if_it_wins_by_more_than_noise(on_another_device, other, expected):
-    asked = []
-
-    def measure(shape, names, device):
-        asked.append((shape, list(names), device))
-        return {DEFAULT: 1e-3, "other": other}
-
-    lowerings = {DEFAULT: able(DEFAULT), "other": able("other"), "third": unable("third")}
-    choice = choose(on_another_device, measure=measure, lowerings=lowerings)
-    assert choice.name == expected
-    assert choice.why == f"measured, microseconds: {DEFAULT} 1000, other {other * 1e6:.0f}"
-    assert asked == [(on_another_device.shape(), [DEFAULT, "other"], "meta")]
-
-
-def test_one_that_fails_is_not_taken_and_named(on_another_device):
-    lowerings = {DEFAULT: able(DEFAULT), "other": able("other")}
-    times = {DEFAULT: 1e-3, "other": float("inf")}
-    choice = choose(on_another_device, measure=lambda *args: times, lowerings=lowerings)
-    assert (choice.name, choice.why) == (DEFAULT, f"measured, microseconds: {DEFAULT} 1000, other failed")
-
-
-def test_nothing_is_measured_where_there_is_no_choice(on_another_device):
-    choice = choose(on_another_device, measure=never, lowerings={DEFAULT: able(DEFAULT), "other": unable("other")})
-    assert (choice.name, choice.why) == (DEFAULT, "the only one (other: no other today)")
-
-
-def test_a_forced_one_that_cannot(on_another_device):
-    lowerings = {DEFAULT: able(DEFAULT), "other": unable("other")}
-    choice = choose(on_another_device, "other", measure=never, lowerings=lowerings)
-    assert (choice.name, choice.why) == (DEFAULT, "other: no other today")
-    assert choose(on_another_device, DEFAULT, measure=never, lowerings=lowerings).why == "forced"
+    lowerings = {DEFAULT: lowering(DEFAULT), "able": lowering("able"), "other": lowering("other", "no other today")}
+    assert choose(update, "able", lowerings) == Choice("able", "forced")
+    assert choose(update, "other", lowerings) == Choice(DEFAULT, "other: no other today")
+    assert choose(update, DEFAULT, lowerings) == Choice(DEFAULT, "forced")
 
 
 @pytest.mark.parametrize(
@@ -276,7 +205,7 @@ def test_a_forced_lowering_that_some_can_take_warns_and_is_right(monkeypatch):
     """The others get the default; which they are is in the warning."""
     real = LOWERINGS["producer_consumer"]
     picky = dataclasses.replace(
-        real, name="picky", why_not=lambda update: None if update.shape().out_features == 12 else "not that wide"
+        real, name="picky", why_not=lambda update: None if len(example(update.vector)) == 12 else "not that wide"
     )
     monkeypatch.setitem(LOWERINGS, "picky", picky)
     model, x = fill_vectors(onelora.adapt(Block())), torch.randn(2, 3, 8)
@@ -295,7 +224,7 @@ def test_the_forced_default_says_nothing():
 
 def test_run_passes_reports_the_skip():
     gm = captured(onelora.adapt(Block()), torch.randn(2, 3, 8))
-    result = {one.name: one for one in run_passes(gm, lowering="fused_kernel")}["fuse_rank1"]
+    result = {one.name: one for one in run_passes(gm, pipeline("fused_kernel"))}["fuse_rank1"]
     assert result.rewrites == ["fc", "proj"] or result.rewrites == ["proj", "fc"]
     assert set(result.skips.values()) == {"fused_kernel: Triton needs a CUDA GPU"}
     assert not fuse_rank1(gm).modified
@@ -303,143 +232,5 @@ def test_run_passes_reports_the_skip():
 
 def test_explain_says_which_and_why():
     report = onelora.explain(onelora.adapt(zoo.MLP()), torch.randn(2, 8))
-    assert {(site.lowering, site.why) for site in report.sites} == {("producer_consumer", "the rule on a CPU")}
-    assert "producer_consumer: the rule on a CPU" in " ".join(str(report).split())
-
-
-# Measurements on disk
-
-
-@pytest.fixture
-def clock():
-    """Counts what it measures."""
-
-    class Clock:
-        asked: list = []
-
-        def __call__(self, shape, name, device):
-            self.asked.append((shape, name, device))
-            return 1e-3 * len(name)
-
-    Clock.asked = []
-    return Clock()
-
-
-NAMES = ["producer_consumer", "fused_kernel"]
-
-
-def test_measured_once(tmp_path, clock):
-    first = seconds(SHAPE, NAMES, "cpu", clock, tmp_path)
-    assert first == {name: 1e-3 * len(name) for name in NAMES}
-    assert seconds(SHAPE, NAMES, "cpu", never, tmp_path) == first
-    assert len(clock.asked) == 2
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"rows": 513},
-        {"dtype": torch.bfloat16},
-        {"vector_dtype": torch.float64},
-        {"bias": False},
-        {"update_apart": True},
-    ],
-    ids=str,
-)
-def test_another_shape_is_measured_again(tmp_path, clock, other):
-    seconds(SHAPE, NAMES, "cpu", clock, tmp_path)
-    seconds(dataclasses.replace(SHAPE, **other), NAMES, "cpu", clock, tmp_path)
-    assert len(clock.asked) == 4
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_another_version_device_or_precision_is_measured_again(tmp_path, clock, monkeypatch):
-    seconds(SHAPE, NAMES, "cpu", clock, tmp_path)
-    seconds(SHAPE, NAMES, "meta", clock, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr("onelora_compile.passes.lowerings.measured._versions", lambda: {"torch": "3.0"})
-        seconds(SHAPE, NAMES, "cpu", clock, tmp_path)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        seconds(SHAPE, NAMES, "cpu", clock, tmp_path)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert len(clock.asked) == 8
-
-
-def damages(text):
-    yield ""
-    yield text[: len(text) // 2]
-    yield "[]"
-    yield "null"
-    yield json.dumps({"key": {}, "seconds": {name: 1.0 for name in NAMES}})
-    for value in (float("nan"), 0, -1, "fast", None):
-        yield json.dumps(json.loads(text) | {"seconds": dict.fromkeys(NAMES, value)})
-    yield json.dumps(json.loads(text) | {"seconds": {NAMES[0]: 1.0}})
-    yield "\x00\xff"
-
-
-def test_a_damaged_file_is_measured_again_and_replaced(tmp_path, clock, caplog):
-    caplog.set_level(logging.WARNING, "onelora_compile.lowerings")
-    good = seconds(SHAPE, NAMES, "cpu", clock, tmp_path)
-    (file,) = tmp_path.iterdir()
-    text = file.read_text()
-    for number, damage in enumerate(damages(text), 1):
-        file.write_text(damage, encoding="latin-1")
-        assert seconds(SHAPE, NAMES, "cpu", clock, tmp_path) == good, damage
-        assert file.read_text() == text
-        assert len(clock.asked) == 2 + 2 * number
-        assert len(caplog.records) == number
-
-
-def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, clock, caplog):
-    caplog.set_level(logging.WARNING, "onelora_compile.lowerings")
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    assert seconds(SHAPE, NAMES, "cpu", clock, blocked / "cache")[NAMES[0]] > 0
-    assert "not kept" in caplog.text
-
-
-@pytest.mark.parametrize(("error", "kept"), [(RuntimeError("PTX"), True), (torch.OutOfMemoryError("full"), False)])
-def test_a_lowering_that_fails_does_not_stop_the_compilation(tmp_path, caplog, error, kept):
-    caplog.set_level(logging.WARNING, "onelora_compile.lowerings")
-
-    def measure(shape, name, device):
-        if name == "fused_kernel":
-            raise error
-        return 1e-3
-
-    expected = {"producer_consumer": 1e-3, "fused_kernel": float("inf")}
-    assert seconds(SHAPE, NAMES, "cpu", measure, tmp_path) == expected
-    assert f"lowering fused_kernel fails on cpu for {SHAPE}, and is not taken" in caplog.text
-    assert len(list(tmp_path.iterdir())) == kept
-    if kept:
-        assert seconds(SHAPE, NAMES, "cpu", never, tmp_path) == expected
-
-
-def test_concurrent_writers(tmp_path):
-    """Readers see a whole file or none, whoever wrote it."""
-    results, stop = [], threading.Barrier(8)
-
-    def work(number):
-        stop.wait()
-        for _ in range(20):
-            results.append(seconds(SHAPE, NAMES, "cpu", lambda *a: 1.0 + number, tmp_path))
-            for file in tmp_path.glob("*.json"):
-                file.unlink(missing_ok=True)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 160
-    assert all(one[NAMES[0]] == one[NAMES[1]] and one[NAMES[0]] in range(1, 9) for one in results)
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_the_folder_follows_the_environment(tmp_path, clock, monkeypatch):
-    monkeypatch.setenv("ONELORA_CACHE_DIR", str(tmp_path / "own"))
-    seconds(SHAPE, NAMES, "cpu", clock)
-    assert len(list((tmp_path / "own").glob("*.json"))) == 1
+    assert {(site.lowering, site.why) for site in report.sites} == {("producer_consumer", "the rule")}
+    assert "producer_consumer: the rule" in " ".join(str(report).split())
