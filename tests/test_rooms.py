@@ -16,13 +16,16 @@ ORDER += [
     "",
     *(
         "exporters/onnx_file exporters/calls exporters/opsets exporters/onnx_runtime exporters/to_onnx "
-        "exporters/quantized exporters/fold exporters/tensorrt exporters/jetson exporters examples cli"
+        "exporters/quantized exporters/fold exporters/jetson/device/core exporters/tensorrt exporters/jetson "
+        "exporters examples cli"
     ).split(),
 ]
 DEVICE = ROOT / "exporters" / "jetson" / "device"  # a program of its own, with relative imports
-FOLDERS = sorted({path.parent for top in TOPS for path in (ROOT / top).rglob("*.py")} - {DEVICE})
+PROGRAM = [DEVICE, DEVICE / "core"]
+FOLDERS = sorted({path.parent for top in TOPS for path in (ROOT / top).rglob("*.py")} - set(PROGRAM))
 SHORT = {"onelora_compile", "onelora_compile/kernels"}  # ARCHITECTURE.md tells of these
 ROOMS = [room for room in FOLDERS if room.relative_to(ROOT).as_posix() not in SHORT and "examples" not in room.parts]
+ROOMS += PROGRAM
 
 
 def named(folder):
@@ -63,6 +66,14 @@ def test_a_room_imports_only_from_lower_ones(folder):
         own = room_of(module_of(path))
         for module in imported(path):
             assert ORDER.index(room_of(module)) <= ORDER.index(own), f"{named(path)} imports {module}"
+
+
+def test_the_devices_program_imports_itself_and_its_core_nothing_else():
+    for folder in PROGRAM:
+        for path in folder.glob("*.py"):
+            steps = {node.level for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+            assert steps <= {0, 1}, named(path)  # what else may be imported: test_jetson.py
+            assert not list(imported(path)), named(path)
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=named)

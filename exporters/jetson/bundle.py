@@ -262,10 +262,10 @@ def _write_programs(
 ) -> None:
     """The scripts, the README, and, last, the manifest with the hash of everything else."""
     source = Path(device.__file__).parent
-    (folder / "onelora_device").mkdir()
-    for file in sorted(source.glob("*.py")):
+    for file in sorted(source.rglob("*.py")):
         place = folder if file.name == "build_and_run.py" else folder / "onelora_device"
-        shutil.copyfile(file, place / file.name)
+        (target := place / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
     build = manifest["build"]
     script = trtexec_script(
         jetpack,

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from onelora_compile.exporters.jetson.device.core.progress import building
 from onelora_compile.exporters.onnx_file.save import data_files
 from onelora_compile.exporters.onnx_runtime.convert_adapter import adapter_of
 from onelora_compile.exporters.tensorrt.library import Api, find_api
@@ -31,9 +32,9 @@ from onelora_compile.exporters.tensorrt.network import (
 from onelora_compile.exporters.tensorrt.options import Options, check_targets, target_here, targets_of
 from onelora_compile.exporters.tensorrt.precision import precision_notes, precision_text, typing_of
 from onelora_compile.exporters.tensorrt.profiles import profiles_of
-from onelora_compile.exporters.tensorrt.progress import building
 from onelora_compile.exporters.tensorrt.vectors import Prepared, hash_files, prepared
 from onelora_compile.printable import Printable, bytes_text, shortened
+from onelora_compile.progress import counting
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import check_writable, refuse_overwriting, replacing_all
 from onelora_compile.weights.merge import FoldLoss
@@ -185,7 +186,7 @@ def build_engine(
         if model.mode == "refit":
             mark_refittable(api, network, config, model)
         parsed = time.perf_counter()
-        with building(api, config, f"build {engine.name}", progress):
+        with counting(f"build {engine.name}", progress) as bar, building(api.trt, config, bar):
             plan = builder.build_serialized_network(network, config)
         built = time.perf_counter()
         options.save_timing_cache()

@@ -6,7 +6,6 @@ its number: a missing `BuilderFlag.FP16` once made engines of float32 where nobo
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import importlib
@@ -15,44 +14,10 @@ import platform
 from typing import Any
 
 from onelora_compile.errors import ConfigError, MissingExtraError
+from onelora_compile.exporters.jetson.device.core.library import Messages, flag, logger
 
 FLAVOURS = {"tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 TITLES = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
-_HARMLESS = ("has Int64 binding",)  # said of every input of token ids
-_KEPT = 2000  # messages; a large build writes hundreds of thousands
-
-
-class Messages:
-    """What NVIDIA's libraries said since `clear`: every error and warning, and the last other messages."""
-
-    def __init__(self) -> None:
-        self._important: list[tuple[str, str]] = []
-        self._last: collections.deque[str] = collections.deque(maxlen=_KEPT)
-
-    def clear(self) -> None:
-        """Forget everything: the next call's messages are to be told from the last one's."""
-        self._important.clear()
-        self._last.clear()
-
-    def add(self, severity: str, text: str) -> None:
-        """One message; severity is the name of TensorRT's enum."""
-        if severity in ("INTERNAL_ERROR", "ERROR", "WARNING"):
-            self._important.append((severity, text))
-        self._last.append(text)
-
-    @property
-    def errors(self) -> list[str]:
-        """The texts of errors, in order."""
-        return [text for severity, text in self._important if severity != "WARNING"]
-
-    @property
-    def warnings(self) -> list[str]:
-        """The texts of warnings that a user can do something about, in order."""
-        said = [text for severity, text in self._important if severity == "WARNING"]
-        return [text for text in said if not any(one in text for one in _HARMLESS)]
-
-    def __contains__(self, part: str) -> bool:
-        return any(part in text for text in self._last) or any(part in text for _, text in self._important)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +48,7 @@ class Api:
 
     def flag(self, enum: str, name: str) -> Any:
         """A member of an enum, None where this version has no such enum or member."""
-        return getattr(getattr(self.trt, enum, None), name, None)
+        return flag(self.trt, enum, name)
 
     @property
     def capabilities(self) -> tuple[str, ...]:
@@ -143,13 +108,5 @@ def _api(flavour: str, name: str) -> Api:
     if not hasattr(trt, "Builder") or not hasattr(trt, "OnnxParser"):
         where = getattr(trt, "__file__", None) or os.fspath(next(iter(getattr(trt, "__path__", [])), "?"))
         raise ImportError(f"{where} has no builder and no ONNX parser: it is another package of that name")
-    messages = Messages()
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            super().__init__()
-
-        def log(self, severity: Any, msg: str) -> None:
-            messages.add(severity.name, msg)
-
-    return Api(flavour, trt, Logger(), messages)
+    log = logger(trt)
+    return Api(flavour, trt, log, log.messages)

@@ -292,7 +292,7 @@ def test_every_jetpack_makes_a_bundle(tmp_path):
 
 
 def test_the_devices_program_is_python_3_8(tmp_path):
-    files = sorted(DEVICE.glob("*.py"))
+    files = sorted(DEVICE.rglob("*.py"))
     assert len(files) > 8
     for file in files:
         ast.parse(file.read_text(), feature_version=(3, 8))
@@ -304,7 +304,7 @@ def test_the_devices_program_is_python_3_8(tmp_path):
 
 def test_the_devices_program_imports_nothing_but_the_standard_library():
     allowed = set(sys.stdlib_module_names) | {"onnxruntime", "numpy"}  # those two inside of functions
-    for file in DEVICE.glob("*.py"):
+    for file in DEVICE.rglob("*.py"):
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

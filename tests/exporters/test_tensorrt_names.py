@@ -11,13 +11,15 @@ import onelora_compile.exporters as exporters
 from onelora_compile.exporters.tensorrt import library, messages, precision
 
 RECORD = json.loads(tensorrt_bindings.RECORD.read_text())
-FILES = sorted((Path(exporters.__file__).parent / "tensorrt").glob("*.py"))
+OURS = ("tensorrt/*.py", "jetson/device/trt_*.py", "jetson/device/core/*.py")
+FILES = [path for pattern in OURS for path in sorted(Path(exporters.__file__).parent.glob(pattern))]
 
 # What our code calls the objects of TensorRT.
 RECEIVERS = {
     "trt": "module",
     "api.trt": "module",
     "self.api.trt": "module",
+    "self.trt": "module",
     "builder": "Builder",
     "self.builder": "Builder",
     "network": "INetworkDefinition",
@@ -27,17 +29,19 @@ RECEIVERS = {
     "parser": "OnnxParser",
     "error": "ParserError",
     "runtime": "Runtime",
+    "self.runtime": "Runtime",
     "loaded": "ICudaEngine",
     "self.engine": "ICudaEngine",
     "self._context": "IExecutionContext",
+    "self.context": "IExecutionContext",
     "refitter": "Refitter",
     "optimization_profile": "IOptimizationProfile",
+    "cache": "ITimingCache",
     "layer": "ILayer",
     "network.get_input(index)": "ITensor",
     "layer.get_output(0)": "ITensor",
     "serialization": "ISerializationConfig",
 }
-ENGINE_FILES = "build library network options precision progress runner refit".split()
 
 # Not in every version: the name that our code asks for before it uses them.
 GUARDED = {
@@ -58,7 +62,7 @@ def uses(tree):
     """(class, name, number of positional arguments or None) of every use of the API in a file."""
     calls = {id(node.func): len(node.args) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in RECEIVERS:
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in RECEIVERS and node.attr[0] != "_":
             yield RECEIVERS[ast.unparse(node.value)], node.attr, calls.get(id(node))
 
 
@@ -69,7 +73,7 @@ def asked_for(tree):
             yield from (one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str))
 
 
-TREES = {file.stem: ast.parse(file.read_text()) for file in FILES if file.stem in ENGINE_FILES}
+TREES = {file: ast.parse(file.read_text()) for file in FILES}
 USES = sorted({use for tree in TREES.values() for use in uses(tree)}, key=str)
 ASKED = {name for tree in TREES.values() for name in asked_for(tree)}
 

@@ -10,7 +10,7 @@ import glob
 import os
 from typing import Any
 
-from .folder import BundleError
+from .core.messages import EngineError
 
 _NAMES = ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0")
 _FOLDERS = (
@@ -30,7 +30,7 @@ class Cuda:
         library: the path of libcudart; None finds it.
 
     Raises:
-        BundleError: there is none, or it reaches no GPU.
+        EngineError: there is none, or it reaches no GPU.
     """
 
     def __init__(self, library: str | None = None) -> None:
@@ -53,7 +53,7 @@ class Cuda:
             "cudaGraphLaunch": [pointer, pointer],
         }.items():
             if (function := getattr(self._lib, name, None)) is None:
-                raise BundleError(f"{self._lib._name} has no {name}: CUDA 11.4 (JetPack 5) or newer is needed")
+                raise EngineError(f"{self._lib._name} has no {name}: CUDA 11.4 (JetPack 5) or newer is needed")
             function.argtypes = types
         stream = pointer()
         self._call("cudaStreamCreate", ctypes.byref(stream))
@@ -121,7 +121,7 @@ class Cuda:
         if code:
             text = (self._lib.cudaGetErrorString(code) or b"").decode()
             more = ": is this the device, and does a container run with --runtime nvidia?" if code in (35, 100) else ""
-            raise BundleError(f"CUDA: {name} failed with error {code} ({text}){more}")
+            raise EngineError(f"CUDA: {name} failed with error {code} ({text}){more}")
 
 
 def board() -> str:
@@ -141,7 +141,7 @@ def _load(library: str | None) -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError as error:
             tried.append(f"{name}: {error}")
-    raise BundleError(
+    raise EngineError(
         "the CUDA runtime (libcudart.so) was not found; on JetPack: sudo apt install cuda-cudart-*, or set "
         "LD_LIBRARY_PATH to its folder. Tried:\n  " + "\n  ".join(tried[:6])
     )

@@ -15,6 +15,8 @@ import os
 import threading
 from typing import Any, Iterator
 
+from .core.messages import EngineError
+
 try:
     import fcntl
 except ImportError:  # not on Windows; Jetson is Linux
@@ -25,8 +27,7 @@ _KEPT = 8  # adapters to go back to
 _CHUNK = 1 << 20
 
 
-class BundleError(Exception):
-    """Anything that the user should read as one message."""
+BundleError = EngineError  # the name by which a bundle's users catch it
 
 
 class Folder:

@@ -12,8 +12,10 @@ from typing import Any
 
 from . import trt_module
 from .adapters import vectors_of
+from .core.library import flag, logger
+from .core.messages import Refused
+from .core.progress import Line, building
 from .cuda import Cuda, board
-from .explain import explained
 from .folder import BundleError, Folder, sha256_of, sweep, write_atomically
 from .options import Options
 
@@ -149,7 +151,9 @@ def _link(source: str, target: str) -> None:
 
 
 def _build(trt: Any, folder: Folder, options: Options, plan: Plan, path: str) -> Any:
-    log = trt_module.logger(trt, options.verbose)
+    log = logger(trt)
+    log.messages.verbose = options.verbose
+    log.messages.clear()
     if hasattr(trt, "init_libnvinfer_plugins"):
         trt.init_libnvinfer_plugins(log, "")
     builder = trt.Builder(log)
@@ -161,7 +165,7 @@ def _build(trt: Any, folder: Folder, options: Options, plan: Plan, path: str) ->
     if not parser.parse_from_file(path):
         errors = [f"{parser.get_error(index)}" for index in range(parser.num_errors)]
         hints = "".join(f"\n  -> {note}" for note in _meant_for(trt, folder))
-        raise BundleError("TensorRT can't read the model:\n" + explained(errors + log.errors) + hints)
+        raise BundleError(f"{Refused('read', log, said=errors)}{hints}")
     choices = folder.manifest["build"]
     workspace = options.workspace_mib or choices["workspace_mib"]
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace << 20)
@@ -174,22 +178,23 @@ def _build(trt: Any, folder: Folder, options: Options, plan: Plan, path: str) ->
         config.clear_flag(trt.BuilderFlag.TF32)
     if options.sm and hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{options.sm}"), 0)
+        config.set_compute_capability(flag(trt, "ComputeCapability", f"SM{options.sm}"), 0)
     _set_profile(builder, config, choices["profiles"])
     if folder.mode == "refit":
         _mark(trt, network, config, list(folder.manifest["vectors"]))
-    if hasattr(config, "progress_monitor") and (progress := trt_module.monitor(trt)) is not None:
-        config.progress_monitor = progress
     cached = not trt.__name__.startswith("tensorrt_rtx")  # deprecated there, and does nothing
     if cached:
         _read_cache(config, plan.cache_path)
+    line = Line()
     try:
-        content = builder.build_serialized_network(network, config)
+        with building(trt, config, line):
+            content = builder.build_serialized_network(network, config)
     finally:
+        line.clear()
         if cached:
             _write_cache(config, plan.cache_path)
     if content is None:
-        raise BundleError("TensorRT could not build the engine:\n" + explained(log.errors))
+        raise Refused("build", log)
     return content, notes
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from . import trt_module
 from .adapters import Vectors
+from .core.library import logger
+from .core.messages import Refused
 from .cuda import Cuda
-from .explain import explained
 from .folder import BundleError, Folder
 from .options import Options
 from .tensors import SIZES, Tensor, TensorError
@@ -63,7 +64,9 @@ class TensorRT:
     def __init__(self, folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
         self.folder = folder
         self.trt = trt_module.load(options.runtime)
-        self.log = trt_module.logger(self.trt, options.verbose)
+        self.log = logger(self.trt)
+        self.log.messages.verbose = options.verbose
+        self.log.messages.clear()
         self.cuda = Cuda(options.library)
         plan = Plan(folder, self.trt, self.cuda.sm(), adapter)
         self.record = plan.record()
@@ -73,10 +76,10 @@ class TensorRT:
         self.runtime = self.trt.Runtime(self.log)
         self.engine = self.runtime.deserialize_cuda_engine(plan.read())
         if self.engine is None:
-            raise BundleError("TensorRT can't load the engine:\n" + explained(self.log.errors))
+            raise Refused("load", self.log)
         self.context = self.engine.create_execution_context()
         if self.context is None:
-            raise BundleError("TensorRT can't make room for the engine:\n" + explained(self.log.errors))
+            raise Refused("context", self.log)
         self.inputs: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.outputs: dict[str, tuple[str, tuple[int, ...]]] = {}
         for index in range(self.engine.num_io_tensors):
@@ -105,7 +108,7 @@ class TensorRT:
         host = self.engine.get_tensor_location(name) == self.trt.TensorLocation.HOST
         self.memory[name] = Memory(self.cuda, dtype, largest, host)
         if not self.context.set_tensor_address(name, self.memory[name].address):
-            raise BundleError(f"TensorRT refuses memory for {name!r}:\n" + explained(self.log.errors))
+            raise Refused("address", self.log, name)
 
     def feed(self, name: str, value: Tensor) -> None:
         """Copy a tensor into the memory of an input and set its shape.
@@ -124,12 +127,12 @@ class TensorRT:
         except TensorError as error:
             raise BundleError(f"input {name!r}: {error}") from None
         if -1 in shape and not self.context.set_input_shape(name, value.shape):
-            raise BundleError(f"TensorRT refuses shape {list(value.shape)} of {name!r}:\n" + explained(self.log.errors))
+            raise Refused("shape", self.log, f"{list(value.shape)} of {name!r}")
 
     def enqueue(self) -> None:
         """Put one run on the stream."""
         if not self.context.execute_async_v3(self.cuda.stream):
-            raise BundleError("the engine failed:\n" + explained(self.log.errors))
+            raise Refused("run", self.log)
 
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs for inputs; vectors that are inputs stay as `set_vectors` left them."""
@@ -163,12 +166,12 @@ class TensorRT:
             alive.append(buffer)
             weights = self.trt.Weights(self.trt.DataType.FLOAT, ctypes.addressof(buffer), vector.count)
             if not refitter.set_named_weights(name, weights):
-                raise BundleError(f"TensorRT refuses the vector {name!r}:\n" + explained(self.log.errors))
+                raise Refused("vector", self.log, name)
         if missing := list(refitter.get_missing_weights()):
             raise BundleError(
                 "TensorRT has combined the vectors with other weights and wants those too: "
                 f"{', '.join(map(str, missing[:10]))}. Make the bundle with swap='input'"
             )
         if not refitter.refit_cuda_engine():
-            raise BundleError("the refit failed, the engine must be loaded again:\n" + explained(self.log.errors))
+            raise Refused("refit", self.log)
         del alive
