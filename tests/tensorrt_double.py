@@ -283,12 +283,27 @@ def module(real, **faults):
                 self.errors = [str(error)]
             return not self.errors
 
+        def get_error(self, index):
+            return checked("ParserError", ParserError(self.errors[index]))
+
         @property
         def num_errors(self):
             return len(self.errors)
 
-        def get_error(self, index):
-            return self.errors[index]
+    class ParserError:
+        def __init__(self, text):
+            self.text = text
+
+        def code(self):
+            return real.ErrorCode.MODEL_DESERIALIZE_FAILED
+
+        def desc(self):
+            return self.text
+
+        def node(self):
+            return -1
+
+        node_name = node_operator = lambda self: ""
 
     class Runtime:
         def __init__(self, log):

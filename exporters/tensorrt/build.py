@@ -13,23 +13,20 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from onelora_compile.exporters.jetson.device.core.progress import building
+from onelora_compile.exporters.jetson.device.core.build import Build
 from onelora_compile.exporters.onnx_file.save import data_files
 from onelora_compile.exporters.onnx_runtime.convert_adapter import adapter_of
 from onelora_compile.exporters.tensorrt.library import Api, find_api
 from onelora_compile.exporters.tensorrt.manifest import Manifest, Tensor, l4t_release, manifest_path, system
-from onelora_compile.exporters.tensorrt.messages import engine_error
-from onelora_compile.exporters.tensorrt.network import (
-    add_profiles,
-    check_inputs,
-    check_refit,
-    dims_of,
-    mark_refittable,
-    new_builder,
-    new_network,
-    parse,
+from onelora_compile.exporters.tensorrt.messages import in_our_words
+from onelora_compile.exporters.tensorrt.network import check_inputs, check_refit, dims_of, mark_refittable, parse
+from onelora_compile.exporters.tensorrt.options import (
+    check_targets,
+    set_options,
+    target_here,
+    targets_of,
+    timing_cache_of,
 )
-from onelora_compile.exporters.tensorrt.options import Options, check_targets, target_here, targets_of
 from onelora_compile.exporters.tensorrt.precision import precision_notes, precision_text, typing_of
 from onelora_compile.exporters.tensorrt.profiles import profiles_of
 from onelora_compile.exporters.tensorrt.vectors import Prepared, hash_files, prepared
@@ -161,39 +158,31 @@ def build_engine(
     api = find_api(flavour, cross=bool(targets))
     check_targets(api, targets)
     api.messages.clear()
-    start = time.perf_counter()
+    start, title = time.perf_counter(), f"build {engine.name}"
     ranges = {"calibration": calibration, "on_saturation": on_saturation}
     with prepared(onnx, adapters, adapter, engine.parent, progress, ranges) as model:
         if model.mode == "refit":
             check_refit(api)
         typing = typing_of(api, model.model, precision)
-        builder = new_builder(api)
-        network = new_network(api, builder, typing)
-        parser = api.trt.OnnxParser(network, api.logger)
-        parse(api, parser, model, onnx)
-        check_inputs(network, model, onnx)
-        profiles = profiles_of(dims_of(model.model, network), shapes)
-        config = builder.create_builder_config()
-        options = Options(api, builder, config)
-        options.targets(targets)
-        options.workspace(workspace)
-        options.optimization_level(optimization_level)
-        options.dla(dla_core)
-        options.timing_cache(timing_cache)
-        for flag in typing.flags:
-            config.set_flag(api.flag("BuilderFlag", flag))
-        add_profiles(builder, config, profiles)
-        if model.mode == "refit":
-            mark_refittable(api, network, config, model)
-        parsed = time.perf_counter()
-        with counting(f"build {engine.name}", progress) as bar, building(api.trt, config, bar):
-            plan = builder.build_serialized_network(network, config)
-        built = time.perf_counter()
-        options.save_timing_cache()
-        if plan is None:
-            raise engine_error(f"{onnx} can't be built into an engine", api, refit=model.mode == "refit")
-        tf32 = bool(config.get_flag(api.trt.BuilderFlag.TF32))
-        notes = [*options.notes, *precision_notes(model.model, typing)]
+        with in_our_words(onnx, api, refit=model.mode == "refit"):
+            build = Build(api.trt, api.logger, typing.strong)
+            parse(build, model)
+            network = build.network
+            check_inputs(network, model, onnx)
+            profiles = profiles_of(dims_of(model.model, network), shapes)
+            build.targets([one.replace("sm_", "SM") for one in targets])
+            flags = set_options(api, build, workspace, optimization_level, dla_core)
+            build.allow(typing.flags)
+            for profile in profiles:
+                build.profile(profile)
+            if model.mode == "refit":
+                mark_refittable(build, api, model)
+            parsed = time.perf_counter()
+            with timing_cache_of(api, build, timing_cache) as (recorded, notes), counting(title, progress) as bar:
+                plan = build.plan(bar)
+            built = time.perf_counter()
+        tf32 = bool(build.config.get_flag(api.trt.BuilderFlag.TF32))
+        notes += precision_notes(model.model, typing)
         initial = _initial(model, adapter, onnx)
         manifest = dataclasses.replace(
             _manifest(api, model, onnx, adapter),
@@ -202,7 +191,7 @@ def build_engine(
             outputs=_tensors(network.num_outputs, network.get_output),
             profiles=tuple(profiles),
             precision=precision_text(network, typing, tf32),
-            flags=options.recorded | ({"precision": list(typing.flags)} if typing.flags else {}),
+            flags=flags | recorded | ({"precision": list(typing.flags)} if typing.flags else {}),
             initial=f"{engine.name}.safetensors" if initial is not None else "",
         )
     files, manifest = write_engine(engine, plan, manifest, initial)

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from onelora_compile.errors import ExportError
-from onelora_compile.exporters.jetson.device.core.messages import advice
+from onelora_compile.exporters.jetson.device.core.messages import Refused, advice
 from onelora_compile.exporters.tensorrt.library import Api
 
 _NO_GPU = r"CUDA driver version is insufficient|no CUDA-capable device|libcuda|cudaError 35|cudaError 100"
 _REFIT_ON_CPU = r"graph_jit\.cpp|is not found in the accelerator list"
+# The steps that TensorRT may refuse (`Refused.step`), as the beginning of a sentence.
+_STEPS = {
+    "builder": "no builder ({name})",
+    "read": "{path} can't be read",
+    "build": "{path} can't be built into an engine",
+}
+
+
+@contextlib.contextmanager
+def in_our_words(path: Path, api: Api, *, refit: bool = False) -> Iterator[None]:
+    """A block of steps with the model or engine at `path`, in which what TensorRT refuses is an `engine_error`.
+
+    Raises:
+        ExportError: TensorRT refused a step.
+    """
+    try:
+        yield
+    except Refused as refused:
+        what = _STEPS[refused.step].format(path=path, name=refused.name)
+        raise engine_error(what, api, refused.said, refit=refit) from refused
 
 
 def engine_error(what: str, api: Api, details: Sequence[str] = (), *, refit: bool = False) -> ExportError:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from onelora_compile.errors import ConfigError
+from onelora_compile.exporters.jetson.device.core.build import Build, has_timings
 from onelora_compile.exporters.tensorrt.library import Api
 from onelora_compile.weights.atomic_write import replacing
 
@@ -61,77 +63,64 @@ def target_here(api: Api) -> tuple[str, ...]:
     return ("sm_{}{}".format(*torch.cuda.get_device_capability()),)
 
 
-class Options:
-    """Sets the options of a builder, and records what was set."""
+def set_options(api: Api, build: Build, workspace: int | None, level: int | None, dla: int | None) -> dict[str, Any]:
+    """Set what the builder may use and how long it searches; returns what was set, for the manifest.
 
-    def __init__(self, api: Api, builder: Any, config: Any) -> None:
-        self.api = api
-        self.builder = builder
-        self.config = config
-        self.recorded: dict[str, Any] = {}
-        self.notes: list[str] = []
-        self._cache: Path | None = None
+    Args:
+        api: the TensorRT at hand.
+        build: what is set.
+        workspace: bytes that a layer may use.
+        level: how long the builder searches, 0 to 5.
+        dla: build for this deep learning accelerator, with the GPU for the rest.
 
-    def targets(self, targets: Sequence[str]) -> None:
-        """The GPUs to build for."""
-        if targets and self.api.capabilities:
-            self.config.num_compute_capabilities = len(targets)
-            for index, one in enumerate(targets):
-                capability = self.api.flag("ComputeCapability", one.replace("sm_", "SM"))
-                self.config.set_compute_capability(capability, index)
-
-    def workspace(self, limit: int | None) -> None:
-        """Bytes that a layer may use."""
-        if limit is None:
-            return
-        if limit <= 0:
-            raise ConfigError(f"workspace={limit} is not a number of bytes")
-        self.config.set_memory_pool_limit(self.api.trt.MemoryPoolType.WORKSPACE, limit)
-        self.recorded["workspace"] = limit
-
-    def optimization_level(self, level: int | None) -> None:
-        """How long the builder searches, 0 to 5."""
-        if level is None:
-            return
+    Raises:
+        ConfigError: a value that can't be meant, or that this device or version can't take.
+    """
+    if workspace is not None:
+        if workspace <= 0:
+            raise ConfigError(f"workspace={workspace} is not a number of bytes")
+        build.workspace(workspace)
+    if level is not None:
         if not 0 <= level <= 5:
             raise ConfigError(f"optimization_level={level} is not between 0 and 5")
-        if not hasattr(self.config, "builder_optimization_level"):
-            raise ConfigError(f"{self.api.title} has no optimization_level: it came with TensorRT 8.6")
-        self.config.builder_optimization_level = level
-        self.recorded["optimization_level"] = level
+        if not build.optimization_level(level):
+            raise ConfigError(f"{api.title} has no optimization_level: it came with TensorRT 8.6")
+    if dla is not None:
+        _set_dla(api, build.builder, build.config, dla)
+    given = {"workspace": workspace, "optimization_level": level, "dla_core": dla}
+    return {name: value for name, value in given.items() if value is not None}
 
-    def dla(self, core: int | None) -> None:
-        """Build for a deep learning accelerator, with the GPU for the rest."""
-        if core is None:
-            return
-        count = self.builder.num_DLA_cores
-        if not 0 <= core < count:
-            found = f"this device has {count}" if count else "this device has none"
-            raise ConfigError(f"dla_core={core}: {found}. Deep learning accelerators are in Xavier and Orin modules")
-        self.config.default_device_type = self.api.trt.DeviceType.DLA
-        self.config.DLA_core = core
-        self.config.set_flag(self.api.trt.BuilderFlag.GPU_FALLBACK)
-        self.recorded["dla_core"] = core
 
-    def timing_cache(self, path: str | os.PathLike[str] | None) -> None:
-        """Use what is in a file, if that is of this device and version."""
-        if path is None:
-            return
-        if self.api.flavour == "rtx":  # has the calls, which do nothing
-            self.notes.append("TensorRT-RTX has no timing cache: timing_cache was ignored")
-            return
-        data = Path(path).read_bytes() if Path(path).is_file() else b""
-        cache = self.config.create_timing_cache(data)
-        if cache is None or not self.config.set_timing_cache(cache, False):
-            self.notes.append(f"{path} is a timing cache of another device or version: a new one was begun")
-            cache = self.config.create_timing_cache(b"")
-            self.config.set_timing_cache(cache, False)
-        self.recorded["timing_cache"] = os.fspath(path)
-        self._cache = Path(path)
+def _set_dla(api: Api, builder: Any, config: Any, core: int) -> None:
+    count = builder.num_DLA_cores
+    if not 0 <= core < count:
+        found = f"this device has {count}" if count else "this device has none"
+        raise ConfigError(f"dla_core={core}: {found}. Deep learning accelerators are in Xavier and Orin modules")
+    config.default_device_type = api.trt.DeviceType.DLA
+    config.DLA_core = core
+    config.set_flag(api.trt.BuilderFlag.GPU_FALLBACK)
 
-    def save_timing_cache(self) -> None:
-        """Write the cache back, also after a build that failed: what was timed is timed."""
-        cache = self.config.get_timing_cache() if self._cache is not None else None
-        if cache is not None and self._cache is not None:
-            with replacing(self._cache) as beside, open(beside, "wb") as stream:
-                stream.write(cache.serialize())
+
+@contextlib.contextmanager
+def timing_cache_of(
+    api: Api, build: Build, path: str | os.PathLike[str] | None
+) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """A block in which a build uses the timing cache in a file, which is written back.
+
+    Yields:
+        What was set, for the manifest, and notes for the user.
+    """
+    if path is None:
+        yield {}, []
+    elif not has_timings(api.trt):
+        yield {}, ["TensorRT-RTX has no timing cache: timing_cache was ignored"]
+    else:
+        held = Path(path).read_bytes() if Path(path).is_file() else b""
+        fits = build.use_timings(held)
+        try:
+            other = [f"{path} is a timing cache of another device or version: a new one was begun"]
+            yield {"timing_cache": os.fspath(path)}, [] if fits else other
+        finally:  # also after a build that failed: what was timed is timed
+            if (timings := build.timings()) is not None:
+                with replacing(Path(path)) as beside, open(beside, "wb") as stream:
+                    stream.write(timings)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.errors import ConfigError
+from onelora_compile.exporters.jetson.device.core.build import can_be_strong
 from onelora_compile.exporters.onnx_file.load import read_tensor
 from onelora_compile.exporters.tensorrt.library import Api
 
@@ -50,7 +51,7 @@ def typing_of(api: Api, model: onnx_ir.Model, precision: str | Sequence[str] | N
     Raises:
         ConfigError: a dtype that this TensorRT can't be allowed, or a model whose dtypes it would not keep by itself.
     """
-    strong = api.flag("NetworkDefinitionCreationFlag", "STRONGLY_TYPED") is not None
+    strong = can_be_strong(api.trt)
     asked = (precision,) if isinstance(precision, str) else tuple(precision or ())
     for one in asked:
         if one not in _WEAK:

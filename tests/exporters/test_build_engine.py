@@ -14,11 +14,11 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.exporters import build_engine, export_onnx, fold_onnx
+from onelora_compile.exporters.jetson.device.core.build import Build
 from onelora_compile.exporters.tensorrt.library import find_api
 from onelora_compile.exporters.tensorrt.manifest import Manifest
-from onelora_compile.exporters.tensorrt.network import new_network, parse
+from onelora_compile.exporters.tensorrt.network import parse
 from onelora_compile.exporters.tensorrt.plan_text import holds, kernels
-from onelora_compile.exporters.tensorrt.precision import Typing
 from onelora_compile.exporters.tensorrt.vectors import prepared
 from onelora_compile.testing import fill_vectors
 
@@ -92,8 +92,9 @@ def test_vectors_of_a_model_with_defaults_would_be_constants(tmp_path):
     """What build_engine is there to prevent: TensorRT itself takes inputs with a default for constants."""
     path, _ = engines.linear(tmp_path, "input")
     api = find_api("rtx")
-    network = new_network(api, api.trt.Builder(api.logger), Typing(True, ()))
-    assert api.trt.OnnxParser(network, api.logger).parse_from_file(str(path))
+    build = Build(api.trt, api.logger, strong=True)
+    build.parse(str(path))
+    network = build.network
     assert [network.get_input(i).name for i in range(network.num_inputs)] == ["input"]
     report = build_engine(path, tmp_path / "m.engine", shapes={"batch": (1, 4, 8)}, **OPTIONS)
     assert [one.name for one in report.manifest.inputs] == ["input", "0"]
@@ -130,14 +131,12 @@ def test_every_vector_of_a_template_can_be_made_refittable(name, tmp_path):
     api = find_api("rtx")
     with prepared(path, "refit", None) as template:
         assert template.mode == "refit"
-        network = new_network(api, api.trt.Builder(api.logger), Typing(True, ()))
-        parse(api, api.trt.OnnxParser(network, api.logger), template, path)
+        build = Build(api.trt, api.logger, strong=True)
+        parse(build, template)
         assert set(template.vectors) <= set(onelora.vectors(model))
         assert len(template.vectors) == zoo.SITES[name]
-        for vector in template.vectors:
-            assert network.mark_weights_refittable(vector), vector
-            assert network.are_weights_marked_refittable(vector)
-        assert not network.mark_weights_refittable("no.such.vector")
+        assert build.refittable([*template.vectors, "no.such.vector"]) == ["no.such.vector"]
+        assert all(map(build.network.are_weights_marked_refittable, template.vectors))
 
 
 def test_an_adapter_in_the_place_of_the_models_own(tmp_path):

@@ -12,7 +12,10 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.exporters import build_engine, export_onnx
+from onelora_compile.exporters.jetson.device.core.build import Build
+from onelora_compile.exporters.jetson.device.core.progress import Line
 from onelora_compile.exporters.tensorrt import library
+from onelora_compile.exporters.tensorrt.messages import in_our_words
 from onelora_compile.testing import fill_vectors
 
 pytest.importorskip("tensorrt_rtx_bindings")
@@ -89,39 +92,34 @@ def test_options(options, match, half, tmp_path):
     refused(onelora.ConfigError, match, half, tmp_path, **BATCH | options)
 
 
+def parsed(path):
+    """The model of one linear in TensorRT-RTX, before anything is said of sizes and targets."""
+    api = library.find_api("rtx")
+    build = Build(api.trt, api.logger, strong=True)
+    build.parse(str(path))
+    api.messages.clear()
+    return api, build
+
+
 def test_the_target_of_this_machine_without_a_gpu(half, tmp_path):
     """TensorRT itself says that there is no driver; what to do is ours."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    api = library.find_api("rtx")
-    builder = api.trt.Builder(api.logger)
-    network = builder.create_network(1 << int(api.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    assert api.trt.OnnxParser(network, api.logger).parse_from_file(str(half))
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(api.trt.ComputeCapability.CURRENT, 0)
-    profile = builder.create_optimization_profile()
-    profile.set_shape("input", (1, 64), (1, 64), (1, 64))
-    config.add_optimization_profile(profile)
-    api.messages.clear()
-    assert builder.build_serialized_network(network, config) is None
-    from onelora_compile.exporters.tensorrt.messages import engine_error
-
-    assert "There is no GPU (or its driver is too old): name target='sm_86'" in str(engine_error("m.onnx", api))
+    api, build = parsed(half)
+    build.targets(["CURRENT"])
+    build.profile({"input": [(1, 64)] * 3})
+    with pytest.raises(onelora.ExportError, match=r"There is no GPU \(or its driver is too old\): name target='sm_86'"):
+        with in_our_words(half, api):
+            build.plan(Line())
 
 
 def test_no_profile_in_nvidias_words(half):
     """The message that our own check comes before is known too."""
-    from onelora_compile.exporters.tensorrt.messages import engine_error
-
-    api = library.find_api("rtx")
-    builder = api.trt.Builder(api.logger)
-    network = builder.create_network(1 << int(api.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    api.trt.OnnxParser(network, api.logger).parse_from_file(str(half))
-    api.messages.clear()
-    assert builder.build_serialized_network(network, builder.create_builder_config()) is None
-    assert "no optimization profile has been defined" in str(engine_error("m.onnx", api))
-    assert "Give shapes= for the dynamic inputs" in str(engine_error("m.onnx", api))
+    api, build = parsed(half)
+    match = r"can't be built into an engine: .*no optimization profile has been defined.*Give shapes= for the dynamic"
+    with pytest.raises(onelora.ExportError, match=match):
+        with in_our_words(half, api):
+            build.plan(Line())
 
 
 def test_a_workspace_that_is_too_small(single, tmp_path):

@@ -1,4 +1,4 @@
-"""Build an engine with the TensorRT of this device: 8.5 to 11, by what it has, not by its number."""
+"""Build the engine of a bundle on this device, and find it again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from . import trt_module
 from .adapters import vectors_of
-from .core.library import flag, logger
+from .core.build import Build, can_be_strong, can_refit, has_timings
 from .core.messages import Refused
-from .core.progress import Line, building
+from .core.progress import Line
 from .cuda import Cuda, board
 from .folder import BundleError, Folder, sha256_of, sweep, write_atomically
 from .options import Options
@@ -151,82 +151,62 @@ def _link(source: str, target: str) -> None:
 
 
 def _build(trt: Any, folder: Folder, options: Options, plan: Plan, path: str) -> Any:
-    log = logger(trt)
-    log.messages.verbose = options.verbose
-    log.messages.clear()
-    if hasattr(trt, "init_libnvinfer_plugins"):
-        trt.init_libnvinfer_plugins(log, "")
-    builder = trt.Builder(log)
-    config = builder.create_builder_config()
-    flags, notes = types_of(trt, config, folder.manifest)
-    notes += _meant_for(trt, folder)
-    network = builder.create_network(flags)
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(path):
-        errors = [f"{parser.get_error(index)}" for index in range(parser.num_errors)]
-        hints = "".join(f"\n  -> {note}" for note in _meant_for(trt, folder))
-        raise BundleError(f"{Refused('read', log, said=errors)}{hints}")
+    strong, allowed, notes = types_of(trt, folder.manifest)
+    build = Build(trt, trt_module.log(trt, options), strong)
+    build.allow(allowed)
+    hints = _meant_for(trt, folder)
+    notes += hints
+    try:
+        build.parse(path)
+    except Refused as refused:
+        raise BundleError(str(refused) + "".join(f"\n  -> {hint}" for hint in hints)) from None
     choices = folder.manifest["build"]
-    workspace = options.workspace_mib or choices["workspace_mib"]
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace << 20)
-    level = choices["optimization_level"] if options.optimization_level is None else options.optimization_level
-    if hasattr(config, "builder_optimization_level"):
-        config.builder_optimization_level = level
-    elif options.optimization_level is not None:
+    build.workspace((options.workspace_mib or choices["workspace_mib"]) << 20)
+    asked = options.optimization_level
+    if not build.optimization_level(choices["optimization_level"] if asked is None else asked) and asked is not None:
         notes.append(f"TensorRT {trt.__version__} has no optimization levels: --optimization-level was not used")
     if not options.tf32 and hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)
-    if options.sm and hasattr(config, "set_compute_capability"):
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(flag(trt, "ComputeCapability", f"SM{options.sm}"), 0)
-    _set_profile(builder, config, choices["profiles"])
+        build.config.clear_flag(trt.BuilderFlag.TF32)
+    build.targets([f"SM{options.sm}"] if options.sm else [])
+    if choices["profiles"]:
+        build.profile(choices["profiles"])
     if folder.mode == "refit":
-        _mark(trt, network, config, list(folder.manifest["vectors"]))
-    cached = not trt.__name__.startswith("tensorrt_rtx")  # deprecated there, and does nothing
+        _mark(trt, build, list(folder.manifest["vectors"]))
+    cached, line = has_timings(trt), Line()
     if cached:
-        _read_cache(config, plan.cache_path)
-    line = Line()
+        build.use_timings(_content(plan.cache_path))
     try:
-        with building(trt, config, line):
-            content = builder.build_serialized_network(network, config)
+        content = build.plan(line)
     finally:
         line.clear()
-        if cached:
-            _write_cache(config, plan.cache_path)
-    if content is None:
-        raise Refused("build", log)
+        if cached and (timings := build.timings()) is not None:
+            write_atomically(plan.cache_path, timings)
     return content, notes
 
 
-def types_of(trt: Any, config: Any, manifest: dict[str, Any]) -> Any:
-    """The flags of the network, and what the user should know about the types that the engine will compute in.
+def types_of(trt: Any, manifest: dict[str, Any]) -> tuple[bool, list[str], list[str]]:
+    """Whether the network is strongly typed, the dtypes to allow if not, and what the user should know about them.
 
     The types of the ONNX model are the engine's where TensorRT is strongly typed (10 and newer).  Before that it
     chooses: a 16-bit or 8-bit type of the model then has to be allowed, and float32 may still be taken.
     """
-    networks, model = trt.NetworkDefinitionCreationFlag, manifest["model"]
-    flags = 0
-    notes: list[str] = []
-    if hasattr(networks, "EXPLICIT_BATCH"):
-        flags |= 1 << int(networks.EXPLICIT_BATCH)
-    weak = manifest["build"]["typing"] == "weak_fp16"
+    model, weak = manifest["model"], manifest["build"]["typing"] == "weak_fp16"
+    if can_be_strong(trt) and not weak:
+        return True, [], []
     wanted = [name for name, dtype in (("FP16", "float16"), ("BF16", "bfloat16")) if dtype in model["dtypes"]]
     if weak and "FP16" not in wanted:
         wanted.append("FP16")
     if model["quantized"]:
         wanted.append("INT8")
-    if hasattr(networks, "STRONGLY_TYPED") and not weak:
-        return flags | 1 << int(networks.STRONGLY_TYPED), notes
-    for name in wanted:
-        if not hasattr(trt.BuilderFlag, name):
-            raise BundleError(
-                f"this bundle leaves the choice of types to TensorRT, and TensorRT {trt.__version__} no longer has "
-                f"{name} for that: export with dtype=torch.float16 and make the bundle again without weak_fp16"
-            )
-        config.set_flag(getattr(trt.BuilderFlag, name))
-    if wanted:
-        notes.append(f"TensorRT chooses types layer by layer among float32 and {', '.join(wanted)}: not each is 16 bit")
-    return flags, notes
+    if not wanted:
+        return False, [], []
+    if absent := [name for name in wanted if not hasattr(trt.BuilderFlag, name)]:
+        raise BundleError(
+            f"this bundle leaves the choice of types to TensorRT, and TensorRT {trt.__version__} no longer has "
+            f"{absent[0]} for that: export with dtype=torch.float16 and make the bundle again without weak_fp16"
+        )
+    note = f"TensorRT chooses types layer by layer among float32 and {', '.join(wanted)}: not each is 16 bit"
+    return False, wanted, [note]
 
 
 def _meant_for(trt: Any, folder: Folder) -> list[str]:
@@ -241,41 +221,18 @@ def _meant_for(trt: Any, folder: Folder) -> list[str]:
     ]
 
 
-def _set_profile(builder: Any, config: Any, profiles: dict[str, Any]) -> None:
-    if not profiles:
-        return
-    profile = builder.create_optimization_profile()
-    for name, (low, best, high) in profiles.items():
-        profile.set_shape(name, tuple(low), tuple(best), tuple(high))
-    config.add_optimization_profile(profile)
-
-
-def _mark(trt: Any, network: Any, config: Any, names: list[str]) -> None:
-    if not hasattr(trt.BuilderFlag, "REFIT_INDIVIDUAL"):
+def _mark(trt: Any, build: Build, names: list[str]) -> None:
+    if not can_refit(trt):
         raise BundleError(
             f"TensorRT {trt.__version__} can't refit single weights (10.2 and newer can, JetPack 6.1 and newer): make "
             "the bundle from the same model with swap='input'"
         )
-    config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
-    if refused := [name for name in names if not network.mark_weights_refittable(name)]:
+    if refused := build.refittable(names):
         raise BundleError(f"TensorRT finds no weights of these names in the model: {', '.join(refused[:10])}")
 
 
-def _read_cache(config: Any, path: str) -> None:
-    content = b""
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            content = file.read()
-    cache: Any | None = config.create_timing_cache(content)
-    if cache is None and content:  # damaged: timings are measured again
-        cache = config.create_timing_cache(b"")
-    if cache is not None:
-        config.set_timing_cache(cache, False)
-
-
-def _write_cache(config: Any, path: str) -> None:
-    """Also of a build that failed: what was measured need not be measured again."""
-    cache = config.get_timing_cache()
-    content = cache.serialize() if cache is not None else None
-    if content is not None:
-        write_atomically(path, content)
+def _content(path: str) -> bytes:
+    if not os.path.isfile(path):
+        return b""
+    with open(path, "rb") as file:
+        return file.read()

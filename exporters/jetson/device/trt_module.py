@@ -1,4 +1,4 @@
-"""The module `tensorrt` (or `tensorrt_rtx`) of this device."""
+"""The module `tensorrt` (or `tensorrt_rtx`) of this device, and its logger."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import importlib.util
 import sys
 from typing import Any
 
+from .core.library import logger
 from .folder import BundleError
+from .options import Options
 
 
 def load(name: str) -> Any:
@@ -36,3 +38,11 @@ def load(name: str) -> Any:
             f"the module {name!r} is there, but can't be loaded: {error}. In a container: is it made for this JetPack, "
             "and started with --runtime nvidia?"
         ) from None
+
+
+def log(trt: Any, options: Options) -> Any:
+    """The logger of the process, with no message of an earlier call."""
+    found = logger(trt)
+    found.messages.verbose = options.verbose
+    found.messages.clear()
+    return found

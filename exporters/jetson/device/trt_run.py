@@ -8,7 +8,6 @@ from typing import Any
 
 from . import trt_module
 from .adapters import Vectors
-from .core.library import logger
 from .core.messages import Refused
 from .cuda import Cuda
 from .folder import BundleError, Folder
@@ -64,9 +63,7 @@ class TensorRT:
     def __init__(self, folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
         self.folder = folder
         self.trt = trt_module.load(options.runtime)
-        self.log = logger(self.trt)
-        self.log.messages.verbose = options.verbose
-        self.log.messages.clear()
+        self.log = trt_module.log(self.trt, options)
         self.cuda = Cuda(options.library)
         plan = Plan(folder, self.trt, self.cuda.sm(), adapter)
         self.record = plan.record()
