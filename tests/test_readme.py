@@ -38,7 +38,7 @@ def test_make_targets_and_links():
         assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
-def test_names_of_the_table_are_real():
+def test_names_are_real():
     import onelora_compile as onelora
 
     for name in re.findall(r"onelora\.([a-zA-Z_]+)\(", README):
