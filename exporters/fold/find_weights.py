@@ -30,7 +30,7 @@ _READS = {"Gather", "GatherElements", "GatherND", "Shape", "Size", "EmbedLayerNo
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Use:
+class WeightUse:
     """One way of a weight to an op.
 
     Attributes:
@@ -47,7 +47,7 @@ class Use:
     product: Product | None = None
     across: bool = False
     constant: bool = False
-    parts: tuple[Use, ...] = ()
+    parts: tuple[WeightUse, ...] = ()
 
     @property
     def op(self) -> onnx_ir.Node:
@@ -98,7 +98,7 @@ class Weight:
     value: onnx_ir.Value
     shape: tuple[int, int]
     dtype: str
-    uses: tuple[Use, ...]
+    uses: tuple[WeightUse, ...]
     computed: Any = None
 
     @property
@@ -112,7 +112,7 @@ class Weight:
         return self.value.name or "a constant"
 
     @property
-    def ways(self) -> tuple[Use, ...]:
+    def ways(self) -> tuple[WeightUse, ...]:
         """Its uses, with those of its parts in the place of the op that cuts it up."""
         return tuple(one for use in self.uses for one in (use.parts or (use,)))
 
@@ -146,7 +146,7 @@ def weights_of(model: onnx_ir.Model) -> list[Weight]:
     return [dataclasses.replace(weight, dtype=names.get(weight.dtype, weight.dtype)) for weight in found]
 
 
-def _followed(use: Use, constants: Constants) -> Use:
+def _followed(use: WeightUse, constants: Constants) -> WeightUse:
     """A use with what is constant behind it."""
     use = dataclasses.replace(use, constant=constants.known(use.op.outputs[0]))
     if not use.takes_parts:
@@ -167,12 +167,12 @@ def _matrix(shape: tuple[Any, ...]) -> tuple[int, int] | None:
 def _computed(model: onnx_ir.Model, constants: Constants, stored: set[onnx_ir.Value]) -> Iterator[Weight]:
     """What ops read that is computed from constants: parts of a weight, several put together, multiples."""
     ir = require("onnx_ir", "onnx", "fold into an ONNX model")
-    seen: dict[onnx_ir.Value, list[Use]] = {}
+    seen: dict[onnx_ir.Value, list[WeightUse]] = {}
     for node in model.graph.all_nodes():
         for position in FLOATING.get(node.op_type, ()):
             value = node.inputs[position] if position < len(node.inputs) else None
             if value is not None and value.const_value is None and constants.known(value):
-                seen.setdefault(value, []).append(Use((node,), position))
+                seen.setdefault(value, []).append(WeightUse((node,), position))
     for value, uses in seen.items():
         if _origin(value) in stored or constants.leaves(value)[1] is not None:
             continue
@@ -201,20 +201,20 @@ def _quantized(products: Iterable[Product]) -> Iterator[Weight]:
     for product in products:
         by_stored.setdefault(id(product.stored), []).append(product)
     for group in by_stored.values():
-        uses: list[tuple[np.ndarray, list[Use]]] = []
+        uses: list[tuple[np.ndarray, list[WeightUse]]] = []
         for product in group:
             sketch = _sketch(product) if len(group) > 1 else np.zeros((4, 4))
             for known, own in uses:
                 first = own[0].product
                 assert first is not None
                 if product.shape == first.shape and np.allclose(sketch, known, rtol=1e-4):
-                    own.append(Use((product.op,), product.position, product))
+                    own.append(WeightUse((product.op,), product.position, product))
                     break
                 if product.shape == first.shape[::-1] and np.allclose(_sketch(product, turned=True), known, rtol=1e-4):
-                    own.append(Use((product.op,), product.position, product, across=True))
+                    own.append(WeightUse((product.op,), product.position, product, across=True))
                     break
             else:
-                uses.append((sketch, [Use((product.op,), product.position, product)]))
+                uses.append((sketch, [WeightUse((product.op,), product.position, product)]))
         for _, own in uses:
             first = own[0].product
             assert first is not None
@@ -250,14 +250,14 @@ def names_of(model: onnx_ir.Model) -> Iterator[str]:
         yield from (value.name for value in node.outputs if value.name)
 
 
-def uses_of(value: onnx_ir.Value, before: tuple[onnx_ir.Node, ...] = ()) -> Iterator[Use]:
+def uses_of(value: onnx_ir.Value, before: tuple[onnx_ir.Node, ...] = ()) -> Iterator[WeightUse]:
     """Every way from a value to an op that computes with it."""
     for user in value.uses():
         nodes = (*before, user.node)
         if user.node.op_type in _PASSED and user.idx == 0 and len(nodes) < 16:
             yield from uses_of(user.node.outputs[0], nodes)
         else:
-            yield Use(nodes, user.idx)
+            yield WeightUse(nodes, user.idx)
 
 
 def _floating(tensor: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.errors import BaseMismatchError, ConfigError, ExportError, OneLoRAError, require
-from onelora_compile.exporters.fold.find_weights import Use, Weight, names_of, weights_of
+from onelora_compile.exporters.fold.find_weights import Weight, WeightUse, names_of, weights_of
 from onelora_compile.exporters.fold.match_fingerprints import Matches, Place, match_weights
 from onelora_compile.exporters.fold.match_trained import TrainedPlaces, match_trained
 from onelora_compile.exporters.fold.owners import Known
@@ -242,7 +242,7 @@ class _Folder:
             for name, where in self.done.items()
         }
 
-    def _into(self, weight: Weight, uses: Sequence[Use], placed: list[tuple[str, Place]]) -> None:
+    def _into(self, weight: Weight, uses: Sequence[WeightUse], placed: list[tuple[str, Place]]) -> None:
         self.changed += [output for use in uses for output in use.op.outputs]
         value = weight.value
         # What ops compute is taken now: they are removed when nothing else reads them.
@@ -274,7 +274,7 @@ class _Folder:
             return FoldByRows((columns, place.rows), values, (0,), columns=part, measured=_MEASURED)
         return FoldByRows((place.rows, columns), values, (1,), first=place.start, measured=_MEASURED)
 
-    def _beside(self, weight: Weight, uses: Sequence[Use], placed: list[tuple[str, Place]]) -> None:
+    def _beside(self, weight: Weight, uses: Sequence[WeightUse], placed: list[tuple[str, Place]]) -> None:
         """Put vectors beside the products of a quantised weight, or into its zero points if these can hold them."""
         turned = placed[0][1].transposed
         vector = np.zeros(weight.shape[1] if turned else weight.shape[0], dtype=np.float32)
@@ -320,9 +320,9 @@ class _Streamed:
         return self.numpy().astype(dtype) if dtype is not None else self.numpy()
 
 
-def _by_uses(placed: list[tuple[str, Place]]) -> list[tuple[tuple[Use, ...], list[tuple[str, Place]]]]:
+def _by_uses(placed: list[tuple[str, Place]]) -> list[tuple[tuple[WeightUse, ...], list[tuple[str, Place]]]]:
     """Vectors of the same uses go into one copy of the weight (q, k and v of a packed one)."""
-    groups: dict[tuple[Use, ...], list[tuple[str, Place]]] = {}
+    groups: dict[tuple[WeightUse, ...], list[tuple[str, Place]]] = {}
     for name, place in placed:
         groups.setdefault(place.uses, []).append((name, place))
     return list(groups.items())

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from onelora_compile.exporters.fold.find_weights import Use, Weight
+from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
 from onelora_compile.exporters.fold.owners import Known, decided
 from onelora_compile.exporters.onnx_file.load import as_torch
 from onelora_compile.weights.fingerprint import OUTPUT, TOLERANCE, Fingerprint, signs
@@ -45,7 +45,7 @@ class Place:
     start: int
     base: tuple[int, int]
     factor: float
-    uses: tuple[Use, ...]
+    uses: tuple[WeightUse, ...]
 
     @property
     def whole(self) -> bool:
@@ -227,16 +227,16 @@ def _best(projected: np.ndarray, known: _Group) -> tuple[np.ndarray, np.ndarray,
     return starts, factors, distances
 
 
-def _linear(place: Place) -> tuple[Use, ...]:
+def _linear(place: Place) -> tuple[WeightUse, ...]:
     """The uses that a vector there may go into; of parts only where it is the whole weight's."""
     return tuple(use for use in (place.weight.ways if place.whole else place.weight.uses) if use.linear)
 
 
-def _strange(use: Use, place: Place) -> bool:
+def _strange(use: WeightUse, place: Place) -> bool:
     return use.strange or (place.whole and use.takes_parts and not use.parts)
 
 
-def _ops(uses: Sequence[Use]) -> str:
+def _ops(uses: Sequence[WeightUse]) -> str:
     return ", ".join(sorted({use.op.op_type for use in uses}))
 
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from onelora_compile.errors import ExportError
-from onelora_compile.exporters.fold.find_weights import Use, uses_of
-from onelora_compile.exporters.fold.parameter_reads import SLOTS, SLOTTED, ParameterReads, Read, uniform
+from onelora_compile.exporters.fold.find_weights import WeightUse, uses_of
+from onelora_compile.exporters.fold.parameter_reads import SLOTS, SLOTTED, ParameterRead, ParameterReads, uniform
 from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_file import AdapterFile
@@ -45,13 +45,13 @@ class TrainedPlaces:
         missing: those without a place, with the reason.
     """
 
-    reads: dict[str, list[Read]] = dataclasses.field(default_factory=dict)
+    reads: dict[str, list[ParameterRead]] = dataclasses.field(default_factory=dict)
     dropped: dict[str, list[onnx_ir.Node]] = dataclasses.field(default_factory=dict)
     missing: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def match_trained(
-    model: onnx_ir.Model, file: AdapterFile, named: Iterable[tuple[str, Use]], metadata: Metadata
+    model: onnx_ir.Model, file: AdapterFile, named: Iterable[tuple[str, WeightUse]], metadata: Metadata
 ) -> TrainedPlaces:
     """Find the place of everything that an adapter trained besides vectors.
 
@@ -73,11 +73,11 @@ def match_trained(
     rest = {name: value for name, value in file.saved.items() if name not in own and name not in metadata.constant}
     renaming = _renaming(named)
     places = _Matcher(model, dataclasses.replace(file, saved=rest), renaming).match() if rest else TrainedPlaces()
-    places.reads |= {name: [Read(value, use, False) for use in uses_of(value)] for name, value in own.items()}
+    places.reads |= {name: [ParameterRead(value, use, False) for use in uses_of(value)] for name, value in own.items()}
     return places
 
 
-def _renaming(named: Iterable[tuple[str, Use]]) -> tuple[str, str]:
+def _renaming(named: Iterable[tuple[str, WeightUse]]) -> tuple[str, str]:
     """What tools put before the names of the adapter, and what they cut off, as most vectors say."""
     votes: Counter[tuple[str, str]] = Counter()
     for name, use in named:
@@ -141,7 +141,7 @@ class _Matcher:
                 return False
         return self._take(name, here)
 
-    def _can_be_new(self, name: str, read: Read) -> bool:
+    def _can_be_new(self, name: str, read: ParameterRead) -> bool:
         """Whether numbers that are not the base's can be a new head's, and not the base's with something merged in.
 
         A batch norm in a convolution or a linear, the scale of attention: what replaces such a weight loses them. New
@@ -168,7 +168,7 @@ class _Matcher:
         ops = {op: other for op, other in ops.items() if op.op_type in (*SLOTTED, "MatMul", "Mul")}
         if not ops or own not in SLOTS:
             return False
-        found: list[Read] = []
+        found: list[ParameterRead] = []
         dropped: list[onnx_ir.Node] = []
         for op, sibling in ops.items():
             new = not self.fitting[sibling]  # a new head: its bias has other numbers too
@@ -200,7 +200,7 @@ class _Matcher:
         )
         return not twins and not self._uniform(name) and self._take(name, self.fitting[name])
 
-    def _take(self, name: str, reads: list[Read]) -> bool:
+    def _take(self, name: str, reads: list[ParameterRead]) -> bool:
         if reads:
             self.places.reads[name] = reads
         return bool(reads)
@@ -251,6 +251,6 @@ def _sum_behind(op: onnx_ir.Node) -> onnx_ir.Node | None:
     return users[0] if len(users) == 1 and users[0].op_type == "Add" else None
 
 
-def _module(use: Use) -> str | None:
+def _module(use: WeightUse) -> str | None:
     """The module that an op belongs to; None where exporters do not say."""
     return use.modules[-1] if use.modules else None

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.select_targets import matches
-from onelora_compile.exporters.fold.find_weights import Use, Weight
+from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -103,18 +103,18 @@ def decided(name: str, places: Sequence[Place], twins: Sequence[str], known: Kno
     return [place for place in kept if place.uses]
 
 
-def _one_layer(owners: dict[Use, str]) -> bool:
+def _one_layer(owners: dict[WeightUse, str]) -> bool:
     """Whether uses that bear no vector's name may be those of one layer: without names, or all with the same one."""
     paths = {re.sub(r"_\d+(?=\.|$)", "", use.modules[-1]) if use.modules else None for use in owners}
     return len(paths) == 1 and _AGAIN not in owners.values()
 
 
-def _listed(uses: Sequence[Use]) -> str:
+def _listed(uses: Sequence[WeightUse]) -> str:
     listed = [use.op.name or use.op.op_type for use in uses[:4]]
     return ", ".join(listed) + (", …" if len(uses) > 4 else "")
 
 
-def _owner(use: Use, weight: Weight, names: Sequence[str], known: Known) -> str:
+def _owner(use: WeightUse, weight: Weight, names: Sequence[str], known: Known) -> str:
     """Which vector an op belongs to by the names that tools left."""
     if use.modules:
         path = use.modules[-1]
@@ -148,7 +148,7 @@ def _calls_again(path: str, name: str) -> bool:
     return all(part == one or re.fullmatch(re.escape(one) + r"_\d+", part) for part, one in pairs)
 
 
-def _elsewhere(use: Use, own: Sequence[Use], name: str, known: Known) -> str:
+def _elsewhere(use: WeightUse, own: Sequence[WeightUse], name: str, known: Known) -> str:
     """Whose an op with the name of another module is, which no vector has: that module's, the vector's, or unclear.
 
     Another name may be the same module's (`self.b = self.a`), or that of code which reads the adapted weight.
@@ -166,16 +166,16 @@ def _elsewhere(use: Use, own: Sequence[Use], name: str, known: Known) -> str:
     return _ELSEWHERE if apart else _UNCLEAR
 
 
-def _same_bias(use: Use, own: Sequence[Use]) -> bool:
+def _same_bias(use: WeightUse, own: Sequence[WeightUse]) -> bool:
     bias = _bias(use.op)
     return bias is not None and any(bias is _bias(one.op) for one in own)
 
 
-def _named_by_first(use: Use) -> bool:
+def _named_by_first(use: WeightUse) -> bool:
     """Whether the bias that an op adds has the name of the module that adds it first."""
     bias = _bias(use.op)
     first = next((one.node for one in bias.uses()), None) if bias is not None else None
-    modules = Use((first,), 0).modules if first is not None else ()
+    modules = WeightUse((first,), 0).modules if first is not None else ()
     return bool(modules) and _ends((bias.name or "").rpartition(".")[0], modules[-1])  # type: ignore[union-attr]
 
 

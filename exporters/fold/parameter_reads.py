@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from onelora_compile.exporters.fold.find_weights import Use, constants_of, uses_of
+from onelora_compile.exporters.fold.find_weights import WeightUse, constants_of, uses_of
 from onelora_compile.exporters.onnx_file.load import as_torch, read_tensor
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of_values
 
@@ -24,7 +24,7 @@ _PARAMETER_OPS = (*SLOTTED, "MatMul", "Gather", "Mul", "Add")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Read:
+class ParameterRead:
     """One way from a constant to the op that reads it.
 
     Attributes:
@@ -34,7 +34,7 @@ class Read:
     """
 
     value: onnx_ir.Value
-    use: Use
+    use: WeightUse
     transposed: bool
 
 
@@ -52,17 +52,17 @@ class ParameterReads:
             and value.const_value.dtype.is_floating_point()
         ]
 
-    def by_numbers(self, name: str, base: Fingerprint | None) -> list[Read]:
+    def by_numbers(self, name: str, base: Fingerprint | None) -> list[ParameterRead]:
         """Every read of a constant that has the base's numbers."""
-        found: list[Read] = []
+        found: list[ParameterRead] = []
         for value, uses in self.reads:
             for transposed in self._layouts(name, value):
                 if base is not None and _agrees(self._numbers(value, name, transposed), base):
-                    found += [Read(value, use, transposed) for use in uses if _role_fits(name, use)]
+                    found += [ParameterRead(value, use, transposed) for use in uses if _role_fits(name, use)]
                     break
         return found
 
-    def by_shape(self, name: str) -> list[Read]:
+    def by_shape(self, name: str) -> list[ParameterRead]:
         """Every read of a constant that can hold the parameter; a square one lies as the op needs it."""
         found = []
         for value, uses in self.reads:
@@ -70,10 +70,10 @@ class ParameterReads:
             for use in uses if layouts else ():
                 transposed = _turned(use) if len(layouts) > 1 else layouts[0]
                 if _role_fits(name, use) and use.op.op_type in _PARAMETER_OPS:
-                    found.append(Read(value, use, transposed))
+                    found.append(ParameterRead(value, use, transposed))
         return found
 
-    def fingerprint(self, name: str, read: Read) -> Fingerprint:
+    def fingerprint(self, name: str, read: ParameterRead) -> Fingerprint:
         """Of the constant that a read is of, laid out as the parameter."""
         return fingerprint_of_values(self._numbers(read.value, name, read.transposed))
 
@@ -96,13 +96,13 @@ def uniform(value: onnx_ir.Value) -> bool:
     return bool((numbers == numbers.flat[0]).all())
 
 
-def _role_fits(name: str, use: Use) -> bool:
+def _role_fits(name: str, use: WeightUse) -> bool:
     """Whether an op whose inputs have fixed places reads the parameter at its own."""
     own = name.rpartition(".")[2]
     return use.op.op_type not in SLOTTED or own not in SLOTS or use.position == SLOTS[own]
 
 
-def _turned(use: Use) -> bool:
+def _turned(use: WeightUse) -> bool:
     """Whether a square matrix is the transpose of what nn.Linear holds, by the op that reads it."""
     turns = sum(node.op_type == "Transpose" for node in use.nodes)
     direct = use.op.op_type == "MatMul" or (use.op.op_type == "Gemm" and not _flag(use.op, "transB"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onelora_compile.errors import require
 from onelora_compile.exporters.fold.match_trained import OPTIONAL_BIAS, TrainedPlaces
-from onelora_compile.exporters.fold.parameter_reads import Read
+from onelora_compile.exporters.fold.parameter_reads import ParameterRead
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -23,7 +23,7 @@ def fold_trained(model: onnx_ir.Model, places: TrainedPlaces, values: dict[str, 
     """
     ir: Any = require("onnx_ir", "onnx", "fold into an ONNX model")
     for name, reads in places.reads.items():
-        by_constant: dict[tuple[onnx_ir.Value, bool], list[Read]] = {}
+        by_constant: dict[tuple[onnx_ir.Value, bool], list[ParameterRead]] = {}
         for read in reads:
             by_constant.setdefault((read.value, read.transposed), []).append(read)
         for (value, transposed), own in by_constant.items():
@@ -34,7 +34,7 @@ def fold_trained(model: onnx_ir.Model, places: TrainedPlaces, values: dict[str, 
 
 
 def _replace(
-    ir: Any, model: onnx_ir.Model, name: str, value: onnx_ir.Value, reads: list[Read], numbers: Tensor
+    ir: Any, model: onnx_ir.Model, name: str, value: onnx_ir.Value, reads: list[ParameterRead], numbers: Tensor
 ) -> None:
     held: Any = value.const_value
     tensor = _tensor(ir, numbers.reshape(tuple(held.shape)), held.dtype, value.name or name)
@@ -57,11 +57,11 @@ def _replace(
         read.use.op.replace_input_with(read.use.position, before)
 
 
-def _position(read: Read, value: onnx_ir.Value) -> int:
+def _position(read: ParameterRead, value: onnx_ir.Value) -> int:
     return read.use.position if len(read.use.nodes) == 1 else 0
 
 
-def _forked(reads: list[Read]) -> bool:
+def _forked(reads: list[ParameterRead]) -> bool:
     """Whether a node on the way has other readers than these."""
     ends = {(read.use.op, read.use.position) for read in reads}
     between = {node for read in reads for node in read.use.nodes[:-1]}

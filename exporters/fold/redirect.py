@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from onelora_compile.exporters.fold.find_weights import Use
+from onelora_compile.exporters.fold.find_weights import WeightUse
 from onelora_compile.exporters.onnx_file.node_writer import Writer
 
 if TYPE_CHECKING:
     import onnx_ir
 
 
-def redirect(writer: Writer, graph: onnx_ir.Graph, uses: Sequence[Use], tensor: Any) -> None:
+def redirect(writer: Writer, graph: onnx_ir.Graph, uses: Sequence[WeightUse], tensor: Any) -> None:
     """Let uses of a weight read a tensor, a new initializer of the main graph, by ways of their own."""
     ir = writer.ir
     own = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)

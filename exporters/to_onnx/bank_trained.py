@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.errors import ExportError
-from onelora_compile.exporters.to_onnx.operators import Lowering
+from onelora_compile.exporters.to_onnx.operators import OperatorWriter
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -31,7 +31,7 @@ class TrainedRows:
     """Rewrites the uses of trained parameters in one graph.
 
     Args:
-        lowering: of the graph.
+        writer: of the graph.
         ids: the input that chooses.
         batch_axis: which axis of a value is the batch; refuses by the name of the parameter.
         table: for a value that is made of a parameter alone: its numbers for each adapter, the base last.
@@ -39,12 +39,12 @@ class TrainedRows:
 
     def __init__(
         self,
-        lowering: Lowering,
+        writer: OperatorWriter,
         ids: onnx_ir.Value,
         batch_axis: Callable[[onnx_ir.Value, str], int],
         table: Callable[[onnx_ir.Value, str], np.ndarray],
     ) -> None:
-        self.lowering, self.ids = lowering, ids
+        self.writer, self.ids = writer, ids
         self.batch_axis, self.table = batch_axis, table
 
     def place(self, marks: Sequence[tuple[onnx_ir.Value, str]]) -> None:
@@ -67,7 +67,7 @@ class TrainedRows:
         for node, name in readers.items():
             rewrite = _REWRITES.get(node.op_type)
             x = node.inputs[0] if node.op_type not in _ELEMENTWISE else _other(node, made)
-            if rewrite is None or x is None or x in made or x.shape is None or node.graph is not self.lowering.graph:
+            if rewrite is None or x is None or x in made or x.shape is None or node.graph is not self.writer.graph:
                 raise ExportError(
                     f"{name!r} is used by {node.op_type}, which has no row for each adapter: a bank can't hold it; "
                     "export with adapters='input' or 'load', or train it in no adapter of the bank"
@@ -104,7 +104,7 @@ class _Site:
         self, owner: TrainedRows, node: onnx_ir.Node, x: onnx_ir.Value, made: dict[onnx_ir.Value, str]
     ) -> None:
         self.owner, self.node, self.x, self.made = owner, node, x, made
-        self.ir: Any = owner.lowering.ir
+        self.ir: Any = owner.writer.ir
         names = [made[value] for value in node.inputs if value in made]
         self.name = names[0]
         assert x.shape is not None
@@ -116,11 +116,11 @@ class _Site:
         if any(one.uses() for one in self.node.outputs[1:]):
             raise ExportError(f"{self.name!r}: {self.node.op_type} has further outputs, which a bank can't give")
         self.node.resize_outputs(1)
-        self.owner.lowering.replace(self.node, build(self))
+        self.owner.writer.replace(self.node, build(self))
 
     def op(self, op_type: str, *inputs: onnx_ir.Value, **attributes: Any) -> onnx_ir.Value:
         """An operator before the one that is replaced, of the dtype of its first input."""
-        return self.owner.lowering.typed(self.owner.lowering.add(self.node, op_type, *inputs, **attributes), inputs[0])
+        return self.owner.writer.typed(self.owner.writer.add(self.node, op_type, *inputs, **attributes), inputs[0])
 
     def operand(self, position: int, shape: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None) -> Any:
         """An input of the op, as rows if it is a parameter of the bank; None where it is absent.
@@ -135,7 +135,7 @@ class _Site:
         if value not in self.made:
             if shape is None or value.shape is None:
                 return value
-            sizes = self.owner.lowering.constant(*shape(value.shape.numpy()))
+            sizes = self.owner.writer.constant(*shape(value.shape.numpy()))
             return self.op("Reshape", value, sizes)
         table = self.owner.table(value, self.made[value])
         own = table.shape[1:]
@@ -146,14 +146,14 @@ class _Site:
 
     def gathered(self, table: np.ndarray, name: str) -> onnx_ir.Value:
         """The rows of a table [adapters + 1, …] in the dtype of x."""
-        lowering = self.owner.lowering
-        while name in lowering.graph.initializers:
+        writer = self.owner.writer
+        while name in writer.graph.initializers:
             name += "_"
-        held = lowering.initializer(name, self.ir.tensor(np.ascontiguousarray(table, np.float32), name=name))
-        rows = lowering.add(self.node, "Gather", held, self.owner.ids, axis=0)
+        held = writer.initializer(name, self.ir.tensor(np.ascontiguousarray(table, np.float32), name=name))
+        rows = writer.add(self.node, "Gather", held, self.owner.ids, axis=0)
         rows.dtype = self.ir.DataType.FLOAT
         assert self.x.dtype is not None
-        return lowering.cast(self.node, rows, self.x.dtype)
+        return writer.cast(self.node, rows, self.x.dtype)
 
     def attribute(self, name: str, default: Any) -> Any:
         """The value of an attribute of the op."""
@@ -189,11 +189,11 @@ def _product(site: _Site, transposed: bool) -> onnx_ir.Value:
         raise ExportError(f"{site.name!r} is used by {site.node.op_type} as {list(table.shape[1:])}: no bank of it")
     table = table.swapaxes(1, 2) if transposed else table
     alone = site.axis == site.rank - 2  # [..., batch, in]: each row is a matrix of its own
-    x = site.op("Unsqueeze", site.x, site.owner.lowering.constant(-2)) if alone else site.x
+    x = site.op("Unsqueeze", site.x, site.owner.writer.constant(-2)) if alone else site.x
     between = 0 if alone else site.rank - 3 - site.axis
     rows = site.gathered(table.reshape(len(table), *(1,) * between, *table.shape[1:]), site.made[weight])
     y = site.op("MatMul", x, rows)
-    return site.op("Squeeze", y, site.owner.lowering.constant(-2)) if alone else y
+    return site.op("Squeeze", y, site.owner.writer.constant(-2)) if alone else y
 
 
 def _norm(site: _Site) -> onnx_ir.Value:
@@ -203,8 +203,8 @@ def _norm(site: _Site) -> onnx_ir.Value:
     shape = scale.shape.numpy() if scale.shape is not None else ()
     assert site.x.dtype is not None
     ones = site.ir.tensor(np.ones(shape, np.float32).astype(site.x.dtype.numpy()), name=f"{site.name}.ones")
-    held = site.owner.lowering.graph.initializers.get(f"{site.name}.ones")
-    held = held if held is not None else site.owner.lowering.initializer(f"{site.name}.ones", ones)
+    held = site.owner.writer.graph.initializers.get(f"{site.name}.ones")
+    held = held if held is not None else site.owner.writer.initializer(f"{site.name}.ones", ones)
     attributes = {name: one.value for name, one in site.node.attributes.items()}
     y = site.op("Mul", site.op(site.node.op_type, site.x, held, **attributes), site.operand(1))
     bias = site.operand(2)
@@ -218,7 +218,7 @@ def _batch_norm(site: _Site) -> onnx_ir.Value:
     scale, bias, mean, variance = (site.operand(position, channels) for position in (1, 2, 3, 4))
     assert site.x.dtype is not None
     epsilon = np.array(site.attribute("epsilon", 1e-5), np.float32).astype(site.x.dtype.numpy())
-    own = site.owner.lowering.initializer(f"{site.name}.epsilon", site.ir.tensor(epsilon, name=f"{site.name}.epsilon"))
+    own = site.owner.writer.initializer(f"{site.name}.epsilon", site.ir.tensor(epsilon, name=f"{site.name}.epsilon"))
     factor = site.op("Div", scale, site.op("Sqrt", site.op("Add", variance, own)))
     return site.op("Add", site.op("Mul", site.op("Sub", site.x, mean), factor), bias)
 

@@ -77,7 +77,7 @@ def _schemas(defs: Any) -> list[Any]:
     ]
 
 
-class Lowering:
+class OperatorWriter:
     """Writes standard operators in the place of ours, in one graph; `constant` makes shared small constants."""
 
     def __init__(self, graph: onnx_ir.Graph) -> None:
@@ -88,8 +88,8 @@ class Lowering:
     def finish(self) -> None:
         """Replace what is left of the operators, Vector excepted, and give outputs the names that the base's have."""
         for node in list(self.graph.all_nodes()):
-            if node.domain == DOMAIN and node.op_type in _LOWERINGS:
-                new = _LOWERINGS[node.op_type](self, node)
+            if node.domain == DOMAIN and node.op_type in _WRITTEN:
+                new = _WRITTEN[node.op_type](self, node)
                 self.replace(node, new)
 
     def add(self, before: onnx_ir.Node, op_type: str, *inputs: onnx_ir.Value, **attributes: Any) -> onnx_ir.Value:
@@ -144,45 +144,45 @@ class Lowering:
         node.graph.remove(node, safe=True)
 
 
-def _feature_sum(lowering: Lowering, node: onnx_ir.Node) -> onnx_ir.Value:
+def _feature_sum(writer: OperatorWriter, node: onnx_ir.Node) -> onnx_ir.Value:
     (x,) = node.inputs
     assert x is not None
-    wide = lowering.cast(node, x, _accumulation(lowering, x))
-    lowering.typed(node.outputs[0], wide)
-    return lowering.add(node, "ReduceSum", wide, lowering.constant(-1), keepdims=1)
+    wide = writer.cast(node, x, _accumulation(writer, x))
+    writer.typed(node.outputs[0], wide)
+    return writer.add(node, "ReduceSum", wide, writer.constant(-1), keepdims=1)
 
 
-def _add_rank1(lowering: Lowering, node: onnx_ir.Node) -> onnx_ir.Value:
+def _add_rank1(writer: OperatorWriter, node: onnx_ir.Node) -> onnx_ir.Value:
     y, s, vector = node.inputs
     assert y is not None
     assert s is not None
     assert vector is not None
-    wide = lowering.cast(node, vector, _accumulation(lowering, y))
-    update = lowering.typed(lowering.add(node, "Mul", s, wide), wide)
+    wide = writer.cast(node, vector, _accumulation(writer, y))
+    update = writer.typed(writer.add(node, "Mul", s, wide), wide)
     assert y.dtype is not None
-    return lowering.add(node, "Add", y, lowering.cast(node, update, y.dtype))
+    return writer.add(node, "Add", y, writer.cast(node, update, y.dtype))
 
 
-def _adapted_weight(lowering: Lowering, node: onnx_ir.Node) -> onnx_ir.Value:
+def _adapted_weight(writer: OperatorWriter, node: onnx_ir.Node) -> onnx_ir.Value:
     weight, vector = node.inputs
     assert weight is not None
     assert vector is not None
-    dtype = _accumulation(lowering, weight)
-    axes = lowering.constant(*sorted(node.attributes["dims"].as_ints()))
-    update = lowering.add(node, "Unsqueeze", lowering.cast(node, vector, dtype), axes)
-    total = lowering.add(node, "Add", lowering.cast(node, weight, dtype), update)
+    dtype = _accumulation(writer, weight)
+    axes = writer.constant(*sorted(node.attributes["dims"].as_ints()))
+    update = writer.add(node, "Unsqueeze", writer.cast(node, vector, dtype), axes)
+    total = writer.add(node, "Add", writer.cast(node, weight, dtype), update)
     total.dtype = dtype
     assert weight.dtype is not None
-    return lowering.cast(node, total, weight.dtype)
+    return writer.cast(node, total, weight.dtype)
 
 
-def _accumulation(lowering: Lowering, value: onnx_ir.Value) -> onnx_ir.DataType:
-    kinds = lowering.ir.DataType
+def _accumulation(writer: OperatorWriter, value: onnx_ir.Value) -> onnx_ir.DataType:
+    kinds = writer.ir.DataType
     dtype: onnx_ir.DataType = kinds.DOUBLE if value.dtype == kinds.DOUBLE else kinds.FLOAT
     return dtype
 
 
-_LOWERINGS: dict[str, Callable[[Lowering, onnx_ir.Node], onnx_ir.Value]] = {
+_WRITTEN: dict[str, Callable[[OperatorWriter, onnx_ir.Node], onnx_ir.Value]] = {
     "FeatureSum": _feature_sum,
     "AddRank1": _add_rank1,
     "AdaptedWeight": _adapted_weight,

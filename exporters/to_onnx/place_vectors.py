@@ -21,7 +21,7 @@ import numpy as np
 from onelora_compile.errors import ExportError, require
 from onelora_compile.exporters.onnx_file.mode import IDS, Mode
 from onelora_compile.exporters.to_onnx.bank_trained import TrainedRows
-from onelora_compile.exporters.to_onnx.operators import DOMAIN, Lowering
+from onelora_compile.exporters.to_onnx.operators import DOMAIN, OperatorWriter
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -54,35 +54,35 @@ def place_vectors(
     Raises:
         ExportError: a bank with a vector that can't be chosen by row, which the message names.
     """
-    lowering = Lowering(model.graph)
+    writer = OperatorWriter(model.graph)
     marks = [node for node in model.graph.all_nodes() if node.domain == DOMAIN and node.op_type == "Vector"]
     for node in marks:
         if part:
-            node.attributes.add(lowering.ir.AttrString("name", _name(node).removeprefix(f"{part}.")))
+            node.attributes.add(writer.ir.AttrString("name", _name(node).removeprefix(f"{part}.")))
     names = list(dict.fromkeys(_name(node) for node in marks))
     if mode == "bank":
-        _Bank(lowering, vectors, bank, bases or {}).place(marks)
+        _Bank(writer, vectors, bank, bases or {}).place(marks)
     else:
         for name in names:
             _rename(model.graph, name)
-            value = lowering.initializer(name, lowering.ir.tensor(np.ascontiguousarray(vectors[name]), name=name))
+            value = writer.initializer(name, writer.ir.tensor(np.ascontiguousarray(vectors[name]), name=name))
             if mode == "input":
                 model.graph.inputs.append(value)
             for node in marks:
                 if _name(node) == name:
-                    node.outputs[0].replace_all_uses_with(_as_used(lowering, node, value))
-    lowering.finish()
+                    node.outputs[0].replace_all_uses_with(_as_used(writer, node, value))
+    writer.finish()
     # The marks, what was between them and a table, and the parameters below them.
     require("onnx_ir.passes.common", "onnx", "export to ONNX").RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(DOMAIN, None)
     return names
 
 
-def _as_used(lowering: Lowering, mark: onnx_ir.Node, value: onnx_ir.Value) -> onnx_ir.Value:
+def _as_used(writer: OperatorWriter, mark: onnx_ir.Node, value: onnx_ir.Value) -> onnx_ir.Value:
     """A head or a norm of a half-precision model in its dtype; vectors are read in float32, and cast where needed."""
     dtype = mark.outputs[0].dtype
     readers = {use.node.domain for use in mark.outputs[0].uses()}
-    return value if dtype is None or readers == {DOMAIN} else lowering.cast(mark, value, dtype)
+    return value if dtype is None or readers == {DOMAIN} else writer.cast(mark, value, dtype)
 
 
 def _name(node: onnx_ir.Node) -> str:
@@ -100,10 +100,10 @@ def _rename(graph: onnx_ir.Graph, name: str) -> None:
 class _Bank:
     """The tables of a bank: one for each update, since what an update reads may be a part of a vector."""
 
-    def __init__(self, lowering: Lowering, known: Vectors, bank: Sequence[Vectors], bases: Vectors) -> None:
-        self.lowering = lowering
-        self.ir = lowering.ir
-        self.graph = lowering.graph
+    def __init__(self, writer: OperatorWriter, known: Vectors, bank: Sequence[Vectors], bases: Vectors) -> None:
+        self.writer = writer
+        self.ir = writer.ir
+        self.graph = writer.graph
         self.known = known
         self.bank = bank
         self.bases = bases
@@ -129,7 +129,7 @@ class _Bank:
                 )
             if node.op_type == "AddRank1":
                 self._update(node, ids)
-        TrainedRows(self.lowering, ids, self._batch_axis, self._numbers).place(whole)
+        TrainedRows(self.writer, ids, self._batch_axis, self._numbers).place(whole)
 
     def _update(self, node: onnx_ir.Node, ids: onnx_ir.Value) -> None:
         y, _, vector = node.inputs
@@ -141,13 +141,13 @@ class _Bank:
         rank, axis = len(y.shape), self._batch_axis(y, name)
         if vector not in self.gathered:
             table = self._table(vector, name)
-            self.gathered[vector] = self.lowering.add(node, "Gather", table, ids, axis=0)  # [batch, *vector]
+            self.gathered[vector] = self.writer.add(node, "Gather", table, ids, axis=0)  # [batch, *vector]
         rows = self.gathered[vector]
         missing = [position for position in range(rank) if position != axis and position < rank - len(vector.shape)]
         if len(vector.shape) != 1:
             raise ExportError(f"{name!r} has a vector of {len(vector.shape)} axes (experts): leave it out of a bank")
         if missing:
-            rows = self.lowering.add(node, "Unsqueeze", rows, self.lowering.constant(*missing))
+            rows = self.writer.add(node, "Unsqueeze", rows, self.writer.constant(*missing))
         rows.dtype = self.ir.DataType.FLOAT
         node.replace_input_with(2, rows)
 
@@ -167,7 +167,7 @@ class _Bank:
         own, taken = name, self.graph.initializers
         while own in taken:
             own += "_"
-        return self.lowering.initializer(own, self.ir.tensor(self._numbers(vector, name), name=own))
+        return self.writer.initializer(own, self.ir.tensor(self._numbers(vector, name), name=own))
 
     def _numbers(self, vector: onnx_ir.Value, name: str) -> np.ndarray:
         """For each adapter what a value is that is made of a vector, the base's last; float32."""

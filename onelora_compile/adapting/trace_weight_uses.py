@@ -39,7 +39,7 @@ _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class DirectRead:
     """A weight that is read where it is used.
 
     Attributes:
@@ -57,14 +57,14 @@ class Read:
     why: str = ""
 
 
-def direct_reads(model: nn.Module, called: Container[nn.Module] = ()) -> list[Read]:
+def direct_reads(model: nn.Module, called: Container[nn.Module] = ()) -> list[DirectRead]:
     """The weights that the modules of a model read themselves, each once.
 
     Args:
         model: the model.
         called: modules that are linears as they are called, so that what they do inside is known.
     """
-    found: dict[tuple[nn.Module, str], Read] = {}
+    found: dict[tuple[nn.Module, str], DirectRead] = {}
     known_names: Known = {}
     for module in model.modules():
         for read in _reads_of(module, known_names) if module not in called or _holds_more(module) else ():
@@ -81,7 +81,7 @@ def direct_reads(model: nn.Module, called: Container[nn.Module] = ()) -> list[Re
     return [*found.values(), *_by_other_names(model, found)]
 
 
-def _by_other_names(model: nn.Module, found: dict[tuple[nn.Module, str], Read]) -> Iterator[Read]:
+def _by_other_names(model: nn.Module, found: dict[tuple[nn.Module, str], DirectRead]) -> Iterator[DirectRead]:
     """The same reads of what shares a weight: a trace tells which parameter was read, not through which module.
 
     An embedding does not change with the linear that it shares its weight with, so what is read there stays.
@@ -96,12 +96,12 @@ def _by_other_names(model: nn.Module, found: dict[tuple[nn.Module, str], Read]) 
                 yield dataclasses.replace(read, module=module, parameter=name)
 
 
-def _reads_of(module: nn.Module, known: Known) -> Iterator[Read]:
+def _reads_of(module: nn.Module, known: Known) -> Iterator[DirectRead]:
     if isinstance(module, nn.MultiheadAttention):
         # Known: torch/nn/modules/activation.py hands them to one function.
         packed = (name for name in _PACKED if module._parameters.get(name) is not None)
-        yield from (Read(module, name, (1,)) for name in packed)
-        yield Read(module.out_proj, "weight", (1,))
+        yield from (DirectRead(module, name, (1,)) for name in packed)
+        yield DirectRead(module.out_proj, "weight", (1,))
     elif _holds_weights(module) or (next(module.children(), None) is not None and _names_weights(module, known)):
         yield from _traced(module)
 
@@ -125,17 +125,17 @@ def _names_weights(module: nn.Module, known: Known) -> bool:
     return not _OF_PARAMETERS.isdisjoint(names_in_reach(module, known))
 
 
-def _traced(module: nn.Module) -> Iterator[Read]:
+def _traced(module: nn.Module) -> Iterator[DirectRead]:
     kept = Kept(module)
     for gm in _traces(module, kept):
         for site in match_linear(gm):
             if site.chain is None or (held := _parameter(module, site.chain.root)) is None:
                 continue
             dims = None if (past := _PAST in site.chain.root.meta) else input_axes(site.chain, held[2].shape, site.axes)
-            yield Read(*held[:2], dims, site.kind == "conv", PAST if past else MIXED if dims is None else "")
+            yield DirectRead(*held[:2], dims, site.kind == "conv", PAST if past else MIXED if dims is None else "")
         for use in other_uses(gm):
             if (held := _parameter(module, use.root)) is not None:
-                yield Read(*held[:2], None, why=use.reason)
+                yield DirectRead(*held[:2], None, why=use.reason)
 
 
 def _traces(module: nn.Module, kept: Kept) -> Iterator[fx.GraphModule]:

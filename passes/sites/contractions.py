@@ -25,7 +25,7 @@ Labels = tuple[str, str, str]  # one letter for each axis of x, W and the output
 
 
 @dataclasses.dataclass(frozen=True)
-class Use:
+class Contraction:
     """One use of a weight in a linear op.
 
     Attributes:
@@ -50,13 +50,13 @@ class Use:
 Chains = Mapping[fx.Node, Chain]
 
 
-def use_of(gm: fx.GraphModule, node: fx.Node, chains: Chains) -> Use | None:
+def use_of(gm: fx.GraphModule, node: fx.Node, chains: Chains) -> Contraction | None:
     """What the node multiplies; None for what is not a linear op, or not understood."""
     if node.op == "call_module":
         called = gm.get_submodule(str(node.target))
         x = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
         linear = is_linear(called) or hasattr(called, "_onelora_base")
-        return Use("module", x, None, ()) if linear and isinstance(x, fx.Node) else None
+        return Contraction("module", x, None, ()) if linear and isinstance(x, fx.Node) else None
     name = op_name(node)
     plain = name.removesuffix("_") if not name.startswith("__") else name
     if name == "einsum":
@@ -71,24 +71,24 @@ def use_of(gm: fx.GraphModule, node: fx.Node, chains: Chains) -> Use | None:
     return dataclasses.replace(use, fixed=fixed, alpha=given.get("alpha", 1))
 
 
-def _linear(name: str, given: Mapping[str, Any], chains: Chains) -> Use | None:
+def _linear(name: str, given: Mapping[str, Any], chains: Chains) -> Contraction | None:
     x, weight = given["input"], given["weight"]
     if weight in chains or x not in chains:  # a weight that is computed counts too
-        return Use("linear", x, weight, (-1,)) if _rank(weight) != 1 else None
+        return Contraction("linear", x, weight, (-1,)) if _rank(weight) != 1 else None
     rank, of_x = _rank(x), _letters(_rank(weight), "i", _OF_X)
     if rank is None or rank < 2:
         return None
     of_weight = _OF_W[: rank - 1] + "i"
     labels = (of_x, of_weight, of_weight[:-1] + of_x[:-1]) if of_x is not None else None
-    return Use("einsum", weight, x, (-1,), labels=labels)
+    return Contraction("einsum", weight, x, (-1,), labels=labels)
 
 
-def _matmul(name: str, given: Mapping[str, Any], chains: Chains) -> Use | None:
+def _matmul(name: str, given: Mapping[str, Any], chains: Chains) -> Contraction | None:
     left, right = _pair(given)
     return _product(left, right, chains)
 
 
-def _reversed_matmul(name: str, given: Mapping[str, Any], chains: Chains) -> Use | None:
+def _reversed_matmul(name: str, given: Mapping[str, Any], chains: Chains) -> Contraction | None:
     left, right = _pair(given)
     return _product(right, left, chains)
 
@@ -100,30 +100,30 @@ def _pair(given: Mapping[str, Any]) -> tuple[fx.Node, fx.Node]:
     return given[left], given[right]
 
 
-def _product(left: fx.Node, right: fx.Node, chains: Chains) -> Use | None:
+def _product(left: fx.Node, right: fx.Node, chains: Chains) -> Contraction | None:
     """A matmul of an activation and a weight of at least two axes, on either side."""
     if (left in chains) == (right in chains):
         return None
     if right in chains:
-        return Use("matmul", left, right, (-2,)) if _rank(right) != 1 else None
-    return Use("left", right, left, (-1,)) if _rank(left) != 1 else None
+        return Contraction("matmul", left, right, (-2,)) if _rank(right) != 1 else None
+    return Contraction("left", right, left, (-1,)) if _rank(left) != 1 else None
 
 
-def _addbmm(name: str, given: Mapping[str, Any], chains: Chains) -> Use | None:
+def _addbmm(name: str, given: Mapping[str, Any], chains: Chains) -> Contraction | None:
     """All products of the batch, added."""
     left, right = given["batch1"], given["batch2"]
     if (left in chains) == (right in chains):
         return None
     if right in chains:
-        return Use("einsum", left, right, (-3, -2), labels=("eni", "eio", "no"))
-    return Use("einsum", right, left, (-3, -1), labels=("ein", "eoi", "on"))
+        return Contraction("einsum", left, right, (-3, -2), labels=("eni", "eio", "no"))
+    return Contraction("einsum", right, left, (-3, -1), labels=("ein", "eoi", "on"))
 
 
-def _inner(name: str, given: Mapping[str, Any], chains: Chains) -> Use | None:
+def _inner(name: str, given: Mapping[str, Any], chains: Chains) -> Contraction | None:
     return _tensordot(name, {**given, "dims_self": [-1], "dims_other": [-1]}, chains)
 
 
-def _tensordot(name: str, given: Mapping[str, Any], chains: Chains) -> Use | None:
+def _tensordot(name: str, given: Mapping[str, Any], chains: Chains) -> Contraction | None:
     """Of x and W in either order; the axes of the output are those that are left of the first, then of the second."""
     first, second = given.get("a", given.get("self")), given.get("b", given.get("other"))
     if (first in chains) == (second in chains):
@@ -144,7 +144,7 @@ def _tensordot(name: str, given: Mapping[str, Any], chains: Chains) -> Use | Non
         of_y = [letter for part in parts for letter in part if letter not in _SUMMED]
         labels = ("".join(of_x), "".join(of_weight), "".join(of_y))
     assert isinstance(x, fx.Node)
-    return Use("einsum", x, weight, tuple(axis % rank - rank for axis in own), labels=labels)
+    return Contraction("einsum", x, weight, tuple(axis % rank - rank for axis in own), labels=labels)
 
 
 def _contracted(given: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
@@ -160,20 +160,20 @@ def _contracted(given: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
     return (list(first), list(second)) if all(isinstance(axis, int) for axis in (*first, *second)) else None
 
 
-def _grouped(name: str, given: Mapping[str, Any], chains: Chains) -> Use | None:
+def _grouped(name: str, given: Mapping[str, Any], chains: Chains) -> Contraction | None:
     """Rows of x by expert."""
     x = given.get("input", given.get("mat_a", given.get("self")))
     weight = given.get("weight", given.get("mat_b", given.get("mat2")))
     if weight not in chains or x in chains or _rank(weight) != 3 or not isinstance(given.get("offs"), fx.Node):
         return None
-    return Use("grouped", x, weight, (-2,)) if _rank(x) in (None, 2) else None
+    return Contraction("grouped", x, weight, (-2,)) if _rank(x) in (None, 2) else None
 
 
-def _conv(name: str, given: Mapping[str, Any], chains: Chains) -> Use | None:
-    return Use("conv", given["input"], given["weight"], tuple(range(-1 - int(name[4]), 0)))
+def _conv(name: str, given: Mapping[str, Any], chains: Chains) -> Contraction | None:
+    return Contraction("conv", given["input"], given["weight"], tuple(range(-1 - int(name[4]), 0)))
 
 
-def _einsum(node: fx.Node, chains: Chains) -> Use | None:
+def _einsum(node: fx.Node, chains: Chains) -> Contraction | None:
     if (parsed := einsum_operands(node)) is None or len(parsed[1]) != 2:
         return None
     equation, (first, second) = parsed
@@ -190,7 +190,7 @@ def _einsum(node: fx.Node, chains: Chains) -> Use | None:
         return None
     axes = tuple(of_weight.index(label) - len(of_weight) for label in inputs)
     known = _rank(x) is not None or "..." not in equation
-    return Use("einsum", x, weight, axes, labels=labels if known else None)
+    return Contraction("einsum", x, weight, axes, labels=labels if known else None)
 
 
 def einsum_operands(node: fx.Node) -> tuple[str, list[fx.Node]] | None:
@@ -280,7 +280,7 @@ def _letters(rank: int | None, last: str, letters: str) -> str | None:
     return None if rank is None else letters[: rank - 1] + last
 
 
-_READERS: dict[str, Callable[[str, Mapping[str, Any], Chains], Use | None]] = {
+_READERS: dict[str, Callable[[str, Mapping[str, Any], Chains], Contraction | None]] = {
     "linear": _linear,
     **dict.fromkeys(("mm", "bmm", "matmul", "mv", "addmm", "addmv", "baddbmm"), _matmul),
     "__rmatmul__": _reversed_matmul,

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from onelora_compile.ops import ADAPTED_WEIGHT, ADD_RANK1, RANK1_UPDATE
-from onelora_compile.passes.sites.contractions import Labels, Use, use_of
+from onelora_compile.passes.sites.contractions import Contraction, Labels, use_of
 from onelora_compile.passes.sites.weight_path import Chain, example, weight_chains
 
 __all__ = ["LinearSite", "example", "match_linear", "module_path", "operands", "rank1_updates", "source_line"]
@@ -193,7 +193,7 @@ def _linear_below(update: fx.Node) -> fx.Node | None:
     return node if isinstance(node, fx.Node) else None
 
 
-def _sizes(gm: fx.GraphModule, node: fx.Node, use: Use) -> tuple[int | None, int | None]:
+def _sizes(gm: fx.GraphModule, node: fx.Node, use: Contraction) -> tuple[int | None, int | None]:
     """in_features and out_features, where they are known and static."""
     if node.op == "call_module":
         called = gm.get_submodule(str(node.target))
