@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from onelora_compile.errors import ExportError, StateError
+from onelora_compile.exporters.jetson.device.core.engine import DTYPES
 from onelora_compile.exporters.onnx_file.metadata import bank_id
 from onelora_compile.exporters.onnx_file.mode import IDS
 from onelora_compile.exporters.tensorrt.gpu_memory import ALIGNMENT, Array
@@ -19,17 +20,8 @@ from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 
 Adapter = str | os.PathLike[str] | AdapterFile | None
 
-# TensorRT's names of dtypes. numpy has no bfloat16: such outputs are tensors.
-DTYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "INT8": torch.int8,
-    "UINT8": torch.uint8,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-    "BOOL": torch.bool,
-}
+# By TensorRT's names. numpy has no bfloat16: such outputs are tensors.
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, ours) for name, ours in DTYPES.items()}
 
 
 def offsets_of(manifest: Manifest) -> tuple[dict[str, int], int]:
@@ -110,7 +102,7 @@ def feed_of(
         raise StateError(f"{engine} is no bank (its mode is {manifest.mode!r}): adapter_ids means nothing to it")
     dtypes = {one.name: one.dtype for one in manifest.inputs}
     for name, array in feed.items():
-        wanted = DTYPES[dtypes[name]]
+        wanted = TORCH_DTYPES[dtypes[name]]
         given = str(array.dtype).removeprefix("torch.")
         if given != str(wanted).removeprefix("torch."):
             raise ExportError(f"{engine}: input {name!r} is {wanted}, {given} was given")

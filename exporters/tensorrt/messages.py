@@ -18,6 +18,16 @@ _STEPS = {
     "builder": "no builder ({name})",
     "read": "{path} can't be read",
     "build": "{path} can't be built into an engine",
+    "runtime": "{path} can't be loaded ({name})",
+    "load": "{path} can't be loaded",
+    "context": "{path}: no execution context",
+    "profile": "{path} has no profile {name}",
+    "address": "{path}: no address for {name!r}",
+    "run": "{path} can't be run",
+    "vector": "{path}: the vector of {name!r} can't be set",
+    "weight": "{path}: the base weight {name!r} can't be set",
+    "missing": "{path}: TensorRT still asks for {name}; build it with adapters='input'",
+    "refit": "{path} can't be refitted",
 }
 
 

@@ -17,13 +17,14 @@ import numpy as np
 from rich.table import Table
 
 from onelora_compile.errors import ExportError, StateError
+from onelora_compile.exporters.jetson.device.core.engine import Engine, Weight, refit
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import digest
 from onelora_compile.exporters.onnx_file.save import data_files
 from onelora_compile.exporters.tensorrt.build import refuse_overwriting_engine, write_engine
 from onelora_compile.exporters.tensorrt.library import Api, find_api
 from onelora_compile.exporters.tensorrt.manifest import Manifest
-from onelora_compile.exporters.tensorrt.messages import engine_error
+from onelora_compile.exporters.tensorrt.messages import engine_error, in_our_words
 from onelora_compile.exporters.tensorrt.vectors import hash_model
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
@@ -97,13 +98,13 @@ def refit_engine(
     api = find_api(manifest.flavour)
     manifest.check_library(api, engine)
     api.messages.clear()
-    loaded = load_engine(api, engine, manifest)
-    base = refit_loaded(api, loaded, values, manifest, engine, onnx)
+    opened = load_engine(api, engine, manifest)
+    base = refit_loaded(api, opened, values, manifest, engine, onnx)
     name = Path(adapter).name.removesuffix(".safetensors") if not isinstance(adapter, AdapterFile) else ""
     changed = dataclasses.replace(
         manifest, adapter=name, adapter_sha256=digest(values), initial=f"{out.name}.safetensors", engine_sha256=""
     )
-    files, _ = write_engine(out, _serialized(api, loaded, engine), changed, file)
+    files, _ = write_engine(out, _serialized(api, opened.loaded, engine), changed, file)
     size = sum(one.nbytes for one in values.values())
     return RefitReport(files, len(values), size, base, time.perf_counter() - start)
 
@@ -124,27 +125,22 @@ def vectors_for(
     return file, manifest.metadata.values_of(file)
 
 
-def load_engine(api: Api, engine: Path, manifest: Manifest) -> Any:
-    """Deserialize an engine.
+def load_engine(api: Api, engine: Path, manifest: Manifest) -> Engine:
+    """Load an engine.
 
     Raises:
         ExportError: TensorRT refuses it.
     """
-    try:
-        runtime = api.trt.Runtime(api.logger)
-    except (TypeError, RuntimeError) as error:  # how the binding says that the library gave nothing
-        raise engine_error(f"{engine} can't be loaded ({error})", api) from error
-    loaded = runtime.deserialize_cuda_engine(engine.read_bytes())
-    if loaded is None:
-        raise engine_error(f"{engine} can't be loaded", api)
-    if manifest.mode == "refit" and not loaded.refittable:
+    with in_our_words(engine, api):
+        opened = Engine(api.trt, api.logger, engine.read_bytes())
+    if manifest.mode == "refit" and not opened.refittable:
         raise ExportError(f"{engine} is not refittable, though its manifest says so: build it again")
-    return loaded
+    return opened
 
 
 def refit_loaded(
     api: Api,
-    loaded: Any,
+    opened: Engine,
     values: Mapping[str, np.ndarray],
     manifest: Manifest,
     engine: Path,
@@ -158,23 +154,18 @@ def refit_loaded(
     Raises:
         ExportError: TensorRT refuses; the loaded engine may then be half changed and must not be used.
     """
-    refitter = api.trt.Refitter(loaded, api.logger)
-    alive = {name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}  # until refit returns
-    for name, value in alive.items():
-        if not refitter.set_named_weights(name, api.trt.Weights(value)):
-            raise engine_error(f"{engine}: the vector of {name!r} can't be set", api, refit=True)
-    base = [name for name in refitter.get_missing_weights() if name not in alive]
-    if base:
-        held = _base_weights(base, manifest, engine, onnx)
-        for name, value in held.items():
-            if not refitter.set_named_weights(name, api.trt.Weights(value)):
-                raise engine_error(f"{engine}: the base weight {name!r} can't be set", api, refit=True)
-        alive |= held
-        if left := refitter.get_missing_weights():
-            raise ExportError(f"{engine}: TensorRT still asks for {shortened(left)}; build it with adapters='input'")
-    if not refitter.refit_cuda_engine():
-        raise engine_error(f"{engine} can't be refitted", api, refit=True)
-    return base
+    held = {name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}
+
+    def more(names: list[str]) -> dict[str, Weight]:
+        held.update(_base_weights(names, manifest, engine, onnx))
+        return {name: _weight(held[name]) for name in names}
+
+    with in_our_words(engine, api, refit=True):
+        return refit(opened, {name: _weight(value) for name, value in held.items()}, more)
+
+
+def _weight(value: np.ndarray) -> Weight:
+    return Weight(str(value.dtype), value.ctypes.data, value.size)
 
 
 def _base_weights(
@@ -196,11 +187,11 @@ def _base_weights(
         raise ExportError(
             f"{engine}: {path} has no weights {shortened(unknown)}; build the engine with adapters='input'"
         )
-    return {name: read_tensor(held[name].const_value) for name in names}
+    return {name: np.ascontiguousarray(read_tensor(held[name].const_value)) for name in names}
 
 
 def _serialized(api: Api, loaded: Any, engine: Path) -> Any:
-    """The engine's bytes, refittable again."""
+    """The bytes of an engine of TensorRT's, refittable again."""
     keep = api.flag("SerializationFlag", "INCLUDE_REFIT")  # without it newer versions leave out what refit needs
     if keep is None or not hasattr(loaded, "create_serialization_config"):
         plan = loaded.serialize()

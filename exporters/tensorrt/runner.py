@@ -12,12 +12,20 @@ import numpy as np
 import torch
 
 from onelora_compile.errors import ExportError, StateError
+from onelora_compile.exporters.jetson.device.core.engine import Context
 from onelora_compile.exporters.onnx_file.mode import IDS
-from onelora_compile.exporters.tensorrt.feed import DTYPES, Adapter, adapter_id, feed_of, offsets_of, vectors_to_feed
+from onelora_compile.exporters.tensorrt.feed import (
+    TORCH_DTYPES,
+    Adapter,
+    adapter_id,
+    feed_of,
+    offsets_of,
+    vectors_to_feed,
+)
 from onelora_compile.exporters.tensorrt.gpu_memory import Array, device_memory
 from onelora_compile.exporters.tensorrt.library import find_api
 from onelora_compile.exporters.tensorrt.manifest import Manifest, Tensor
-from onelora_compile.exporters.tensorrt.messages import engine_error
+from onelora_compile.exporters.tensorrt.messages import engine_error, in_our_words
 from onelora_compile.exporters.tensorrt.refit import load_engine, refit_loaded, vectors_for
 
 
@@ -129,9 +137,9 @@ class EngineRunner:
         first = next(iter(feed.values()), None)
         found: list[Any] = []
         for tensor, shape in outputs:
-            dtype = DTYPES[tensor.dtype]
+            dtype = TORCH_DTYPES[tensor.dtype]
             size = int(np.prod(shape)) * dtype.itemsize
-            value = self._memory.download(self._buffers[tensor.name][1], size).view(dtype).reshape(shape)
+            value = self._memory.download(self._buffer(tensor.name, size), size).view(dtype).reshape(shape)
             if isinstance(first, torch.Tensor):
                 found.append(value.to(first.device))
             else:
@@ -144,8 +152,8 @@ class EngineRunner:
         Args:
             stream: handle of a CUDA stream, for example that of a graph's capture; None is the runner's own.
         """
-        if not self._context.execute_async_v3(self._memory.stream if stream is None else stream):
-            raise engine_error(f"{self.path} can't be run", self._api)
+        with in_our_words(self.path, self._api):
+            self._context.enqueue(stream)
 
     def with_adapter(self, adapter: Adapter | int = None) -> EngineRunner:
         """Another runner of the same engine, with a context, buffers and an adapter of its own; for another thread too.
@@ -167,19 +175,16 @@ class EngineRunner:
     def _open(self) -> None:
         """A context with buffers of its own."""
         self._sharers.add(self)
-        self._context = self.engine.create_execution_context()
-        if self._context is None:
-            raise engine_error(f"{self.path}: no execution context", self._api)
-        if self._profile and not self._context.set_optimization_profile_async(self._profile, self._memory.stream):
-            raise engine_error(f"{self.path} has no profile {self._profile}", self._api)
-        self._buffers: dict[str, tuple[int, Any]] = {}
+        with in_our_words(self.path, self._api):
+            self._context = Context(self.engine, self._memory, self._profile)
         self._id = -1
         self._offsets, size = offsets_of(self.manifest)
         if self._offsets:
             self._packed = self._memory.allocate(size)
             start = self._memory.address(self._packed)
-            for name, offset in self._offsets.items():
-                self._set_address(name, start + offset)
+            with in_our_words(self.path, self._api):
+                for name, offset in self._offsets.items():
+                    self._context.set_address(name, start + offset)
             self._upload(vectors_to_feed(self.manifest, self.path, None))
 
     def _upload(self, values: Mapping[str, np.ndarray]) -> None:
@@ -188,7 +193,7 @@ class EngineRunner:
 
     def _feed(self, name: str, array: Array) -> None:
         shape = tuple(array.shape)
-        if not self._context.set_input_shape(name, shape):
+        if not self._context.set_shape(name, shape):
             allowed = [profile.get(name) for profile in self.manifest.profiles]
             raise engine_error(
                 f"{self.path}: input {name!r} of {list(shape)} is not in its profile {allowed}", self._api
@@ -198,29 +203,20 @@ class EngineRunner:
     def _prepare_outputs(self) -> list[tuple[Tensor, tuple[int, ...]]]:
         found = []
         for tensor in self.manifest.outputs:
-            shape = tuple(self._context.get_tensor_shape(tensor.name))
+            shape = self._context.shape(tensor.name)
             if any(size < 0 for size in shape):
                 raise ExportError(
                     f"{self.path}: the shape of output {tensor.name!r} {list(shape)} depends on values, which "
                     "EngineRunner "
                     "does not support"
                 )
-            self._buffer(tensor.name, int(np.prod(shape)) * DTYPES[tensor.dtype].itemsize)
+            self._buffer(tensor.name, int(np.prod(shape)) * TORCH_DTYPES[tensor.dtype].itemsize)
             found.append((tensor, shape))
         return found
 
     def _buffer(self, name: str, size: int) -> Any:
-        """A buffer that stays where it is while it is large enough."""
-        held, buffer = self._buffers.get(name, (-1, None))
-        if held < size:
-            buffer = self._memory.allocate(size)
-            self._buffers[name] = (size, buffer)
-            self._set_address(name, self._memory.address(buffer))
-        return buffer
-
-    def _set_address(self, name: str, address: int) -> None:
-        if not self._context.set_tensor_address(name, address):
-            raise engine_error(f"{self.path}: no address for {name!r}", self._api)
+        with in_our_words(self.path, self._api):
+            return self._context.buffer(name, size)
 
 
 def _bytes(array: Array) -> int:

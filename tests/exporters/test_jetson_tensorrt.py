@@ -3,12 +3,15 @@
 Nothing here runs on a GPU.  What an engine computes is checked with a double (tensorrt_double.py).
 """
 
+import ctypes
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import bundles
+import cudart_double
 import numpy as np
 import onnx
 import onnxruntime
@@ -37,7 +40,7 @@ WHEELS = {
 
 @pytest.fixture
 def cudart(tmp_path):
-    return tensorrt_double.compile_cudart(tmp_path)
+    return cudart_double.compile_cudart(tmp_path)
 
 
 def run(folder, *args):
@@ -299,6 +302,21 @@ def test_outputs_are_the_models_and_memory_stays_where_it_is(mode, tmp_path, mon
         model.run({"x": np.zeros((5, 16, 12), np.float32)})
     with pytest.raises(Exception, match=r"the model takes x; given were y"):
         model.run({"y": np.zeros((1, 16, 12), np.float32)})
+
+
+def test_memory_and_stream_of_an_engine_are_given_back(tmp_path, monkeypatch, cudart):
+    folder = bundles.fresh("load", tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_double.module(rtx))
+    for name in ("a", "b"):
+        assert run(folder, "--libcudart", cudart, "use", name) == 0
+    options = bundles.device(folder, "options").Options(library=str(cudart))
+    model = importlib.import_module("onelora_device.deployed").Deployed(str(folder), options)
+    live = ctypes.CDLL(str(cudart)).allocations
+    before = live()
+    assert before == len(model.engine.memory) + 1  # and a stream
+    for name in ("a", "b", "a"):  # each adapter has an engine of its own
+        model.use(name)
+        assert live() == before
 
 
 def test_an_engine_of_another_version_is_refused_by_name(tmp_path, monkeypatch, capsys, cudart):

@@ -11,7 +11,7 @@ import onelora_compile.exporters as exporters
 from onelora_compile.exporters.tensorrt import library, messages, precision
 
 RECORD = json.loads(tensorrt_bindings.RECORD.read_text())
-OURS = ("tensorrt/*.py", "jetson/device/trt_*.py", "jetson/device/core/*.py")
+OURS = ("tensorrt/*.py", "jetson/device/trt_build.py", "jetson/device/core/*.py")
 FILES = [path for pattern in OURS for path in sorted(Path(exporters.__file__).parent.glob(pattern))]
 
 # What our code calls the objects of TensorRT.
@@ -35,8 +35,9 @@ RECEIVERS = {
     "runtime": "Runtime",
     "self.runtime": "Runtime",
     "loaded": "ICudaEngine",
-    "self.engine": "ICudaEngine",
-    "self._context": "IExecutionContext",
+    "self.loaded": "ICudaEngine",
+    "engine.loaded": "ICudaEngine",
+    "engine.trt": "module",
     "self.context": "IExecutionContext",
     "refitter": "Refitter",
     "optimization_profile": "IOptimizationProfile",

@@ -45,7 +45,6 @@ class Cuda:
             "cudaStreamCreate": [ctypes.POINTER(pointer)],
             "cudaStreamSynchronize": [pointer],
             "cudaStreamDestroy": [pointer],
-            "cudaMemGetInfo": [ctypes.POINTER(size), ctypes.POINTER(size)],
             "cudaDeviceGetAttribute": [ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int],
             "cudaStreamBeginCapture": [pointer, ctypes.c_int],
             "cudaStreamEndCapture": [pointer, ctypes.POINTER(pointer)],
@@ -59,15 +58,19 @@ class Cuda:
         self._call("cudaStreamCreate", ctypes.byref(stream))
         self.stream = int(stream.value or 0)
 
-    def malloc(self, size: int) -> int:
-        """Device memory of at least one byte; keep it, or give it to `free`."""
+    def __del__(self) -> None:
+        if hasattr(self, "stream"):
+            self._lib.cudaStreamDestroy(self.stream)
+
+    def allocate(self, size: int) -> Allocation:
+        """Device memory of at least one byte, given back with the object that is returned."""
         address = ctypes.c_void_p()
         self._call("cudaMalloc", ctypes.byref(address), max(size, 1))
-        return int(address.value or 0)
+        return Allocation(self._lib, int(address.value or 0))
 
-    def free(self, address: int) -> None:
-        """Give memory back."""
-        self._call("cudaFree", address)
+    def address(self, buffer: Allocation) -> int:
+        """Where memory is."""
+        return buffer.address
 
     def upload(self, address: int, data: Any) -> None:
         """Copy bytes to the device, in the order of the stream; they may be changed when this returns."""
@@ -85,12 +88,6 @@ class Cuda:
     def synchronize(self) -> None:
         """Wait for the stream."""
         self._call("cudaStreamSynchronize", self.stream)
-
-    def memory(self) -> tuple[int, int]:
-        """Bytes that are free, and all."""
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-        return free.value, total.value
 
     def sm(self) -> str:
         """The compute capability of the device, "8.7"."""
@@ -122,6 +119,17 @@ class Cuda:
             text = (self._lib.cudaGetErrorString(code) or b"").decode()
             more = ": is this the device, and does a container run with --runtime nvidia?" if code in (35, 100) else ""
             raise EngineError(f"CUDA: {name} failed with error {code} ({text}){more}")
+
+
+class Allocation:
+    """Device memory."""
+
+    def __init__(self, lib: Any, address: int) -> None:
+        self.address = address
+        self._lib = lib
+
+    def __del__(self) -> None:
+        self._lib.cudaFree(self.address)  # a failure here is one of the work before, which has said so
 
 
 def board() -> str:

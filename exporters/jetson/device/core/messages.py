@@ -106,6 +106,7 @@ _STEPS = {
     "profile": "TensorRT has no profile {name}",
     "address": "TensorRT refuses memory for {name!r}",
     "shape": "TensorRT refuses shape {name}",
+    "missing": "TensorRT still asks for the weights {name}",
     "run": "the engine failed",
     "vector": "TensorRT refuses the vector {name!r}",
     "weight": "TensorRT refuses the base weight {name!r}",
