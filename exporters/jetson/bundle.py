@@ -36,12 +36,13 @@ from onelora_compile.exporters.jetson.device.options import Options
 from onelora_compile.exporters.jetson.fit_model import Fitted, fit
 from onelora_compile.exporters.jetson.reference_outputs import default_swaps, reference_cases
 from onelora_compile.exporters.jetson.releases import JetPack, jetpack_of
-from onelora_compile.exporters.jetson.shape_ranges import Profiles, Shapes, profiles_of
+from onelora_compile.exporters.jetson.shape_ranges import Shapes, profile_of
 from onelora_compile.exporters.jetson.trtexec import trtexec_script
 from onelora_compile.exporters.onnx_file.save import save_model
 from onelora_compile.exporters.onnx_file.trained import other_values
 from onelora_compile.exporters.onnx_runtime.convert_adapter import adapter_of
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
+from onelora_compile.exporters.tensorrt.profiles import Profile
 from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.progress import steps
 from onelora_compile.weights.adapter_file import read_adapter, write_adapter
@@ -152,7 +153,7 @@ def bundle(
     with steps(f"bundle {Path(out).name}", 4, progress) as step, replacing_folder(Path(out)) as folder:
         step("fit the model")
         fitted = fit(source, target, swap)
-        profiles = profiles_of(fitted.model, shapes)
+        profile = profile_of(fitted.model, shapes)
         files = _adapter_files(fitted, adapters, source)
         built = _template(fitted) if fitted.mode == "refit" else {}
         step("write")
@@ -160,17 +161,17 @@ def bundle(
         written = save_model(fitted.model, folder / "model.onnx", apart=apart)
         _write_adapters(folder, fitted, files)
         step("reference")
-        reference = _write_reference(folder, source, profiles, inputs, files, built) if selftest else []
+        reference = _write_reference(folder, source, profile, inputs, files, built) if selftest else []
         manifest = manifest_of(fitted, target, source, written, reference)
         manifest["build"] = {
             "typing": "weak_fp16" if weak_fp16 else "model",
             "workspace_mib": workspace_mib,
             "optimization_level": optimization_level,
-            "profiles": profiles,
+            "profiles": profile,
         }
         manifest["tolerance"] = tolerances(fitted, weak_fp16)
         manifest["adapters"], manifest["default"] = adapter_entries(folder, fitted, files)
-        _write_programs(folder, manifest, fitted, target, profiles, weak_fp16)
+        _write_programs(folder, manifest, fitted, target, profile, weak_fp16)
         step("check")
         checks = _checked(folder, fitted) if selftest else []
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -228,7 +229,7 @@ def _template(fitted: Fitted) -> dict[str, np.ndarray]:
 def _write_reference(
     folder: Path,
     source: Path,
-    profiles: Profiles,
+    profile: Profile,
     inputs: Mapping[str, Any] | None,
     files: Mapping[str, Path],
     built: Mapping[str, np.ndarray],
@@ -238,7 +239,7 @@ def _write_reference(
     runner, written = OnnxRunner(source), []
     swaps = default_swaps(runner, files) | ({_BUILT: built} if built else {})
     (folder / "reference").mkdir()
-    for case, content in reference_cases(runner, profiles, inputs, swaps).items():
+    for case, content in reference_cases(runner, profile, inputs, swaps).items():
         name = f"reference/{case}.safetensors"
         (folder / name).write_bytes(content)
         written.append({"case": case, "file": name})
@@ -258,7 +259,7 @@ def _write_adapters(folder: Path, fitted: Fitted, files: Mapping[str, Path]) -> 
 
 
 def _write_programs(
-    folder: Path, manifest: dict[str, Any], fitted: Fitted, jetpack: JetPack, profiles: Profiles, weak_fp16: bool
+    folder: Path, manifest: dict[str, Any], fitted: Fitted, jetpack: JetPack, profile: Profile, weak_fp16: bool
 ) -> None:
     """The scripts, the README, and, last, the manifest with the hash of everything else."""
     source = Path(device.__file__).parent
@@ -270,7 +271,7 @@ def _write_programs(
     script = trtexec_script(
         jetpack,
         manifest["model"]["file"],
-        profiles,
+        profile,
         fitted.dtypes,
         fitted.quantized,
         weak_fp16,

@@ -10,9 +10,9 @@ import numpy as np
 
 from onelora_compile.errors import ConfigError, ExportError
 from onelora_compile.exporters.jetson.device.tensors import Tensor, safetensors_bytes
-from onelora_compile.exporters.jetson.shape_ranges import Profiles
 from onelora_compile.exporters.onnx_file.mode import IDS
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
+from onelora_compile.exporters.tensorrt.profiles import Profile
 
 _KINDS = {"float": np.float32, "double": np.float64, "float16": np.float16, "bool": np.bool_}
 
@@ -21,26 +21,26 @@ Swaps = Mapping[str, Swap]
 
 
 def reference_cases(
-    runner: OnnxRunner, profiles: Profiles, given: Mapping[str, Any] | None, swaps: Swaps
+    runner: OnnxRunner, profile: Profile, given: Mapping[str, Any] | None, swaps: Swaps
 ) -> dict[str, bytes]:
     """The content of a safetensors file for each case, "opt" and, where it is another shape, "min".
 
     Args:
         runner: the original model, before anything was done to it for TensorRT.
-        profiles: ranges of the dynamic inputs.
+        profile: ranges of the dynamic inputs.
         given: arrays by name for one case; None draws random ones: floats from a normal distribution, integers 0 and 1.
         swaps: for each adapter, its vectors, its file, or its id in a bank; None is the model as it is.
 
     Raises:
-        ConfigError: other inputs than the model's, or of shapes outside of the profiles.
+        ConfigError: other inputs than the model's, or of shapes outside of the profile.
         ExportError: ONNX Runtime can't run the model.
     """
     if given is not None:
-        cases = {"given": _checked(runner, profiles, given)}
+        cases = {"given": _checked(runner, profile, given)}
     else:
-        cases = {"opt": _draw(runner, profiles, 1)}
-        if any(low != best for low, best, _ in profiles.values()):
-            cases["min"] = _draw(runner, profiles, 0)
+        cases = {"opt": _draw(runner, profile, 1)}
+        if any(low != best for low, best, _ in profile.values()):
+            cases["min"] = _draw(runner, profile, 0)
     return {case: safetensors_bytes(_run(runner, inputs, swaps)) for case, inputs in cases.items()}
 
 
@@ -61,11 +61,11 @@ def _run(runner: OnnxRunner, inputs: Mapping[str, np.ndarray], swaps: Swaps) -> 
     return tensors
 
 
-def _draw(runner: OnnxRunner, profiles: Profiles, which: int) -> dict[str, np.ndarray]:
+def _draw(runner: OnnxRunner, profile: Profile, which: int) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
     drawn: dict[str, np.ndarray] = {}
     for name, kind, shape in _inputs(runner):
-        size = profiles[name][which] if name in profiles else shape
+        size = profile[name][which] if name in profile else shape
         if kind in ("float", "double", "float16"):
             drawn[name] = generator.normal(size=size).astype(_KINDS[kind])
         elif kind == "bool" or "int" in kind:
@@ -75,13 +75,13 @@ def _draw(runner: OnnxRunner, profiles: Profiles, which: int) -> dict[str, np.nd
     return drawn
 
 
-def _checked(runner: OnnxRunner, profiles: Profiles, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _checked(runner: OnnxRunner, profile: Profile, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
     known = {name: shape for name, _, shape in _inputs(runner)}
     if set(given) != set(known):
         raise ConfigError(f"inputs: the model takes {', '.join(known)}; given were {', '.join(given)}")
     arrays = {name: np.ascontiguousarray(given[name]) for name in known}
     for name, array in arrays.items():
-        low, _, high = profiles.get(name, (known[name],) * 3)
+        low, _, high = profile.get(name, (known[name],) * 3)
         if array.ndim != len(low) or any(not a <= b <= c for a, b, c in zip(low, array.shape, high, strict=True)):
             raise ConfigError(f"inputs: {name!r} is {list(array.shape)}, outside of {list(low)} to {list(high)}")
     return arrays

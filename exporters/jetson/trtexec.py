@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from onelora_compile.exporters.jetson.releases import JetPack
-from onelora_compile.exporters.jetson.shape_ranges import Profiles
+from onelora_compile.exporters.tensorrt.profiles import Profile
 
 _PATH = "/usr/src/tensorrt/bin/trtexec"
 
@@ -13,7 +13,7 @@ _PATH = "/usr/src/tensorrt/bin/trtexec"
 def trtexec_script(
     jetpack: JetPack,
     model: str,
-    profiles: Profiles,
+    profile: Profile,
     dtypes: list[str],
     quantized: bool,
     weak_fp16: bool,
@@ -40,8 +40,8 @@ def trtexec_script(
         parts += ["--fp16"] if weak_fp16 or "float16" in dtypes else []
         parts += ["--int8"] if quantized else []
     for index, flag in enumerate(("minShapes", "optShapes", "maxShapes")):
-        if profiles:
-            ranges = (f"{name}:{'x'.join(map(str, shapes[index]))}" for name, shapes in profiles.items())
+        if profile:
+            ranges = (f"{name}:{'x'.join(map(str, shapes[index]))}" for name, shapes in profile.items())
             parts.append(f"--{flag}={','.join(ranges)}")
     lines = ["#!/bin/sh", f"# {_PATH} of TensorRT {jetpack.tensorrt}: builds and times the same model."]
     if mode == "refit":

@@ -38,7 +38,7 @@ def _profile(inputs: Mapping[str, Dims], dynamic: Mapping[str, Dims], shapes: Ma
     if unknown := [key for key in shapes if key not in inputs and key not in named]:
         dimensions = f"; its dynamic dimensions: {shortened(sorted(named))}" if named else ""
         raise ConfigError(f"shapes names {shortened(unknown)}; the model's inputs are {shortened(inputs)}{dimensions}")
-    sizes = {key: _sizes(key, value) for key, value in shapes.items() if key not in inputs}
+    sizes = {key: sizes_of(key, value) for key, value in shapes.items() if key not in inputs}
     profile: Profile = {}
     for name in (key for key in shapes if key in inputs):
         profile[name] = _fitting(name, inputs[name], shapes[name])
@@ -92,7 +92,7 @@ def _three(name: str, value: Any) -> Range:
     return low, usual, high
 
 
-def _sizes(name: str, value: Any) -> tuple[int, int, int]:
+def sizes_of(name: str, value: Any) -> tuple[int, int, int]:
     """(min, opt, max) of a dimension, or of one number, which is all three."""
     numbers = [value] * 3 if isinstance(value, int) else value
     if isinstance(numbers, list | tuple) and all(isinstance(one, list | tuple) and len(one) == 1 for one in numbers):
