@@ -134,7 +134,7 @@ VALUES = [
     (("verify", "base.onnx", "other.onnx"), "can't run other.onnx"),
     (("bundle", "base.onnx", "-o", "out", "--size", "batch=8,4,2"), "is not smallest, usual, largest"),
     (("bundle", "base.onnx", "-o", "out", "--size", "rows=8"), "shapes names rows; the model's inputs are"),
-    (("bundle", "base.onnx", "-o", "out", "--size", "batch=8x2"), "'batch' is one dimension"),
+    (("bundle", "base.onnx", "-o", "out", "--size", "batch=8x2"), "a dimension takes three numbers"),
     (("bundle", "base.onnx", "-o", "out"), "--size batch=1,8,32"),
     (("bundle", "base.onnx", "-o", "out", "--jetpack", "1"), "is not one of"),
     (("engine", "base.onnx", "-o", "out.engine", "--size", "x=1x2,3,4"), "different numbers of axes"),
