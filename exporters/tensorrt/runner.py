@@ -42,7 +42,7 @@ class EngineRunner:
         path: an engine of `build_engine`, with its manifest beside it.
         adapter: as in `use`.
         profile: number of the optimization profile, where it was built with several.
-        memory: "torch" or "cuda-python"; "auto" takes the first that has a GPU.
+        memory: "torch", or "cuda", its runtime library; "auto" takes the first of the two that has a GPU.
 
     Raises:
         FileNotFoundError: no engine, or no manifest beside it.
@@ -59,7 +59,7 @@ class EngineRunner:
         self.manifest.check_file(self.path)
         self._api = find_api(self.manifest.flavour)
         self.manifest.check_library(self._api, self.path)
-        self._memory = device_memory(memory)
+        self._memory: Any = device_memory(memory)
         self.manifest.check_device(self._memory.target(), self.path)
         self._profile = profile
         self._api.messages.clear()
@@ -180,7 +180,7 @@ class EngineRunner:
         self._id = -1
         self._offsets, size = offsets_of(self.manifest)
         if self._offsets:
-            self._packed = self._memory.allocate(size)
+            self._packed: Any = self._memory.allocate(size)
             start = self._memory.address(self._packed)
             with in_our_words(self.path, self._api):
                 for name, offset in self._offsets.items():

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 
+import cudart_double
 import engines
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.exporters import EngineRunner, OnnxRunner, build_engine, refit_engine
+from onelora_compile.exporters.jetson.device.core.messages import EngineError
 from onelora_compile.exporters.tensorrt import library, runner
 from onelora_compile.exporters.tensorrt.feed import TORCH_DTYPES, adapter_id, feed_of, offsets_of, vectors_to_feed
 from onelora_compile.exporters.tensorrt.gpu_memory import ALIGNMENT, CudaMemory, TorchMemory
@@ -139,10 +141,10 @@ def test_every_dtype_of_a_graph_has_a_torch_dtype():
     assert set(tensorrt_rtx_bindings.DataType.__members__) - packed == set(TORCH_DTYPES)
 
 
-def test_cuda_python_without_a_gpu():
+def test_the_cuda_runtime_without_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises((ImportError, onelora.ExportError)):
+    with pytest.raises((EngineError, onelora.ExportError), match=r"libcudart|CUDA"):
         CudaMemory()
 
 
@@ -191,6 +193,23 @@ def test_a_runner_feeds_and_reads(mode, stand_in):
         assert torch.equal(tensor, torch.from_numpy(expected))
     with pytest.raises(onelora.ExportError, match=r"'input' of \[9, 64\] is not in its profile"):
         runner.run([np.zeros((9, 64), np.float16)])
+
+
+def test_a_runner_without_pytorchs_memory(stand_in, monkeypatch):
+    class Memory(CudaMemory):
+        def target(self):
+            assert super().target() == "sm_87"  # of cudart_double.py
+            return "sm_86"
+
+    library = cudart_double.compile_cudart(stand_in)
+    monkeypatch.setattr(runner, "device_memory", lambda which: Memory(str(library)))
+    monkeypatch.setitem(sys.modules["tensorrt"].faults, "stream", 7)
+    reference = OnnxRunner(stand_in / "linear-input.onnx", stand_in / "other.safetensors")
+    running = EngineRunner(stand_in / "input.engine", stand_in / "other.safetensors", memory="cuda")
+    for batch in (4, 8, 3):
+        x = np.random.default_rng(batch).normal(size=(batch, 64)).astype(np.float16)
+        assert np.array_equal(running.run([x])[0], reference.run([x])[0])
+        assert torch.equal(running.run([torch.from_numpy(x)])[0], torch.from_numpy(reference.run([x])[0]))
 
 
 @pytest.mark.parametrize("mode", ["input", "refit"])

@@ -13,9 +13,9 @@ from typing import Any
 from . import trt_module
 from .adapters import vectors_of
 from .core.build import Build, can_be_strong, can_refit, has_timings
+from .core.cuda import Cuda
 from .core.messages import Refused
 from .core.progress import Line
-from .cuda import Cuda, board
 from .folder import BundleError, Folder, sha256_of, sweep, write_atomically
 from .options import Options
 
@@ -107,6 +107,15 @@ def build(folder: Folder, options: Options, adapter: dict[str, Any], force: bool
     }
     write_atomically(plan.record_path, json.dumps(record, indent=1).encode())
     return plan
+
+
+def board() -> str:
+    """The name of a Jetson board from its device tree; "" elsewhere."""
+    try:
+        with open("/proc/device-tree/model", "rb") as file:
+            return file.read().rstrip(b"\0").decode("ascii", "replace")
+    except OSError:
+        return ""
 
 
 def prune(folder: Folder) -> None:

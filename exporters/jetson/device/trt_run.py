@@ -8,9 +8,9 @@ from typing import Any
 
 from . import trt_module
 from .adapters import Vectors
+from .core.cuda import Cuda
 from .core.engine import Context, Engine, Weight, refit
 from .core.messages import Refused
-from .cuda import Cuda
 from .folder import BundleError, Folder
 from .options import Options
 from .tensors import SIZES, Tensor, TensorError
@@ -36,12 +36,12 @@ class Memory:
         if self.host:
             ctypes.memmove(self.address, data, len(data))
         elif data:
-            self.cuda.upload(self.address, data)
+            self.cuda.copy_in(self.address, data)
 
     def read(self, shape: tuple[int, ...]) -> Tensor:
         """A tensor from the start."""
         size = math.prod(shape) * SIZES[self.dtype]
-        data = ctypes.string_at(self.address, size) if self.host else self.cuda.download(self.address, size)
+        data = ctypes.string_at(self.address, size) if self.host else self.cuda.copy_out(self.address, size)
         return Tensor(self.dtype, shape, data)
 
 

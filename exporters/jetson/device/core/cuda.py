@@ -1,4 +1,4 @@
-"""GPU memory and streams through the CUDA runtime library: JetPack ships no Python module for them.
+"""GPU memory and a stream through the CUDA runtime library: no Python module for them is everywhere.
 
 Functions of CUDA 11.4 to 13.  Addresses are plain integers.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import ctypes
 import glob
 import os
+import sys
 from typing import Any
 
-from .core.messages import EngineError
+from .messages import EngineError
 
 _NAMES = ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0")
 _FOLDERS = (
@@ -72,13 +73,13 @@ class Cuda:
         """Where memory is."""
         return buffer.address
 
-    def upload(self, address: int, data: Any) -> None:
+    def copy_in(self, address: int, data: Any) -> None:
         """Copy bytes to the device, in the order of the stream; they may be changed when this returns."""
         buffer = (ctypes.c_char * len(data)).from_buffer_copy(data)
         self._call("cudaMemcpyAsync", address, ctypes.addressof(buffer), len(data), _TO_DEVICE, self.stream)
         self.synchronize()
 
-    def download(self, address: int, size: int) -> bytes:
+    def copy_out(self, address: int, size: int) -> bytes:
         """Copy bytes from the device, after all work of the stream."""
         buffer = (ctypes.c_char * size)()
         self._call("cudaMemcpyAsync", ctypes.addressof(buffer), address, size, _TO_HOST, self.stream)
@@ -132,24 +133,16 @@ class Allocation:
         self._lib.cudaFree(self.address)  # a failure here is one of the work before, which has said so
 
 
-def board() -> str:
-    """The name of a Jetson board from its device tree; "" elsewhere."""
-    try:
-        with open("/proc/device-tree/model", "rb") as file:
-            return file.read().rstrip(b"\0").decode("ascii", "replace")
-    except OSError:
-        return ""
-
-
 def _load(library: str | None) -> ctypes.CDLL:
     tried: list[str] = []
-    found = [path for folder in _FOLDERS for path in sorted(glob.glob(os.path.join(folder, "libcudart.so*")))]
+    places = [*_FOLDERS, *(os.path.join(one, "nvidia", "*", "lib") for one in sys.path)]  # the latter of PyPI
+    found = [path for place in places for path in sorted(glob.glob(os.path.join(place, "libcudart.so*")))]
     for name in [library] if library else [*_NAMES, *found]:
         try:
             return ctypes.CDLL(name)
         except OSError as error:
             tried.append(f"{name}: {error}")
     raise EngineError(
-        "the CUDA runtime (libcudart.so) was not found; on JetPack: sudo apt install cuda-cudart-*, or set "
-        "LD_LIBRARY_PATH to its folder. Tried:\n  " + "\n  ".join(tried[:6])
+        "the CUDA runtime (libcudart.so) was not found; on JetPack: sudo apt install cuda-cudart-*, elsewhere: pip "
+        "install nvidia-cuda-runtime-cu12; or set LD_LIBRARY_PATH to its folder. Tried:\n  " + "\n  ".join(tried[:6])
     )
