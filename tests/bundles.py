@@ -2,11 +2,13 @@
 
 import functools
 import importlib
+import json
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import tensorrt_double
 import torch
 import zoo
 
@@ -67,3 +69,37 @@ def device(folder, module="commands"):
         return found
     finally:
         sys.path.remove(str(folder))
+
+
+def run(folder, *args):
+    """The command line of a bundle in this process: exit code."""
+    return device(folder).main([*map(str, args)])
+
+
+def plans(folder):
+    return sorted((folder / "local" / "engines").glob("*.plan"))
+
+
+def drive(folder, cudart, real, sources):
+    """Everything that a user does on the device; returns the double."""
+    trt = tensorrt_double.module(real)
+    sys.modules["tensorrt"] = trt
+    main = device(folder).main
+
+    def call(*args, code=0):
+        found = main(["--libcudart", str(cudart), *args])
+        assert found == code, args
+
+    mode = json.loads((folder / "manifest.json").read_text())["model"]["mode"]
+    call("build")
+    call("selftest")
+    call("bench", "--runs", "3")
+    call("bench", "--runs", "3", "--cuda-graph")
+    if mode in ("input", "refit", "load"):
+        call("update", str(sources / "new.safetensors"))
+        call("selftest")
+        call("use", "a")
+        call("rollback")
+        call("update", str(sources / "other.safetensors"), code=1)
+    call("status")
+    return trt

@@ -11,12 +11,18 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 RECORD = Path(__file__).with_name("tensorrt_names.json")
-WHEELS = {"8.6.1": "tensorrt-bindings", "10.3.0": "tensorrt-cu12-bindings", "11.4.0.106": "tensorrt-cu12-bindings"}
+# The wheels on PyPI nearest to what each JetPack ships; 8.5 is on no public index.
+WHEELS = {
+    "8.6.1": "tensorrt-bindings==8.6.1",
+    "10.3.0": "tensorrt-cu12-bindings==10.3.0",
+    "10.13.3": "tensorrt-cu12-bindings==10.13.3.9",
+    "10.16.1": "tensorrt-cu12-bindings==10.16.1.11",
+    "11.4.0.106": "tensorrt-cu12-bindings==11.4.0.106",
+}
+RECORDED = ("8.6.1", "10.3.0", "11.4.0.106")
 RTX = "rtx 1.7.1.116"
 
 _CLASSES = (
@@ -62,39 +68,44 @@ def _count(signature):
     return [sum(" = " not in part for part in given), len(given)]
 
 
-def names_of_wheel(version, folder):
-    """Download a wheel into a folder, give it empty libraries, and read its names in a process of its own."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "-d", folder]
-    subprocess.run([*command, f"{WHEELS[version]}=={version}"], check=True, capture_output=True)
-    (wheel,) = Path(folder).glob("*.whl")
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(folder)
-    (library,) = Path(folder).glob("tensorrt_bindings/tensorrt.so")
-    _empty_libraries(library, version.split(".")[0], Path(folder))
+def unpacked(version):
+    """The folder of a wheel, with libraries that hold the functions it asks for and do nothing; kept between runs."""
+    python = f"{sys.version_info[0]}{sys.version_info[1]}"
+    place = Path.home() / ".cache" / "onelora-compile-tests" / f"bindings-{python}" / version
+    if (place / "ready").is_file():
+        return place
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check", "--target", place]
+    subprocess.run([*pip, WHEELS[version]], check=True)
+    (bound,) = place.glob("*/tensorrt.so")
+    needed = subprocess.run(["readelf", "-d", bound], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", bound], capture_output=True, text=True, check=True).stdout
+    names = [line.split()[-1] for line in symbols.splitlines()]
+    own = [name for name in names if name.startswith(("createInfer", "createNv", "get", "initLib", "_ZN1"))]
+    own = [name for name in own if name.isidentifier() and "@" not in name]
+    (place / "stub.c").write_text("".join(f"void* {name}(void) {{ return 0; }}\n" for name in own))
+    for line in needed.splitlines():
+        if "libnv" in line:
+            library = line.split("[")[1].rstrip("]")
+            flags = ["-shared", "-fPIC", "-w", "-fno-builtin", f"-Wl,-soname,{library}", "-o", place / library]
+            subprocess.run(["cc", *flags, place / "stub.c"], check=True)
+    (place / "ready").touch()
+    return place
+
+
+def names_of_wheel(version):
+    """The names in a wheel, read in a process of its own."""
+    place = unpacked(version)
     code = (
-        f"import sys; sys.path[:0] = [{str(folder)!r}]\nimport json, tensorrt_bindings\n"
+        f"import sys; sys.path[:0] = [{str(place)!r}]\nimport json, tensorrt_bindings\n"
         "import importlib.util as u\n"
         f"spec = u.spec_from_file_location('reader', {str(Path(__file__))!r})\n"
         "reader = u.module_from_spec(spec); spec.loader.exec_module(reader)\n"
         "print(json.dumps(reader.names(tensorrt_bindings)))\n"
     )
-    environment = {"LD_LIBRARY_PATH": str(folder), "PATH": "/usr/bin:/bin"}
+    environment = {"LD_LIBRARY_PATH": str(place), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-def _empty_libraries(library, major, folder):
-    """Libraries of the names that a binding asks for, with its missing functions, empty."""
-    listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
-    missing = [line.split()[-1].split("@")[0] for line in listed.stdout.splitlines()]
-    own = [name for name in missing if re.search(r"_INTERNAL$|PluginRegistry$|OnnxParserVersion$|InferPlugins$", name)]
-    own += [name for name in missing if re.match(r"_ZN\d+nv(uff|caffe)parser", name)]
-    source = folder / "empty.c"
-    source.write_text("".join(f"void {name}(void) {{}}\n" for name in own))
-    for name in ("nvinfer", "nvonnxparser", "nvinfer_plugin", "nvparsers"):
-        file = f"lib{name}.so.{major}"
-        subprocess.run(["cc", "-shared", f"-Wl,-soname,{file}", "-o", folder / file, source], check=True)
 
 
 def main():
@@ -102,9 +113,8 @@ def main():
     import tensorrt_rtx_bindings
 
     record = {RTX: names(tensorrt_rtx_bindings)}
-    for version in WHEELS:
-        with tempfile.TemporaryDirectory() as folder:
-            record[version] = names_of_wheel(version, folder)
+    for version in RECORDED:
+        record[version] = names_of_wheel(version)
     lines = [f" {json.dumps(version)}: {json.dumps(found, sort_keys=True)}" for version, found in record.items()]
     RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -13,14 +13,16 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from onelora_compile.errors import ExportError
 from onelora_compile.exporters.jetson.device.core.build import Build
 from onelora_compile.exporters.onnx_file.save import data_files
 from onelora_compile.exporters.onnx_runtime.convert_adapter import adapter_of
 from onelora_compile.exporters.tensorrt.library import Api, find_api
 from onelora_compile.exporters.tensorrt.manifest import Manifest, Tensor, l4t_release, manifest_path, system
 from onelora_compile.exporters.tensorrt.messages import in_our_words
-from onelora_compile.exporters.tensorrt.network import check_inputs, check_refit, dims_of, mark_refittable, parse
+from onelora_compile.exporters.tensorrt.network import check_inputs, dims_of
 from onelora_compile.exporters.tensorrt.options import (
+    check_refit,
     check_targets,
     set_options,
     target_here,
@@ -166,7 +168,7 @@ def build_engine(
         typing = typing_of(api, model.model, precision)
         with in_our_words(onnx, api, refit=model.mode == "refit"):
             build = Build(api.trt, api.logger, typing.strong)
-            parse(build, model)
+            build.parse(str(model.path), model.content())
             network = build.network
             check_inputs(network, model, onnx)
             profiles = profiles_of(dims_of(model.model, network), shapes)
@@ -175,8 +177,9 @@ def build_engine(
             build.allow(typing.flags)
             for profile in profiles:
                 build.profile(profile)
-            if model.mode == "refit":
-                mark_refittable(build, api, model)
+            if model.mode == "refit" and (refused := build.refittable(list(model.vectors))):
+                what = f"{api.title} can't make the vectors {shortened(refused)} refittable"
+                raise ExportError(f"{what}; use adapters='input'")
             parsed = time.perf_counter()
             with timing_cache_of(api, build, timing_cache) as (recorded, notes), counting(title, progress) as bar:
                 plan = build.plan(bar)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from onelora_compile.errors import ConfigError
-from onelora_compile.exporters.jetson.device.core.build import Build, has_timings
+from onelora_compile.exporters.jetson.device.core.build import Build, can_refit, has_timings
 from onelora_compile.exporters.tensorrt.library import Api
 from onelora_compile.weights.atomic_write import replacing
 
@@ -53,6 +53,20 @@ def check_targets(api: Api, targets: tuple[str, ...]) -> None:
             f"{api.title} builds for the GPU at hand only, and target={list(targets)} was asked for; {found}. Build "
             "there, "
             "or with flavour='rtx' for GPUs that TensorRT-RTX supports"
+        )
+
+
+def check_refit(api: Api) -> None:
+    """Whether single weights can be made refittable.
+
+    Raises:
+        ConfigError: they can't.
+    """
+    if not can_refit(api.trt):
+        raise ConfigError(
+            f"adapters='refit' needs TensorRT 10.2 or newer, which can make single weights refittable; {api.title} "
+            "can't, and with all weights refittable an engine is slower and may be wrong. Use adapters='input': it "
+            "swaps without refit on every version"
         )
 
 

@@ -71,6 +71,13 @@ class Prepared:
     sha256: str
     changed: bool
 
+    def content(self) -> bytes | None:
+        """The model's bytes, None where they are those of the file at `path`."""
+        if not self.changed:
+            return None
+        ir: Any = require("onnx_ir", "onnx", "read an ONNX model")
+        return bytes(ir.to_proto(self.model).SerializeToString())
+
 
 @contextlib.contextmanager
 def prepared(

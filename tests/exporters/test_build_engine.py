@@ -17,7 +17,6 @@ from onelora_compile.exporters import build_engine, export_onnx, fold_onnx
 from onelora_compile.exporters.jetson.device.core.build import Build
 from onelora_compile.exporters.tensorrt.library import find_api
 from onelora_compile.exporters.tensorrt.manifest import Manifest
-from onelora_compile.exporters.tensorrt.network import parse
 from onelora_compile.exporters.tensorrt.plan_text import holds, kernels
 from onelora_compile.exporters.tensorrt.vectors import prepared
 from onelora_compile.testing import fill_vectors
@@ -132,7 +131,7 @@ def test_every_vector_of_a_template_can_be_made_refittable(name, tmp_path):
     with prepared(path, "refit", None) as template:
         assert template.mode == "refit"
         build = Build(api.trt, api.logger, strong=True)
-        parse(build, template)
+        build.parse(str(path), template.content())
         assert set(template.vectors) <= set(onelora.vectors(model))
         assert len(template.vectors) == zoo.SITES[name]
         assert build.refittable([*template.vectors, "no.such.vector"]) == ["no.such.vector"]

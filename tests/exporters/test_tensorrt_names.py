@@ -189,7 +189,7 @@ def test_half_precision_is_never_dropped_in_silence(version, tmp_path):
 
 @pytest.mark.parametrize("version", RECORD)
 def test_refit_of_single_vectors_is_refused_where_it_is_not_there(version):
-    from onelora_compile.exporters.tensorrt.network import check_refit
+    from onelora_compile.exporters.tensorrt.options import check_refit
 
     if version == "8.6.1":
         with pytest.raises(ValueError, match=r"needs TensorRT 10.2 or newer.*Use adapters='input'"):
@@ -218,9 +218,9 @@ def test_errors_of_other_devices_are_explained():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", tensorrt_bindings.WHEELS)
-def test_the_record_is_what_the_wheels_have(version, tmp_path):
-    assert tensorrt_bindings.names_of_wheel(version, tmp_path) == RECORD[version]
+@pytest.mark.parametrize("version", tensorrt_bindings.RECORDED)
+def test_the_record_is_what_the_wheels_have(version):
+    assert tensorrt_bindings.names_of_wheel(version) == RECORD[version]
 
 
 def test_the_record_is_what_tensorrt_rtx_has():
