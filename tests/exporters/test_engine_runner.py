@@ -1,8 +1,7 @@
-"""EngineRunner: what needs no GPU here; engines themselves where there is one."""
+"""EngineRunner and refit_engine: on a double of TensorRT here, on engines themselves where there is a GPU."""
 
 import base64
 import json
-import shutil
 import sys
 
 import cudart_double
@@ -17,10 +16,8 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.exporters import EngineRunner, OnnxRunner, build_engine, refit_engine
-from onelora_compile.exporters.jetson.device.core.messages import EngineError
 from onelora_compile.exporters.tensorrt import library, runner
-from onelora_compile.exporters.tensorrt.feed import TORCH_DTYPES, adapter_id, feed_of, offsets_of, vectors_to_feed
-from onelora_compile.exporters.tensorrt.gpu_memory import ALIGNMENT, CudaMemory, TorchMemory
+from onelora_compile.exporters.tensorrt.gpu_memory import CudaMemory, TorchMemory
 from onelora_compile.exporters.tensorrt.manifest import Manifest
 from onelora_compile.testing import fill_vectors
 
@@ -29,130 +26,11 @@ tensorrt_rtx_bindings = pytest.importorskip("tensorrt_rtx_bindings")
 RTX = {"flavour": "rtx", "target": "sm_86", "progress": False, "shapes": {"batch": (1, 4, 8)}}
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("built")
-    for mode in ("fold", "input", "bank"):
-        path, _ = engines.linear(folder, mode)
-        build_engine(path, folder / f"{mode}.engine", **RTX)
-    torch.manual_seed(0)
-    other = fill_vectors(onelora.adapt(nn.Sequential(nn.Linear(64, 48))), 0.3, seed=9)
-    onelora.save_adapter(other, folder / "other.safetensors")
-    return folder
-
-
-def manifest(folder, mode):
-    return Manifest.read(folder / f"{mode}.engine")
-
-
-def test_vectors_lie_aligned_in_one_buffer(built):
-    from dataclasses import replace
-
-    found = replace(manifest(built, "input"), vectors={"a": (48,), "b": (65,), "c": (2, 3)})
-    offsets, size = offsets_of(found)
-    assert offsets == {"a": 0, "b": 256, "c": 768}
-    assert size == 1024
-    assert all(offset % ALIGNMENT == 0 for offset in offsets.values())
-    assert offsets_of(manifest(built, "fold")) == ({}, 0)
-
-
-def test_memory_is_overwritten_in_place():
-    memory = TorchMemory(torch.device("cpu"))
-    buffer = memory.allocate(1024)
-    before = memory.address(buffer)
-    first, second = np.arange(48, dtype=np.float32), torch.arange(65).half()
-    memory.upload(buffer, 0, first)
-    memory.upload(buffer, 256, second)
-    assert memory.address(buffer) == before
-    raw = memory.download(buffer, 1024)
-    assert torch.equal(raw[:192].view(torch.float32), torch.from_numpy(first))
-    assert torch.equal(raw[256 : 256 + 130].view(torch.float16), second)
-    memory.upload(buffer, 0, np.asfortranarray(np.arange(12.0).reshape(3, 4)))
-    assert memory.download(buffer, 96).view(torch.float64).tolist() == list(range(12))
-    memory.upload(buffer, 0, torch.arange(12.0).reshape(3, 4).T)
-    assert (
-        memory.download(buffer, 48).view(torch.float32).tolist()
-        == torch.arange(12.0).reshape(3, 4).T.flatten().tolist()
-    )
-
-
-def test_the_vectors_that_are_fed(built):
-    engine = built / "input.engine"
-    found = manifest(built, "input")
-    start = vectors_to_feed(found, engine, None)["0"]
-    other = vectors_to_feed(found, engine, built / "other.safetensors")["0"]
-    assert start.dtype == other.dtype == np.float32
-    assert np.array_equal(start, onelora.read_adapter(built / "input.engine.safetensors").vectors["0"])
-    assert np.array_equal(other, onelora.read_adapter(built / "other.safetensors").vectors["0"])
-    assert not np.array_equal(start, other)
-    with pytest.raises(onelora.StateError, match=r"are in its weights \(mode 'fold'\)"):
-        vectors_to_feed(manifest(built, "fold"), built / "fold.engine", built / "other.safetensors")
-
-
-def test_start_vectors_that_were_not_copied(built, tmp_path):
-    with pytest.raises(onelora.ExportError, match=r"input\.engine\.safetensors, the vectors that .* is missing"):
-        vectors_to_feed(manifest(built, "input"), tmp_path / "input.engine", None)
-
-
-def test_start_vectors_of_another_build(built, tmp_path):
-    found = manifest(built, "input")
-    (tmp_path / "input.engine.safetensors").write_bytes((built / "other.safetensors").read_bytes())
-    with pytest.raises(onelora.ExportError, match="does not hold the vectors that"):
-        vectors_to_feed(found, tmp_path / "input.engine", None)
-
-
-def test_ids_of_a_bank(built):
-    engine, found = built / "bank.engine", manifest(built, "bank")
-    assert [adapter_id(found, engine, one) for one in (None, "linear", built / "linear.safetensors", 0, -1)] == [
-        -1,
-        0,
-        0,
-        0,
-        -1,
-    ]
-    for wrong in ("two", 1, -2):
-        with pytest.raises(onelora.ExportError, match=r"has no adapter 'two'; it has linear|has adapters 0 to 0"):
-            adapter_id(found, engine, wrong)
-    x = np.zeros((3, 64), np.float16)
-    # -1 is the zero row, which is the last: TensorRT's Gather need not count from the end.
-    assert feed_of(found, engine, ["input"], [x], [0, -1, 0], -1)["adapter_ids"].tolist() == [0, 1, 0]
-    assert feed_of(found, engine, ["input"], {"input": x}, None, 0)["adapter_ids"].tolist() == [0, 0, 0]
-    with pytest.raises(onelora.ExportError, match=r"not all between -1 \(the base\) and 0"):
-        feed_of(found, engine, ["input"], [x], [1, 0, 0], -1)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "ids", "error", "match"),
-    [
-        ([], None, onelora.ExportError, r"takes 1 inputs \['input'\]; 0 were given"),
-        ({"x": 0}, None, onelora.ExportError, r"takes the inputs input; given were x"),
-        ([np.zeros((1, 64), np.float32)], None, onelora.ExportError, r"'input' is torch.float16, float32 was given"),
-        ([torch.zeros(1, 64).bfloat16()], None, onelora.ExportError, r"'input' is torch.float16, bfloat16 was given"),
-        ([np.zeros((1, 64), np.float16)], [0], onelora.StateError, r"is no bank \(its mode is 'fold'\)"),
-    ],
-)
-def test_inputs_that_do_not_fit(inputs, ids, error, match, built):
-    with pytest.raises(error, match=match):
-        feed_of(manifest(built, "fold"), built / "fold.engine", ["input"], inputs, ids, -1)
-
-
-def test_every_dtype_of_a_graph_has_a_torch_dtype():
-    packed = {"FP8", "INT4", "FP4", "E8M0"}  # not of inputs and outputs that torch has
-    assert set(tensorrt_rtx_bindings.DataType.__members__) - packed == set(TORCH_DTYPES)
-
-
-def test_the_cuda_runtime_without_a_gpu():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises((EngineError, onelora.ExportError), match=r"libcudart|CUDA"):
-        CudaMemory()
-
-
 # ONNX Runtime in the place of the engine: what is fed, where it lies and what is read, on the CPU.
 
 
 @pytest.fixture
-def stand_in(built, tmp_path, monkeypatch):
+def stand_in(tmp_path, monkeypatch):
     """A folder with an engine of each mode that ONNX Runtime computes on the memory of the CPU."""
 
     class Memory(TorchMemory):
@@ -162,7 +40,9 @@ def stand_in(built, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_double.module(tensorrt_rtx_bindings, stream=0))
     monkeypatch.setattr(library, "_api", library._api.__wrapped__)
     monkeypatch.setattr(runner, "device_memory", lambda which: Memory(torch.device("cpu")))
-    shutil.copy(built / "other.safetensors", tmp_path)
+    torch.manual_seed(0)
+    other = fill_vectors(onelora.adapt(nn.Sequential(nn.Linear(64, 48))), 0.3, seed=9)
+    onelora.save_adapter(other, tmp_path / "other.safetensors")
     for mode in ("fold", "input", "bank", "refit"):
         path, _ = engines.linear(tmp_path, "input" if mode == "refit" else mode)
         build_engine(path, tmp_path / f"{mode}.engine", adapters=mode, **RTX | {"flavour": "tensorrt"})
@@ -263,6 +143,24 @@ def test_contexts_with_adapters_of_their_own(stand_in):
         EngineRunner(stand_in / "fold.engine").use(stand_in / "other.safetensors")
     with pytest.raises(onelora.StateError, match="is no bank"):
         runner.use(0)
+
+
+def test_a_timing_cache_is_written_back(stand_in):
+    """Also by a build that failed; one of another device is begun anew, and said."""
+    cache, onnx_path = stand_in / "cache", stand_in / "linear-fold.onnx"
+    options = RTX | {"flavour": "tensorrt", "timing_cache": cache}
+    report = build_engine(onnx_path, stand_in / "m.engine", **options)
+    assert report.manifest.flags["timing_cache"] == str(cache)
+    assert cache.read_bytes() == b"."
+    sys.modules["tensorrt"].faults["build"] = "broken"
+    with pytest.raises(onelora.ExportError, match=r"can't be built into an engine: TensorRT .* says: broken"):
+        build_engine(onnx_path, stand_in / "m.engine", **options)
+    assert cache.read_bytes() == b".."
+    del sys.modules["tensorrt"].faults["build"]
+    cache.write_bytes(b"damaged")
+    report = build_engine(onnx_path, stand_in / "m.engine", **options)
+    assert "another device or version" in str(report.notes)
+    assert cache.read_bytes() == b"."
 
 
 def test_an_engine_for_another_gpu(stand_in, monkeypatch):

@@ -100,23 +100,13 @@ def test_a_bundle_for_another_release_says_so(tmp_path, capsys, monkeypatch, cud
         assert ("made for TensorRT 10.3.0 (JetPack 6.2), here is 8.5.2" in capsys.readouterr().out) == said
 
 
-@pytest.mark.parametrize(
-    ("message", "hint"),
-    [
-        ("Target GPU SM 87 is not supported by this TensorRT release", "10.16.2 or newer"),
-        ("Tactic Device request: 13089MB Available: 9185MB. Requested amount of GPU memory: OutOfMemory", "add swap"),
-        ("Could not find any implementation for node {ForeignNode[a...b]}", "--optimization-level 1"),
-        ("Serialization assertion stdVersionRead == kVERSION failed. Version tag does not match", "build it here"),
-        ("CUDA initialization failure with error: 35", "--runtime nvidia"),
-    ],
-)
-def test_known_messages(message, hint, tmp_path, capsys, monkeypatch, cudart):
+def test_what_the_builder_says_is_told_with_what_helps(tmp_path, capsys, monkeypatch, cudart):
+    message = "Could not find any implementation for node {ForeignNode[a...b]}"
     folder = bundles.fresh("fold", tmp_path)
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_double.module(rtx, build=message))
     assert run(folder, "--libcudart", cudart, "build") == 1
     text = capsys.readouterr().err
-    assert message in text
-    assert hint in text
+    assert f"TensorRT could not build the engine:\n  {message}\n  -> the builder found no kernel" in text
 
 
 def test_an_engine_of_another_version_is_refused_by_name(tmp_path, monkeypatch, capsys, cudart):

@@ -8,7 +8,7 @@ import pytest
 import tensorrt_bindings
 
 import onelora_compile.exporters as exporters
-from onelora_compile.exporters.tensorrt import library, messages, precision
+from onelora_compile.exporters.tensorrt import library, precision
 
 RECORD = json.loads(tensorrt_bindings.RECORD.read_text())
 OURS = ("tensorrt/*.py", "jetson/device/trt_build.py", "jetson/device/core/*.py")
@@ -202,19 +202,6 @@ def test_no_other_refit_flag_is_ever_set():
     for name, tree in TREES.items():
         asked = set(asked_for(tree)) | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert not asked & {"REFIT", "REFIT_IDENTICAL", "STRIP_PLAN"}, name
-
-
-def test_errors_of_other_devices_are_explained():
-    """Messages that only other machines give, as their users reported them."""
-    for text, advice in (
-        ("Target GPU SM 87 is not supported by this TensorRT release", "JetPack 7.2"),
-        ("Tactic Device request: 13089MB Available: 9185MB", "workspace="),
-        ("Error Code 10: Could not find any implementation for node {ForeignNode[a...b]}", "optimization_level=2"),
-        ("HW-specific datatypes: fp8_e4m3", "SM 8.9"),
-    ):
-        api = api_of("10.3.0")
-        api.messages.add("ERROR", text)
-        assert advice in str(messages.engine_error("m.onnx can't be built", api))
 
 
 @pytest.mark.slow
