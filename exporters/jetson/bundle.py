@@ -154,6 +154,7 @@ def bundle(
         step("fit the model")
         fitted = fit(source, target, swap)
         profile = profile_of(fitted.model, shapes)
+        types = types_text(fitted, target, weak_fp16)
         files = _adapter_files(fitted, adapters, source)
         built = _template(fitted) if fitted.mode == "refit" else {}
         step("write")
@@ -171,7 +172,7 @@ def bundle(
         }
         manifest["tolerance"] = tolerances(fitted, weak_fp16)
         manifest["adapters"], manifest["default"] = adapter_entries(folder, fitted, files)
-        _write_programs(folder, manifest, fitted, target, profile, weak_fp16)
+        _write_programs(folder, manifest, target, types)
         step("check")
         checks = _checked(folder, fitted) if selftest else []
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -183,7 +184,7 @@ def bundle(
         mode=fitted.mode,
         adapters=[entry["name"] for entry in manifest["adapters"]],
         opset_version=fitted.model.opset_imports[""],
-        types=types_text(fitted, target, weak_fp16),
+        types=types,
         notes=fitted.notes,
         checks=checks,
         seconds=time.perf_counter() - start,
@@ -258,29 +259,15 @@ def _write_adapters(folder: Path, fitted: Fitted, files: Mapping[str, Path]) -> 
     own.chmod(0o644)
 
 
-def _write_programs(
-    folder: Path, manifest: dict[str, Any], fitted: Fitted, jetpack: JetPack, profile: Profile, weak_fp16: bool
-) -> None:
+def _write_programs(folder: Path, manifest: dict[str, Any], jetpack: JetPack, types: str) -> None:
     """The scripts, the README, and, last, the manifest with the hash of everything else."""
     source = Path(device.__file__).parent
     for file in sorted(source.rglob("*.py")):
         place = folder if file.name == "build_and_run.py" else folder / "onelora_device"
         (target := place / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
-    build = manifest["build"]
-    script = trtexec_script(
-        jetpack,
-        manifest["model"]["file"],
-        profile,
-        fitted.dtypes,
-        fitted.quantized,
-        weak_fp16,
-        build["workspace_mib"],
-        build["optimization_level"],
-        fitted.mode,
-    )
-    (folder / "trtexec.sh").write_text(script, encoding="utf-8")
-    (folder / "README.md").write_text(readme(manifest, types_text(fitted, jetpack, weak_fp16)), encoding="utf-8")
+    (folder / "trtexec.sh").write_text(trtexec_script(jetpack, manifest), encoding="utf-8")
+    (folder / "README.md").write_text(readme(manifest, types), encoding="utf-8")
     for name in ("trtexec.sh", "build_and_run.py"):
         (folder / name).chmod(0o755)
     found = sorted(path for path in folder.rglob("*") if path.is_file())
