@@ -1,8 +1,10 @@
 """What NVIDIA's messages mean, in the options of a bundle's script and in the arguments of build_engine."""
 
+import sys
+
 import pytest
 
-from onelora_compile.exporters.jetson.device.core import messages
+from onelora_compile.exporters.jetson.device.core import messages, progress
 
 # Messages that only other machines give, as their users reported them; what a script and build_engine are told.
 SAID = [
@@ -38,3 +40,19 @@ def test_errors_are_told_once_each_and_with_what_helps():
     assert text.splitlines()[:2] == ["  OutOfMemory", "  b"]
     assert text.splitlines()[2].startswith("  -> memory ran out: build with --workspace-mib 256")
     assert messages.explained([]) == "  (no message)"
+
+
+def test_the_line_of_a_build(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    line = progress.Line()
+    line.start("outer", 4)
+    for _ in range(6):
+        line.step()
+    line.clear()
+    shown = capsys.readouterr().err.split("\r\033[K")
+    assert shown[1] == f"[{' ' * 20}] 0/4 outer"
+    assert shown[3] == f"[{'#' * 10}{' ' * 10}] 2/4 outer"
+    assert shown[-2:] == [f"[{'#' * 20}] 4/4 outer", ""]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    progress.Line().start("outer", 4)
+    assert capsys.readouterr().err == ""

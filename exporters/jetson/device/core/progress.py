@@ -68,7 +68,7 @@ class Line:
 
     def step(self) -> None:
         """One step of the phase is done."""
-        self.done += 1
+        self.done = min(self.done + 1, self.total)  # a phase within takes the bar over
         if self.show:
             bar = "#" * (20 * self.done // self.total)
             sys.stderr.write(f"\r\033[K[{bar:<20}] {self.done}/{self.total} {self.phase[:50]}")
