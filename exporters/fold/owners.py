@@ -87,9 +87,10 @@ def decided(name: str, places: Sequence[Place], twins: Sequence[str], known: Kno
                 owners[use] = _elsewhere(use, own, name, known)
             elif owner == _AGAIN:
                 owners[use] = name if _same_bias(use, own) else _UNCLEAR
-            elif owner == _UNNAMED and not twins and (len(places) == 1 or known.adapts_all):
+            elif owner == _UNNAMED and not twins and known.adapts_all:
                 owners[use] = name
-    elif not twins and (len(places) == 1 or known.adapts_all) and _one_layer(owners):
+    # Where not every linear has a vector, a second use may be another layer's, tied or equal, that has none.
+    elif not twins and (len(owners) == 1 or known.adapts_all) and _one_layer(owners):
         return list(places)
     unclear = [use for use, owner in owners.items() if owner in (_UNNAMED, _AGAIN, _UNCLEAR)]
     if unclear or name not in owners.values():

@@ -38,8 +38,8 @@ def refuse_overwriting(out: PathLike, inputs: Iterable[PathLike], what: str = "o
         same = os.path.exists(out) and os.path.samefile(out, one)
         inside = os.path.isdir(out) and Path(os.path.realpath(out)) in Path(os.path.realpath(one)).parents
         if same or inside:
-            where = "in that folder" if inside else "the same file"
-            raise ConfigError(f"{what}={str(out)!r} would overwrite the input {one} ({where}): give another name")
+            found = f"is a folder that holds the input {one}" if inside else f"would overwrite the input {one}"
+            raise ConfigError(f"{what}={str(out)!r} {found}: give another name")
 
 
 @contextlib.contextmanager
@@ -141,10 +141,12 @@ def check_writable(path: Path) -> None:
     """Whether a file can be put at a path.
 
     Raises:
-        OSError: it is a folder, or its folder does not exist or can't be written.
+        OSError: it is a folder, a device or a pipe, or its folder does not exist or can't be written.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is a device, a pipe or a socket, which would be lost; give the name of a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):

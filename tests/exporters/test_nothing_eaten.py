@@ -1,6 +1,8 @@
 """No writer writes over what it reads, and clean-up removes nothing that anybody still names."""
 
+import os
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -91,9 +93,22 @@ def test_no_writer_takes_an_input_for_its_output(here, name, kind, monkeypatch):
         elif kind != "itself":
             out = link(kind, source, f"{kind}-{source.name}")
         before = content(here)
-        with pytest.raises(onelora.ConfigError, match="would overwrite the input"):
+        with pytest.raises(onelora.ConfigError, match="would overwrite the input|is a folder that holds the input"):
             write(out)
         assert content(here) == before
+
+
+@pytest.mark.parametrize("name", ["fold", "export", "convert", "convert like", "bundle"])
+@pytest.mark.parametrize("kind", ["itself", "symbolic"])
+def test_a_pipe_stays_a_pipe(here, name, kind):
+    """As /dev/null and /dev/stdout stay what they are: they can't be replaced by a file."""
+    write, _ = writers(here)[name]
+    os.mkfifo(here / "pipe.onnx_adapter")
+    out = here / "pipe.onnx_adapter" if kind == "itself" else link(kind, here / "pipe.onnx_adapter", "l.onnx_adapter")
+    with pytest.raises((OSError, onelora.OneLoRAError), match=r"is a device, a pipe or a socket|is no bundle|not a bundle"):
+        write(out)
+    assert stat.S_ISFIFO((here / "pipe.onnx_adapter").stat().st_mode)
+    assert not list(here.glob(".onelora-*"))
 
 
 def test_an_engine_is_none_of_its_inputs(here):
