@@ -1,6 +1,7 @@
 """Looking changes nothing: adapt, summary and explain on modules whose forward leaves traces of every kind."""
 
 import collections
+import contextlib
 import copy
 import functools
 import io
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
+from onelora_compile.exporters import export_onnx, verify
 from onelora_compile.testing import fill_vectors
 
 COUNTS = {"calls": 0, "seen": []}
@@ -153,6 +155,7 @@ LEAKS = {
     "default_dtype": lambda m, x: torch.set_default_dtype(torch.float64),
     "training": lambda m, x: m.child.train(False),
     "error": lambda m, x: (m.list.append(x), 1 / 0),
+    "nothing": lambda m, x: None,
 }
 
 
@@ -214,6 +217,21 @@ def test_explaining_leaves_nothing_behind(leak):
     model = fill_vectors(onelora.adapt(Leaky(leak)))
     before = state(model)
     onelora.explain(model, torch.ones(3, 4))
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("leak", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in LEAKS])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_exporting_and_verifying_leave_nothing_behind(leak, tmp_path):
+    """Also where torch.export or ONNX Runtime can't follow, which is an error."""
+    model, x = fill_vectors(onelora.adapt(Leaky(leak))), torch.ones(3, 4)
+    export_onnx(fill_vectors(onelora.adapt(Leaky("nothing"))), (x,), tmp_path / "other.onnx", progress=False)
+    before = state(model)
+    with contextlib.suppress(Exception):
+        export_onnx(model, (x,), tmp_path / "m.onnx", progress=False)
+    assert state(model) == before
+    with contextlib.suppress(Exception):
+        verify(model, tmp_path / "other.onnx", [x])
     assert state(model) == before
 
 

@@ -8,20 +8,17 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from onelora_compile.looking.untouched import Kept
+
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients and without compiled calls; every module's own mode is put back."""
-    training = [(module, module.training) for module in model.modules()]
-    try:
+    """Evaluation mode, without gradients and without compiled calls; whatever the model can reach is put back."""
+    # Not for others: under this stance torch.cond, which compiles its branches, is captured with constants.
+    eager = torch.compiler.set_stance("force_eager") if _compiled(model) else contextlib.nullcontext()
+    with Kept(model, tensors=True), torch.no_grad(), eager:
         model.eval()
-        # Not for others: under this stance torch.cond, which compiles its branches, is captured with constants.
-        eager = torch.compiler.set_stance("force_eager") if _compiled(model) else contextlib.nullcontext()
-        with torch.no_grad(), eager:
-            yield
-    finally:
-        for module, mode in training:
-            module.training = mode
+        yield
 
 
 def _compiled(model: nn.Module) -> bool:

@@ -139,7 +139,8 @@ class Kept:
     def _class(self, kind: type) -> None:
         for one in kind.__mro__[:-1]:
             if id(one) not in self._spaces:
-                if not of_library(one.__module__):
+                # The class of an adapted module is its user's too: `type(self).calls += 1`.
+                if not of_library(vars(one).get("_onelora_base", one).__module__):
                     self._undo.append(undo.of_class(one))
                 self._space(one, vars(one))
 
