@@ -13,8 +13,9 @@ import torch as _torch
 
 from onelora_compile import ops as ops  # first: everything else needs the operators registered
 from onelora_compile import torch_versions as _torch_versions
-from onelora_compile.adapting.adapter import adapt, detach, disabled, trainable_parameters, vectors
+from onelora_compile.adapting.adapter import adapt, detach, trainable_parameters, vectors
 from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.disabled_block import disabled
 from onelora_compile.errors import (
     AdapterFileError,
     BaseMismatchError,

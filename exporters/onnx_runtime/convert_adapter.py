@@ -89,7 +89,9 @@ def adapter_of(
     saved = {name: tensor for name, tensor in tensors.items() if name in model.trained}
     vectors = {name: tensor for name, tensor in tensors.items() if name not in saved}
     if config is None:
-        owners = {name.rpartition(".")[0] or name for name in saved}
+        # Running statistics travel without being asked for: a batch norm of which nothing else is there is not trained.
+        chosen = [name for name in saved if not name.endswith(("running_mean", "running_var"))]
+        owners = {name.rpartition(".")[0] or name for name in chosen}
         config = OneLoRAConfig(target_modules=list(vectors), modules_to_save=sorted(owners))
     return AdapterFile(config, vectors, saved, dict(model.fingerprints), producer, dict(model.trained))
 

@@ -18,7 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapter import adapted_part, adapted_weights, undo_adapt, unwrap, vectors
+from onelora_compile.adapting.adapter import adapted_part, adapted_weights, refuse_disabled, undo_adapt, unwrap, vectors
 from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, OneLoRAError, StateError, require
 from onelora_compile.exporters.calls.axes import Axes, axes_of
 from onelora_compile.exporters.calls.names import Names, chosen_names, name_graph
@@ -162,7 +162,7 @@ def export_onnx(
             old one is as it was.
         ConfigError: an unknown value of `adapters`, a bank without files, names that are too few, too many, unknown or
             taken, an axis that no input has.
-        StateError: "load" or "input" of a model that is not adapted.
+        StateError: "load" or "input" of a model that is not adapted; a `disabled` block is open.
         AdapterFileError: a file of the bank that is damaged or of another model.
         BaseMismatchError: a file of the bank that was trained on another base.
         MissingExtraError: an ONNX package is not installed.
@@ -181,6 +181,7 @@ def export_onnx(
     if verify:
         require("onnxruntime", "onnx", "verify the export (or pass verify=False)")
     root, path, start = unwrap(model), Path(path), time.perf_counter()
+    refuse_disabled(root, "export")
     if adapters != "fold" and not bank and not adapted_weights(root):
         raise StateError(f"adapters={adapters!r} needs an adapted model: call adapt or load_adapter before")
     with steps(f"export {path.name}", 4, progress) as step, _carrying(root, bank):
@@ -190,6 +191,12 @@ def export_onnx(
         prints = {name: fingerprint_of(target) for name, target in adapted_weights(adapted).items()}
         trained = trained_of(root, part, adapted)
         held = {name: float32(vector) for name, vector in vectors(adapted).items()} | trained.values
+        if mode != "fold" and "" in held:
+            raise ExportError(
+                f"adapters={mode!r}: the {type(adapted).__name__} that was given to adapt is the adapted linear itself, "
+                "so that its vector has no name to swap it by: adapt a module that holds it, for example "
+                "torch.nn.Sequential(linear), or export with adapters='fold'"
+            )
         banked = _read_bank(adapted, trained, bank)
         step("capture")
         call = Call.of(root, args, kwargs)

@@ -83,13 +83,13 @@ class OneLoRALayer(Adapted):
             weight, bias = self._parameters["weight"], self._parameters["bias"]
             return eager_linear.adapted_linear(args[0], weight, bias, self.onelora_vector)  # type: ignore[arg-type]
         y = super().forward(*args, **kwargs)
-        if not isinstance(y, Tensor):
+        if not isinstance(y, (Tensor, torch.fx.Proxy)):
             raise TypeError(
                 f"{type(self).__name__} returned {type(y).__name__}; a linear that returns more than one tensor "
                 "can't be adapted: leave it out with exclude_modules"
             )
         x = args[0] if args else kwargs[self._onelora_input]
-        if not torch.compiler.is_compiling():
+        if isinstance(x, Tensor) and not torch.compiler.is_compiling():  # torch.fx traces with proxies
             observe(self, x)
         return RANK1_UPDATE(y, x, self.onelora_vector)
 
@@ -131,6 +131,11 @@ def _reader(parameter: str, dims: tuple[int, ...]) -> Any:
 def is_adapted(module: object) -> bool:
     """Whether the module itself carries a vector."""
     return isinstance(module, Adapted)
+
+
+def made_by_attach(module: nn.Module) -> bool:
+    """Whether an adapted module is of the very class that it was given, so that its base's can be put back."""
+    return "_onelora_base" in vars(type(module))
 
 
 def attach(

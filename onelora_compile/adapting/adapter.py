@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapted_module import is_adapted, remove
+from onelora_compile.adapting.adapted_module import is_adapted, made_by_attach, remove
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import watch
 from onelora_compile.adapting.select_targets import Selection, clean_name, named_modules, select
+from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
 from onelora_compile.adapting.weight_target import Target, attach, targets_of
 from onelora_compile.errors import StateError
-from onelora_compile.sharded import is_sharded, write_whole
+from onelora_compile.sharded import is_sharded
 
 STATE = "_onelora_state"
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,7 +33,7 @@ class AdapterState:
         originals: values before training of what is trained besides the vectors, by name: parameters of
             modules_to_save and norms, and the running statistics of batch norms, which move without a gradient.
         fast_paths: attributes that were switched off, with their values; see `fastpath`.
-        disabled: how many `disabled` blocks are open.
+        disabled: how many `disabled` blocks are open; `enable` ends the last of them.
         skipped: linear ops without a vector, by name, with the reason.
         not_linear: convolutions and embeddings, with what they are.
         constant: names of vectors whose input a compiled graph showed to sum to one number; see `watch`.
@@ -47,6 +47,17 @@ class AdapterState:
     constant: set[str] = dataclasses.field(default_factory=set)
     fast_paths: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
     disabled: int = 0
+    enable: Callable[[], None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle of the model inside a block would hold the base's values for good.
+
+        Raises:
+            StateError: a `disabled` block is open.
+        """
+        if self.disabled:
+            raise StateError("can't copy or pickle the model inside a onelora.disabled block: do it outside")
+        return dict(self.__dict__)
 
 
 def adapt(model: Model, config: OneLoRAConfig | None = None) -> Model:
@@ -115,6 +126,12 @@ def detach(model: Model) -> Model:
     root = unwrap(model)
     state = state_of(root, "detach")
     refuse_sharded(root, "detach", "save the adapter, and build the model anew")
+    for name, module in named_modules(root):
+        if is_adapted(module) and not made_by_attach(module):
+            raise StateError(
+                f"can't detach: {name!r} is a {type(module).__name__} now, another class than adapt gave it "
+                "(parametrized, or wrapped by a tool): undo that first, or detach before it"
+            )
     tensors = saved_tensors(root, state)
     with torch.inference_mode(False), torch.no_grad():
         for name, original in state.originals.items():
@@ -148,7 +165,7 @@ def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
     The name is that of the module whose `weight` is adapted, or of the parameter if it has another name.
     They are the parameters themselves, not copies. Empty for a model that is not adapted.
     """
-    return {name: target.vector for name, target in adapted_weights(unwrap(model)).items()}
+    return {name: meant(target.vector) for name, target in adapted_weights(unwrap(model)).items()}
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -163,44 +180,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
             "the model is not adapted yet: call onelora.adapt(model) before you build the optimizer, or run a model "
             "compiled with backend='onelora' once"
         )
-    return [parameter for parameter in root.parameters() if parameter.requires_grad]
-
-
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is the base, exactly; no recompilation.
-
-    The values are swapped underneath the parameters, so a backward of a forward from outside the block still
-    works afterwards. The switch holds for every thread that uses the model.
-
-    Raises:
-        StateError: the model is not adapted.
-    """
-    root = unwrap(model)
-    state = state_of(root, "disable", allow_disabled=True)
-    with torch.inference_mode(False), torch.no_grad():
-        swaps: list[tuple[Tensor, Tensor]] = [(v, torch.zeros_like(v)) for v in vectors(root).values()]
-        trained = saved_tensors(root, state)
-        swaps += [(trained[name], original.to(trained[name], copy=True)) for name, original in state.originals.items()]
-    kept = [tensor.detach().clone() if is_sharded(tensor) else tensor.data for tensor, _ in swaps]
-    state.disabled += 1
-    try:
-        for tensor, base in swaps:
-            _swap(tensor, base)
-        yield
-    finally:
-        for (tensor, _), value in zip(swaps, kept, strict=True):
-            _swap(tensor, value)
-        state.disabled -= 1
-
-
-def _swap(tensor: Tensor, value: Tensor) -> None:
-    """Assigning .data leaves autograd's version counters alone, unlike copy_; FSDP holds on to its shards' memory."""
-    if is_sharded(tensor):
-        with torch.no_grad():
-            write_whole(tensor, value)
-    else:
-        tensor.data = value
+    return [meant(parameter) for parameter in root.parameters() if parameter.requires_grad]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -253,9 +233,20 @@ def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> Ada
         inside = next((name for name, module in named_modules(root) if vars(module).get(STATE)), None)
         hint = f"its submodule {inside!r} is: pass that one" if inside else "call onelora.adapt(model) first"
         raise StateError(f"can't {purpose}: this {type(root).__name__} was not given to adapt; {hint}")
-    if state.disabled and not allow_disabled:
-        raise StateError(f"can't {purpose} inside a onelora.disabled block: the values there are the base's")
+    if not allow_disabled:
+        refuse_disabled(root, purpose)
     return state
+
+
+def refuse_disabled(root: nn.Module, purpose: str) -> None:
+    """Check that the values of the model, adapted or not, are its own.
+
+    Raises:
+        StateError: the model or a part of it is in a `disabled` block.
+    """
+    states = [vars(module).get(STATE) for module in root.modules()]
+    if any(state is not None and state.disabled for state in states):
+        raise StateError(f"can't {purpose} inside a onelora.disabled block: the values there are the base's")
 
 
 def state_or_none(root: nn.Module) -> AdapterState | None:

@@ -93,7 +93,7 @@ def test_no_writer_takes_an_input_for_its_output(here, name, kind, monkeypatch):
         elif kind != "itself":
             out = link(kind, source, f"{kind}-{source.name}")
         before = content(here)
-        with pytest.raises(onelora.ConfigError, match="would overwrite the input|is a folder that holds the input"):
+        with pytest.raises(onelora.ConfigError, match=r"would overwrite the input|is a folder that holds"):
             write(out)
         assert content(here) == before
 
@@ -105,7 +105,8 @@ def test_a_pipe_stays_a_pipe(here, name, kind):
     write, _ = writers(here)[name]
     os.mkfifo(here / "pipe.onnx_adapter")
     out = here / "pipe.onnx_adapter" if kind == "itself" else link(kind, here / "pipe.onnx_adapter", "l.onnx_adapter")
-    with pytest.raises((OSError, onelora.OneLoRAError), match=r"is a device, a pipe or a socket|is no bundle|not a bundle"):
+    errors = (OSError, onelora.OneLoRAError)
+    with pytest.raises(errors, match=r"is a device, a pipe or a socket|is no bundle|not a bundle"):
         write(out)
     assert stat.S_ISFIFO((here / "pipe.onnx_adapter").stat().st_mode)
     assert not list(here.glob(".onelora-*"))

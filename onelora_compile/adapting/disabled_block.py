@@ -1,0 +1,41 @@
+"""`disabled`: a block in which an adapted model is its base."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from onelora_compile.adapting.adapter import saved_tensors, state_of, unwrap, vectors
+from onelora_compile.adapting.stand_ins import stand_in
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is the base, exactly; no recompilation.
+
+    Gradients are those of the forward that they come from: a forward from inside gives the vectors none, one from
+    outside may run its backward inside or afterwards.  A `state_dict` that is taken inside holds the vectors, and an
+    optimizer's step changes them.  The switch holds for every thread that uses the model.
+
+    Raises:
+        StateError: the model is not adapted; or, inside, the model is copied, pickled, saved, exported, or loaded into.
+    """
+    root = unwrap(model)
+    state = state_of(root, "disable", allow_disabled=True)
+    if not state.disabled:
+        with torch.inference_mode(False), torch.no_grad():
+            values: dict[Tensor, Tensor] = {vector: torch.zeros_like(vector) for vector in vectors(root).values()}
+            trained = saved_tensors(root, state)
+            values |= {trained[name]: own.to(trained[name], copy=True) for name, own in state.originals.items()}
+        state.enable = stand_in(root, values)
+    state.disabled += 1
+    try:
+        yield
+    finally:
+        state.disabled -= 1
+        if not state.disabled and state.enable is not None:
+            state.enable()
+            state.enable = None
