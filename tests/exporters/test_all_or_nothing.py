@@ -358,7 +358,7 @@ class Files(RuleBasedStateMachine):
                 assert path.name in named | self.left, path.name
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [4, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_any_sequence_of_writers(examples):
     options = {"deadline": None, "stateful_step_count": 12, "suppress_health_check": list(HealthCheck)}
     run_state_machine_as_test(Files, settings=settings(max_examples=examples, **options))
