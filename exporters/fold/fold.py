@@ -54,7 +54,8 @@ def fold_onnx(
     Each weight is found by its fingerprint, not by its name: it may be renamed, transposed, packed with others, scaled,
     copied, shared, or stored in half precision.  W + b 1ᵀ is computed in float32 and rounded once.  A quantised weight
     stays as it is: its vector goes into floating zero points, or beside the matmul as sum(x) * b.  A weight that
-    another op needs too (a tied embedding) is copied for the adapted use.
+    another op needs too (a tied embedding) is copied for the adapted use.  If it fails, nothing was written, and an old
+    file at `out` is as it was.
 
     Activations that are quantised with fixed ranges clip to what they were in the base.  Updates are added behind such
     quantisers where that is the same; what comes after may still leave its range, which only data can tell.
@@ -80,7 +81,6 @@ def fold_onnx(
         MergeError: a result that the weight's dtype can't hold.
         AdapterFileError: a damaged adapter file.
         OSError: a file can't be read or written.
-        In every case nothing was written, and an old file at `out` is as it was.
     """
     if on_unmatched not in ON_UNMATCHED:
         raise ConfigError(f"on_unmatched={on_unmatched!r} is not one of {', '.join(map(repr, ON_UNMATCHED))}")

@@ -115,6 +115,8 @@ def build_engine(
 ) -> EngineReport:
     """Build an engine from an ONNX model of `export_onnx`, `fold_onnx` or another tool.
 
+    If it fails, nothing was written, and an old engine is as it was.
+
     Args:
         onnx: the model; external weights are read from beside it.
         engine: the file to write, replaced in one step; its manifest goes beside it, to `<engine>.json`.
@@ -148,7 +150,6 @@ def build_engine(
         AdapterFileError, BaseMismatchError, StateError: the adapter does not belong to the model.
         MissingExtraError: no TensorRT is installed.
         OSError: a file can't be read or written.
-        In every case nothing was written, and an old engine is as it was.
     """
     onnx, engine = Path(onnx), Path(engine)
     check_writable(engine)  # now, not after minutes of building

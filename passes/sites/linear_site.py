@@ -88,7 +88,7 @@ def match_linear(gm: fx.GraphModule, parameters: Container[fx.Node] = ()) -> lis
         gm: the graph.
         parameters: nodes that are parameters, besides those that can be recognised (inputs of a subgraph).
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> gm = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
         >>> [site.module for site in match_linear(gm)]
