@@ -9,7 +9,7 @@ OTHER := $(VENV)-torch-$(TORCH)
 # Triton 3.6, which comes with it, needs an older NumPy for its interpreter.
 NEEDED_BY_2.11.0 := 'numpy<2.4'
 
-.PHONY: help setup demo test test-slow test-real test-torch bench lint clean
+.PHONY: help setup demo test test-slow test-real test-torch bench docs lint clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,5 +65,9 @@ lint: $(READY)  ## Check style and types
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p onelora_compile; status=$$?; cd ..; \
 	  $(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e . && exit $$status
 
+docs: $(READY)  ## Build the documentation into site/
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:  ## Remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-torch-* build dist *.egg-info .mypy_cache .ruff_cache .hypothesis onelora-demo
+	rm -rf $(VENV) $(VENV)-torch-* build dist *.egg-info site .mypy_cache .ruff_cache .hypothesis onelora-demo
