@@ -1,7 +1,7 @@
 """The package as it is installed, for mkdocstrings, which reads the sources and does not run them.
 
-setuptools maps `passes/` and `exporters/` into `onelora_compile`; in the repository they stand beside it. So what is read
-is a copy in that shape. (Links would do, but mkdocstrings does not follow links to folders.)
+setuptools maps `passes/` and `exporters/` into `onelora_compile`; in the repository they stand beside it. So what is
+read is a copy in that shape. (Links would do, but mkdocstrings does not follow links to folders.)
 """
 
 from __future__ import annotations
