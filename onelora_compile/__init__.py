@@ -9,31 +9,14 @@
 Method: Quercia et al., arXiv 2503.08333.
 """
 
-import torch as _torch
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
-from onelora_compile import ops as ops  # first: everything else needs the operators registered
-from onelora_compile import torch_versions as _torch_versions
-from onelora_compile.adapting.adapter import adapt, detach, trainable_parameters, vectors
-from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.disabled_block import disabled
-from onelora_compile.errors import (
-    AdapterFileError,
-    BaseMismatchError,
-    ConfigError,
-    ExportError,
-    MergeError,
-    MissingExtraError,
-    OneLoRAError,
-    OneLoRAWarning,
-    PassError,
-    StateError,
-    TargetError,
-)
-from onelora_compile.report.explain import explain
-from onelora_compile.report.summary import summary
 from onelora_compile.version import __version__
-from onelora_compile.weights.adapter_file import load_adapter, read_adapter, save_adapter
-from onelora_compile.weights.merge import merge
+
+if TYPE_CHECKING:
+    from onelora_compile.public import *
 
 __all__ = [
     "AdapterFileError",
@@ -62,4 +45,29 @@ __all__ = [
     "vectors",
 ]
 
-_torch_versions.warn_if_untested(str(_torch.__version__))
+
+def _load() -> None:
+    """Import the names of `public.py`; that takes PyTorch, seconds of it."""
+    from onelora_compile import public
+
+    globals().update({name: getattr(public, name) for name in __all__})
+
+
+if not TYPE_CHECKING:  # a type checker knows the names, and should miss all others
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        _load()
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+# `onelora --help` must not wait for PyTorch, so nothing above imports it. In any other program the operators are
+# registered at once: `torch.export.load` needs them, and asks for no name of this package. While Python looks for
+# the package of `python -m onelora_compile`, the name of the program is "-m".
+_PROGRAM = os.path.basename(sys.argv[0]) if getattr(sys, "argv", None) else ""
+if "torch" in sys.modules or _PROGRAM not in ("onelora", "onelora.exe", "-m"):
+    _load()

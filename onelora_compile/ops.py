@@ -18,6 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from onelora_compile.torch_versions import warn_if_untested
+
+warn_if_untested(str(torch.__version__))  # here, as nothing of this package works without its operators
 _library = torch.library.Library("onelora", "DEF")
 _library.define("feature_sum(Tensor x) -> Tensor")
 _library.define("add_rank1(Tensor y, Tensor s, Tensor vector) -> Tensor")

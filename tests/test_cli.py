@@ -18,7 +18,7 @@ from onelora_compile.weights.adapter_file import read_adapter
 
 def onelora_command(*args, cwd=None):
     return subprocess.run(
-        [sys.executable, "-m", "onelora_compile.cli", *map(str, args)],
+        [sys.executable, "-m", "onelora_compile", *map(str, args)],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -220,7 +220,7 @@ def test_engine_without_a_gpu(project):
     for arguments, message in (
         (("engine", "m.onnx", "-o", "n.engine", "--sm", "87"), "builds for sm_75"),
         (
-            ("engine", "m.onnx", "-o", "n.engine", "--sm", "86", "--shape", "batch"),
+            ("engine", "m.onnx", "-o", "n.engine", "--sm", "86", "--size", "batch"),
             "is not of the form batch=8, batch=1,8,32",
         ),
         (("refit", "m.engine", "a.safetensors"), "can't be refitted (mode 'fold')"),

@@ -13,7 +13,7 @@ import onelora_compile as onelora
 @pytest.mark.slow
 def test_quick_demo(tmp_path):
     folder = tmp_path / "out"
-    command = [sys.executable, "-W", "error::UserWarning", "-m", "onelora_compile.cli", "demo", "--quick", "-o", folder]
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "onelora_compile", "demo", "--quick", "-o", folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "1LoRA" in done.stdout

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 TOPS = ("onelora_compile", "passes", "exporters")
 # From low to high: whatever is here imports only from what stands before it.  "" is the package's own __init__.
 ORDER = (
-    "errors version printable sharded kinds ops progress torch_versions kernels looking dynamo passes/sites "
+    "errors version printable table sharded kinds torch_versions ops progress kernels looking dynamo passes/sites "
     "passes/graph adapting weights testing passes/lowerings passes passes/exported backend report"
 ).split()
 ORDER += [
@@ -17,7 +17,7 @@ ORDER += [
     *(
         "exporters/onnx_file exporters/calls exporters/opsets exporters/onnx_runtime exporters/to_onnx "
         "exporters/quantized exporters/fold exporters/jetson/device/core exporters/tensorrt exporters/jetson "
-        "exporters examples cli"
+        "exporters examples cli __main__"
     ).split(),
 ]
 DEVICE = ROOT / "exporters" / "jetson" / "device"  # a program of its own, with relative imports

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from rich.table import Table
-
 from onelora_compile.exporters.quantized.saturation import Saturation
 from onelora_compile.printable import Printable, bytes_text, shortened
+from onelora_compile.table import Table, grouped, spread
 from onelora_compile.weights.merge import FoldLoss
 
 
@@ -53,13 +52,14 @@ class FoldReport(Printable):
         size = f"{bytes_text(self.bytes)}, {self.seconds:.1f} s"
         table = Table(title=f"folded {len(self.folded)} vectors into {self.files[0]} ({size})")
         for column in ("vector", "went into", "how", "lost to rounding"):
-            table.add_column(column, overflow="fold")
-        for name, one in self.folded.items():
-            lost = f"{one.loss.relative:.1e}" if one.loss is not None else "nothing"
-            table.add_row(name, shortened(one.where, 3), one.how, lost)
-        for name, reason in self.skipped.items():
+            table.add_column(column)
+        for name, ones in grouped(self.folded.items(), alike=lambda one: (one.how, one.loss is None)).items():
+            losses = [one.loss.relative for one in ones if one.loss is not None]
+            places = [place for one in ones for place in one.where]
+            table.add_row(name, shortened(places, 3), ones[0].how, spread(losses, ".1e") if losses else "nothing")
+        for name, (reason, *_) in grouped(self.skipped.items(), alike=str).items():
             table.add_row(name, "-", f"skipped: {reason}", "-")
-        for name in self.replaced:
+        for name in grouped((name, None) for name in self.replaced):
             table.add_row(name, name, "replaced as it was trained", "-")
         if self.saturation.quantizers:
             table.caption = str(self.saturation)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from onelora_compile.errors import ConfigError, ExportError, StateError, require
 from onelora_compile.exporters.jetson import device
@@ -45,6 +44,7 @@ from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
 from onelora_compile.exporters.tensorrt.profiles import Profile
 from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.progress import steps
+from onelora_compile.table import Table
 from onelora_compile.weights.adapter_file import read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing_folder
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -23,6 +22,7 @@ from onelora_compile.exporters.calls.structure import tensors_in
 from onelora_compile.exporters.onnx_file.trained import other_values, trained_of
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
 from onelora_compile.printable import Printable, shortened
+from onelora_compile.table import Table
 
 # Largest difference over the largest magnitude of an output that rounding in this dtype explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from rich.text import Text
 
 from onelora_compile.errors import ExportError
@@ -34,6 +33,7 @@ from onelora_compile.exporters.tensorrt.profiles import profiles_of
 from onelora_compile.exporters.tensorrt.vectors import Prepared, hash_files, prepared
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.progress import counting
+from onelora_compile.table import Table
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import check_writable, refuse_overwriting, replacing_all
 from onelora_compile.weights.merge import FoldLoss

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters.jetson.device.core.engine import Engine, Weight, refit
@@ -27,6 +26,7 @@ from onelora_compile.exporters.tensorrt.manifest import Manifest
 from onelora_compile.exporters.tensorrt.messages import engine_error, in_our_words
 from onelora_compile.exporters.tensorrt.vectors import hash_model
 from onelora_compile.printable import Printable, bytes_text, shortened
+from onelora_compile.table import Table
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 
 _INSTEAD = {

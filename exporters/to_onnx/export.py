@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapter import adapted_part, adapted_weights, refuse_disabled, undo_adapt, unwrap, vectors
@@ -35,6 +34,7 @@ from onelora_compile.exporters.to_onnx.place_vectors import Vectors, place_vecto
 from onelora_compile.passes.exported.fold_vectors import vector_of
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.progress import steps
+from onelora_compile.table import Table
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_file import AdapterFile, check_base, load_adapter, read_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting

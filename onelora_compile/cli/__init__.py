@@ -1,5 +1,8 @@
 """The command line `onelora`."""
 
-from onelora_compile.cli.commands import app, main
+# isort: off
+# Each of the three files adds its commands to the app; help lists them in this order.
+from onelora_compile.cli import models, engines, machine
+from onelora_compile.cli.app import app, main
 
-__all__ = ["app", "main"]
+__all__ = ["app", "engines", "machine", "main", "models"]

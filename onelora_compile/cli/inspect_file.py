@@ -1,29 +1,189 @@
-"""What the commands `inspect` and `doctor` show."""
+"""What `onelora inspect` shows of a file."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import shutil
+import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
 
-from onelora_compile.errors import MissingExtraError
-from onelora_compile.printable import bytes_text
-from onelora_compile.version import __version__
-from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
+from onelora_compile.printable import Printable, bytes_text
+from onelora_compile.table import Table, grouped, spread
+from onelora_compile.weights.adapter_file import read_adapter
 
 if TYPE_CHECKING:
     from onelora_compile.exporters.onnx_file.metadata import Metadata
+    from onelora_compile.exporters.tensorrt.manifest import Manifest
 
 
-def inspect_file(path: Path) -> RenderableType:
-    """A table of what an adapter file, an ONNX model or an engine holds.
+@dataclasses.dataclass(frozen=True)
+class VectorContent:
+    """One vector of a file.
+
+    Attributes:
+        shape: of the vector.
+        base_shape: of the weight that it belongs to; None where the file does not say, and so are the next two.
+        base_dtype: of that weight.
+        base_norm: Frobenius norm of that weight.
+        relative: Frobenius norm of b 1ᵀ over that of the weight; None also where the file has no values.
+    """
+
+    shape: tuple[int, ...]
+    base_shape: tuple[int, ...] | None
+    base_dtype: str | None
+    base_norm: float | None
+    relative: float | None
+
+    @property
+    def _alike(self) -> tuple[str, ...]:
+        return _shape(self.shape), _shape(self.base_shape), self.base_dtype or "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterContent(Printable):
+    """What an adapter file holds.
+
+    Attributes:
+        file: where it is.
+        bytes: its size.
+        producer: what wrote it.
+        vectors: by name.
+        numbers: in all vectors.
+        saved: shapes of the other trained tensors.
+        config: how the model was adapted.
+    """
+
+    file: Path
+    bytes: int
+    producer: str
+    vectors: dict[str, VectorContent]
+    numbers: int
+    saved: dict[str, tuple[int, ...]]
+    config: dict[str, Any]
+
+    def __rich__(self) -> RenderableType:
+        title = f"{self.file}: 1LoRA adapter, {bytes_text(self.bytes)}, by {self.producer}"
+        table = Table("module", "vector", "base weight", "base dtype", "norm of b 1ᵀ / norm of W", title=title)
+        for name, ones in grouped(self.vectors.items(), alike=lambda one: one._alike).items():
+            ratios = [one.relative for one in ones if one.relative is not None]
+            table.add_row(name, *ones[0]._alike, spread(ratios, ".2e") if ratios else "-")
+        lines = [f"{len(self.vectors)} vectors, {self.numbers:,} numbers"]
+        trained = grouped(self.saved.items(), alike=tuple)
+        lines += [f"also trained: {name} {_shape(shapes[0])}" for name, shapes in trained.items()]
+        lines.append("config: " + ", ".join(f"{name} {_text(value)}" for name, value in self.config.items()))
+        return Group(table, *lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelContent(Printable):
+    """What an ONNX model holds.
+
+    Attributes:
+        file: where it is.
+        bytes: of all its files.
+        files: the names of them.
+        opsets: version by domain; "" is the standard one's.
+        inputs: dtype and shape of those that a call gives.
+        outputs: likewise.
+        nodes: how many the main graph has.
+        mode: where the vectors are; None where the file does not say.
+        adapters: the names of those in it.
+        sha256: of the vectors.
+        producer: what wrote it.
+        vectors: by name.
+    """
+
+    file: Path
+    bytes: int
+    files: list[str]
+    opsets: dict[str, int]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    nodes: int
+    mode: str | None
+    adapters: list[str]
+    sha256: str
+    producer: str
+    vectors: dict[str, VectorContent]
+
+    def __rich__(self) -> RenderableType:
+        table = Table("", "", title=f"{self.file}: ONNX model", show_header=False)
+        table.add_row("size", bytes_text(self.bytes))
+        table.add_row("files", ", ".join(self.files))
+        table.add_row("opset", ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in self.opsets.items()))
+        table.add_row("inputs", "\n".join(f"{name}: {kind}" for name, kind in self.inputs.items()))
+        table.add_row("outputs", "\n".join(f"{name}: {kind}" for name, kind in self.outputs.items()))
+        table.add_row("nodes", str(self.nodes))
+        table.add_row("adapter", self._adapter())
+        if self.adapters:
+            numbered = [f"{number} {name}" for number, name in enumerate(self.adapters)]
+            table.add_row("adapters", "\n".join(numbered if self.mode == "bank" else self.adapters))
+        table.add_row("written by", self.producer)
+        return Group(table, self._vectors()) if self.vectors else table
+
+    def _adapter(self) -> str:
+        if self.mode is None:
+            return "none recorded"
+        if self.mode == "base":
+            return "none (exported from a base)"
+        return f"mode {self.mode!r}, {len(self.vectors)} vectors, sha256 {self.sha256[:16]}"
+
+    def _vectors(self) -> Table:
+        title = "vectors, and the base weights that they belong to"
+        table = Table("vector", "shape", "base weight", "base dtype", "norm of W", title=title)
+        for name, ones in grouped(self.vectors.items(), alike=lambda one: one._alike).items():
+            norms = [one.base_norm for one in ones if one.base_norm is not None]
+            table.add_row(name, *ones[0]._alike, spread(norms, ".4g") if norms else "-")
+        return table
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineContent(Printable):
+    """What an engine is for, from its manifest.
+
+    Attributes:
+        file: where it is.
+        bytes: of the engine.
+        manifest: what is written beside it.
+    """
+
+    file: Path
+    bytes: int
+    manifest: Manifest
+
+    def __rich__(self) -> RenderableType:
+        from onelora_compile.exporters.tensorrt.library import TITLES
+
+        one = self.manifest
+        title = f"{self.file}: engine of {TITLES.get(one.flavour, '')} {one.version}"
+        table = Table("", "", title=title, show_header=False)
+        table.add_row("size", bytes_text(self.bytes))
+        table.add_row("for", f"{', '.join(one.targets) or 'the default devices'}, {one.system} {one.l4t}")
+        table.add_row("computes in", one.precision)
+        table.add_row("from", f"{one.onnx}, sha256 {one.onnx_sha256[:16]}")
+        adapter = one.adapter or ", ".join(one.adapters) or "unnamed"
+        digest = f", sha256 {one.adapter_sha256[:16]}" if one.adapter_sha256 else ""
+        table.add_row("adapters", f"mode {one.mode!r}, {len(one.vectors)} vectors, {adapter}{digest}")
+        given = [value for value in one.inputs if value.name not in one.vectors]
+        table.add_row("inputs", "\n".join(f"{value.name}: {value.dtype} {_shape(value.shape)}" for value in given))
+        made = (f"{value.name}: {value.dtype} {_shape(value.shape)}" for value in one.outputs)
+        table.add_row("outputs", "\n".join(made))
+        for number, profile in enumerate(one.profiles):
+            lines = [f"{name} {' | '.join(map(_shape, shapes))}" for name, shapes in profile.items()]
+            table.add_row(f"profile {number}", "\n".join(lines))
+        if one.flags:
+            table.add_row("options", ", ".join(f"{name} {value}" for name, value in one.flags.items()))
+        table.add_row("written by", one.producer)
+        return table
+
+
+Content = AdapterContent | ModelContent | EngineContent
+
+
+def inspect_file(path: Path) -> Content:
+    """What an adapter file, an ONNX model or an engine holds.
 
     Raises:
         AdapterFileError: no adapter file, or damaged.
@@ -33,161 +193,72 @@ def inspect_file(path: Path) -> RenderableType:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.with_name(f"{path.name}.json").is_file() or path.suffix in (".engine", ".plan", ".trt"):
-        return _engine_table(path)
-    return _onnx_table(path) if path.suffix == ".onnx" else _adapter_table(path, read_adapter(path))
+        return _engine(path)
+    return _model(path) if path.suffix == ".onnx" else _adapter(path)
 
 
-def _adapter_table(path: Path, file: AdapterFile) -> RenderableType:
-    table = Table(title=f"{path}: 1LoRA adapter, {bytes_text(path.stat().st_size)}, by {file.producer}")
-    for column in ("module", "vector", "base weight", "base dtype", "norm of b 1ᵀ / norm of W"):
-        table.add_column(column)
+def _adapter(path: Path) -> AdapterContent:
+    file = read_adapter(path)
+    vectors = {}
     for name, vector in file.vectors.items():
         base = file.fingerprints[name]
         update = float(vector.double().norm()) * base.shape[1] ** 0.5  # Frobenius norm of b 1ᵀ
-        ratio = f"{update / base.norm:.2e}" if base.norm else "-"
-        table.add_row(name, str(list(vector.shape)), str(list(base.shape)), base.dtype, ratio)
-    entries = sum(vector.numel() for vector in file.vectors.values())
-    lines = [f"{len(file.vectors)} vectors, {entries:,} numbers"]
-    lines += [f"also trained: {name} {list(tensor.shape)}" for name, tensor in file.saved.items()]
-    lines.append(f"config: {file.config.to_json()}")
-    return Group(table, *(line for line in lines))
+        ratio = update / base.norm if base.norm else None
+        vectors[name] = VectorContent(tuple(vector.shape), tuple(base.shape), base.dtype, base.norm, ratio)
+    return AdapterContent(
+        file=path,
+        bytes=path.stat().st_size,
+        producer=file.producer,
+        vectors=vectors,
+        numbers=sum(vector.numel() for vector in file.vectors.values()),
+        saved={name: tuple(tensor.shape) for name, tensor in file.saved.items()},
+        config=json.loads(file.config.to_json()),
+    )
 
 
-def _onnx_table(path: Path) -> RenderableType:
+def _model(path: Path) -> ModelContent:
     from onelora_compile.exporters.onnx_file.load import load_model
     from onelora_compile.exporters.onnx_file.metadata import Metadata
 
     model = load_model(path)
     metadata = Metadata.from_props(model.metadata_props, str(path))
-    table = Table(title=f"{path}: ONNX model", show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
     held: list[Any] = [value.const_value for value in model.graph.initializers.values()]
     files = {path} | {path.parent / str(tensor.location) for tensor in held if hasattr(tensor, "location")}
-    table.add_row("size", bytes_text(sum(file.stat().st_size for file in files if file.is_file())))
-    table.add_row("files", ", ".join(sorted(file.name for file in files)))
-    table.add_row("opset", ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in model.opset_imports.items()))
-    table.add_row("inputs", "\n".join(_value_text(v) for v in model.graph.inputs if v.name not in metadata.vectors))
-    table.add_row("outputs", "\n".join(map(_value_text, model.graph.outputs)))
-    table.add_row("nodes", str(len(model.graph)))
-    table.add_row("adapter", _mode_text(metadata, recorded="onelora.mode" in model.metadata_props))
-    if metadata.adapters:
-        numbered = enumerate(metadata.adapters) if metadata.mode == "bank" else (("", a) for a in metadata.adapters)
-        table.add_row("adapters", "\n".join(f"{number} {name}".strip() for number, name in numbered))
-    tool = f"{model.producer_name or 'unknown'} {model.producer_version or ''}"
-    table.add_row("written by", metadata.producer or tool)
-    return Group(table, _vectors_table(metadata)) if metadata.vectors else table
+    tool = f"{model.producer_name or 'unknown'} {model.producer_version or ''}".strip()
+    return ModelContent(
+        file=path,
+        bytes=sum(file.stat().st_size for file in files if file.is_file()),
+        files=sorted(file.name for file in files),
+        opsets={domain: int(version) for domain, version in model.opset_imports.items()},
+        inputs={str(v.name): f"{v.dtype} {v.shape}" for v in model.graph.inputs if v.name not in metadata.vectors},
+        outputs={str(v.name): f"{v.dtype} {v.shape}" for v in model.graph.outputs},
+        nodes=len(model.graph),
+        mode=metadata.mode if "onelora.mode" in model.metadata_props else None,
+        adapters=list(metadata.adapters),
+        sha256=metadata.sha256,
+        producer=metadata.producer or tool,
+        vectors={name: _recorded(metadata, name, shape) for name, shape in metadata.vectors.items()},
+    )
 
 
-def _engine_table(path: Path) -> RenderableType:
-    from onelora_compile.exporters.tensorrt.library import TITLES
+def _recorded(metadata: Metadata, name: str, shape: Any) -> VectorContent:
+    base = metadata.fingerprints.get(name)
+    if base is None:
+        return VectorContent(tuple(shape), None, None, None, None)
+    return VectorContent(tuple(shape), tuple(base.shape), base.dtype, base.norm, None)
+
+
+def _engine(path: Path) -> EngineContent:
     from onelora_compile.exporters.tensorrt.manifest import Manifest
 
     manifest = Manifest.read(path)
     manifest.check_file(path)
-    table = Table(title=f"{path}: engine of {TITLES.get(manifest.flavour, '')} {manifest.version}", show_header=False)
-    table.add_row("size", bytes_text(path.stat().st_size))
-    table.add_row("for", f"{', '.join(manifest.targets) or 'the default devices'}, {manifest.system} {manifest.l4t}")
-    table.add_row("computes in", manifest.precision)
-    table.add_row("from", f"{manifest.onnx}, sha256 {manifest.onnx_sha256[:16]}")
-    adapter = manifest.adapter or ", ".join(manifest.adapters)
-    digest = f", sha256 {manifest.adapter_sha256[:16]}" if manifest.adapter_sha256 else ""
-    table.add_row(
-        "adapters", f"mode {manifest.mode!r}, {len(manifest.vectors)} vectors, {adapter or 'unnamed'}{digest}"
-    )
-    given = [one for one in manifest.inputs if one.name not in manifest.vectors]
-    table.add_row("inputs", "\n".join(f"{one.name}: {one.dtype} {list(one.shape)}" for one in given))
-    outputs = "\n".join(f"{one.name}: {one.dtype} {list(one.shape)}" for one in manifest.outputs)
-    table.add_row("outputs", outputs)
-    for number, profile in enumerate(manifest.profiles):
-        lines = [f"{name} {' | '.join(str(list(shape)) for shape in shapes)}" for name, shapes in profile.items()]
-        table.add_row(f"profile {number}", "\n".join(lines))
-    if manifest.flags:
-        table.add_row("options", ", ".join(f"{name} {value}" for name, value in manifest.flags.items()))
-    table.add_row("written by", manifest.producer)
-    return table
+    return EngineContent(path, path.stat().st_size, manifest)
 
 
-def _value_text(value: object) -> str:
-    return f"{value.name}: {value.dtype} {value.shape}"  # type: ignore[attr-defined]
+def _shape(shape: Any) -> str:
+    return str(list(shape)) if shape is not None else "-"
 
 
-def _mode_text(metadata: Metadata, recorded: bool) -> str:
-    if not recorded:
-        return "none recorded"
-    if metadata.mode == "base":
-        return "none (exported from a base)"
-    return f"mode {metadata.mode!r}, {len(metadata.vectors)} vectors, sha256 {metadata.sha256[:16]}"
-
-
-def _vectors_table(metadata: Metadata) -> Table:
-    table = Table(title="vectors, and the base weights that they belong to")
-    for column in ("vector", "shape", "base weight", "base dtype", "norm of W"):
-        table.add_column(column, overflow="fold")
-    for name, shape in metadata.vectors.items():
-        base = metadata.fingerprints.get(name)
-        about = (str(list(base.shape)), base.dtype, f"{base.norm:.4g}") if base is not None else ("-", "-", "-")
-        table.add_row(name, str(list(shape)), *about)
-    return table
-
-
-def doctor_table() -> Table:
-    """Versions and devices, with what each means."""
-    table = Table(title=f"onelora-compile {__version__}")
-    for column in ("part", "found", "what it means"):
-        table.add_column(column)
-    table.add_row("Python", platform.python_version(), platform.platform())
-    table.add_row("torch", torch.__version__, "2.11 or newer is needed")
-    backends = torch.compiler.list_backends()
-    registered = "onelora" in backends
-    table.add_row(
-        'backend "onelora"',
-        "registered" if registered else "missing",
-        "torch.compile finds it" if registered else "install the package with pip: a source tree alone is not enough",
-    )
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    table.add_row(
-        "C++ compiler",
-        compiler or "missing",
-        "Inductor can compile for the CPU" if compiler else "on a CPU use options={'inner': 'aot_eager'}",
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    table.add_row(
-        "CUDA GPU", gpu or "none", "Inductor compiles for it" if gpu else "training and export run on the CPU"
-    )
-    for name, extra, use in (
-        ("triton", "", "the fused kernel is a candidate on a CUDA GPU; comes with CUDA builds of torch"),
-        ("onnxruntime", "onnx", "runs and verifies exported models"),
-        ("onnxscript", "onnx", "exports to ONNX"),
-        ("transformers", "hf", "its models and Conv1D are known"),
-        ("peft", "hf", "compared with in the demo"),
-    ):
-        found = _version(name)
-        missing = f"optional: pip install 'onelora-compile[{extra}]'" if extra else "optional"
-        table.add_row(name, found or "not installed", use if found else f"{missing} ({use})")
-    for flavour, title in (("tensorrt", "TensorRT"), ("rtx", "TensorRT-RTX")):
-        table.add_row(title, *_tensorrt(flavour))
-    return table
-
-
-def _tensorrt(flavour: str) -> tuple[str, str]:
-    """What is found of a TensorRT, and what it can."""
-    from onelora_compile.exporters.tensorrt.library import find_api
-
-    try:
-        api = find_api(flavour)
-    except MissingExtraError as error:
-        return "not installed", f"optional. {error}"
-    targets = ", ".join(api.capabilities)
-    can = [f"builds engines for {targets}, also without a GPU" if targets else "builds engines for the GPU at hand"]
-    typed = api.flag("NetworkDefinitionCreationFlag", "STRONGLY_TYPED") is not None
-    can.append("dtypes as in the ONNX model" if typed else "float32 unless precision= allows less")
-    can.append("single vectors refittable" if api.flag("BuilderFlag", "REFIT_INDIVIDUAL") is not None else "no refit")
-    return api.version, "; ".join(can)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _text(value: Any) -> str:
+    return json.dumps(value)

@@ -1,16 +1,22 @@
-"""What the command line prints: tables in any locale, and each mistake as one line."""
+"""What the command line prints: tables in any locale, JSON alone on its stream, and each mistake as one line."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import json
 import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
-
-from onelora_compile.cli.user_function import described
+from onelora_compile.cli.mistakes import described
 from onelora_compile.errors import OneLoRAError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from onelora_compile.printable import Printable
 
 TRACEBACK = "ONELORA_TRACEBACK"
 _LONGEST = 800  # torch.export explains itself on several screens
@@ -19,9 +25,33 @@ _ASCII = {"…": "~", "–": "-", "—": "-", "ᵀ": "T", "·": "*", "×": "x", 
 _HANDLER = "onelora.terminal"
 
 
-def show(renderable: RenderableType) -> None:
-    """Print a report or a text; brackets in it are what they are, no markup."""
-    Console(markup=False).print(renderable, highlight=False, soft_wrap=isinstance(renderable, str))
+def print_report(report: RenderableType) -> None:
+    """Print for people; brackets are what they are, no markup, and what is too wide is not cut off."""
+    from rich.console import Console
+
+    Console(markup=False).print(report, highlight=False, crop=False)
+
+
+def print_json(report: Printable) -> None:
+    """Print for programs: one object, in ASCII."""
+    print(json.dumps(report.to_dict(), indent=1, allow_nan=False))
+
+
+@contextlib.contextmanager
+def quiet_stdout(quiet: bool) -> Iterator[None]:
+    """Send what is printed inside to standard error, whoever prints: the user's code, libraries in C."""
+    if not quiet:
+        yield
+        return
+    sys.stdout.flush()
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a stream that the caller closed
+            kept = os.dup(1)
+            os.dup2(2, 1)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
 
 
 def fail(error: BaseException) -> None:
@@ -30,6 +60,8 @@ def fail(error: BaseException) -> None:
         raise error
     expected = isinstance(error, (OneLoRAError, OSError))
     text = str(error) if expected else f"{described(error)} ({TRACEBACK}=1 shows where)"
+    from rich.console import Console
+
     console = Console(stderr=True, markup=False, highlight=False)
     console.print(f"error: {one_line(text) or type(error).__name__}", style="red", soft_wrap=True)
 

@@ -9,7 +9,6 @@ import inspect
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from onelora_compile.cli.mistakes import described
 from onelora_compile.errors import ConfigError, ExportError, OneLoRAError
 
 FORM = "(model, args) or (model, args, kwargs)"
@@ -80,17 +80,6 @@ def load_target(target: str) -> Loaded:
         raise ConfigError(f"{target!r}: the module {module_name!r} has no {name!r}")
     loaded = _checked(target, _called(target, function))
     return dataclasses.replace(loaded, files=(module.__file__,) if module.__file__ else ())
-
-
-def described(error: BaseException) -> str:
-    """The class of an exception, the line of code that raised it, and what it says."""
-    if isinstance(error, SyntaxError):
-        return f"{type(error).__name__} at {_place(error.filename, error.lineno)}: {error.msg}"
-    frames = traceback.extract_tb(error.__traceback__)
-    # The last line that the user can change: neither installed nor part of Python or of this package.
-    theirs = [frame for frame in frames if not _installed(frame.filename)]
-    place = f" at {_place(theirs[-1].filename, theirs[-1].lineno)}" if theirs else ""
-    return f"{type(error).__name__}{place}: {error}".rstrip(": ")
 
 
 @contextlib.contextmanager
@@ -157,13 +146,3 @@ def _checked(target: str, made: Any) -> Loaded:
 
 def _kind(value: Any) -> str:
     return "None" if value is None else f"of type {type(value).__name__}"
-
-
-def _place(file: str | None, line: int | None) -> str:
-    return f"{os.path.basename(file or '?')}:{line}"
-
-
-def _installed(file: str) -> bool:
-    own, python = os.path.dirname(os.path.dirname(__file__)), os.path.dirname(os.__file__)
-    exporters = os.path.join(os.path.dirname(own), "exporters")
-    return file.startswith((own, exporters, python, "<")) or "site-packages" in file

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -18,6 +17,7 @@ from onelora_compile.errors import ConfigError
 from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.progress import steps
 from onelora_compile.report.timing import interleaved, ratios
+from onelora_compile.table import Table
 from onelora_compile.testing import saved_bytes
 
 BASE, OWN = "frozen base", "1LoRA"

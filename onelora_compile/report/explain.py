@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 from torch import fx, nn
 
 from onelora_compile.adapting.adapter import adapted_weights, state_of, unwrap
@@ -24,8 +23,9 @@ from onelora_compile.passes.lowerings import LOWERING
 from onelora_compile.passes.open_attention import expand_attention
 from onelora_compile.passes.run import run_passes
 from onelora_compile.passes.sites.linear_site import LinearSite, match_linear, operands, rank1_updates
-from onelora_compile.printable import Printable
+from onelora_compile.printable import Printable, shortened
 from onelora_compile.report.draw import draw
+from onelora_compile.table import Table, grouped
 
 COMPUTED = "its weight is computed, not a parameter"
 UNKNOWN = "in code that adapt could not follow: name it, with its input axis, in target_parameters"
@@ -61,6 +61,15 @@ class SiteReport:
     reason: str
     source: str
 
+    @property
+    def _row(self) -> tuple[str, ...]:
+        """What a table shows of it beside its name."""
+        chosen = f"{self.lowering}: {self.why}" if self.why else self.lowering
+        how, what = (f"by its {self.how}", chosen) if self.adapted else ("no", self.reason)
+        file, _, rest = self.source.partition(":")
+        place = f"{os.path.basename(file)}:{rest.partition(':')[0]}" if file else ""
+        return str(self.graph), str(self.in_features), str(self.out_features), how, what, place
+
 
 @dataclasses.dataclass(frozen=True)
 class Explanation(Printable):
@@ -83,19 +92,15 @@ class Explanation(Printable):
     def __rich__(self) -> Group:
         table = Table(title="linear ops")
         for column in ("graph", "module", "in", "out", "adapted", "lowering, or why not", "source"):
-            table.add_column(column, overflow="fold")
-        for site in self.sites:
-            row = (site.graph, site.name or site.module, site.in_features, site.out_features)
-            chosen = f"{site.lowering}: {site.why}" if site.why else site.lowering
-            what = chosen if site.adapted else site.reason
-            file, _, rest = site.source.partition(":")
-            place = f"{os.path.basename(file)}:{rest.partition(':')[0]}" if file else ""
-            table.add_row(*map(str, row), f"by its {site.how}" if site.adapted else "no", what, place)
+            table.add_column(column)
+        rows = ((site.name or site.module, site._row) for site in self.sites)
+        for name, ((graph, *row), *_) in grouped(rows, alike=tuple).items():
+            table.add_row(graph, name, *row)
         adapted = sum(site.adapted for site in self.sites)
         lines = [f"{adapted} of {len(self.sites)} linear ops adapted, {self.graphs} graphs"]
         for what in dict.fromkeys(self.not_linear.values()):
             names = [name for name, kind in self.not_linear.items() if kind == what]
-            lines.append(f"{len(names)} x {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+            lines.append(f"{len(names)} x {what} ({shortened(grouped((name, None) for name in names), 3)})")
         return Group(table, "\n".join(lines + [f"graph break: {reason}" for reason in self.breaks]))
 
     def draw(self, path: str | os.PathLike[str], module: str | None = None, graph: int = 0) -> Path:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from rich.console import Group
-from rich.table import Table
 from torch import nn
 
 from onelora_compile.adapting.adapter import adapted_weights, state_of, unwrap
 from onelora_compile.printable import Printable, bytes_text, shortened
+from onelora_compile.table import Table, grouped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +46,23 @@ class Summary(Printable):
         table = Table(title="adapted linears")
         for column in ("module", "in_features", "out_features"):
             table.add_column(column, justify="left" if column == "module" else "right")
-        for name, columns, rows in self.sites:
-            table.add_row(name, str(columns), str(rows))
+        for name, sizes in grouped(((name, sizes) for name, *sizes in self.sites), alike=tuple).items():
+            table.add_row(name, *map(str, sizes[0]))
         lines = [f"{len(self.sites)} vectors, {self.vector_parameters:,} numbers, {bytes_text(self.vector_bytes)}: "]
         lines[0] += f"{self.share:.3%} of {self.base_parameters:,} base parameters"
         if self.other_parameters:
             lines.append(f"trained besides: {self.other_parameters:,} numbers (modules_to_save, train_norms)")
         if self.output_only:
-            lines.append(f"adapted by their output alone, can't be merged: {shortened(self.output_only, 6)}")
+            lines.append(f"adapted by their output alone, can't be merged: {shortened(_grouped(self.output_only), 6)}")
         for reasons in (self.skipped, self.not_linear):
             for reason in dict.fromkeys(reasons.values()):
                 names = [name for name, why in reasons.items() if why == reason]
-                lines.append(f"no vector on {shortened(names, 6)}: {reason}")
+                lines.append(f"no vector on {shortened(_grouped(names), 6)}: {reason}")
         return Group(table, "\n".join(lines))
+
+
+def _grouped(names: list[str]) -> Iterable[str]:
+    return grouped((name, None) for name in names)
 
 
 def summary(model: nn.Module) -> Summary:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapter import adapted_weights, refuse_sharded, release, state_of, unwrap
@@ -20,6 +19,7 @@ from onelora_compile.kinds import is_plain
 from onelora_compile.ops import accumulation_dtype
 from onelora_compile.printable import Printable
 from onelora_compile.progress import over_weights
+from onelora_compile.table import Table, grouped, spread
 
 # The loss is measured in float64, many times as slow as the addition: on all rows of a weight up to this many
 # entries, on evenly spaced rows of a larger one.
@@ -62,10 +62,11 @@ class MergeReport(Printable):
             ("lost to rounding", "right"),
             ("unchanged", "right"),
         ):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
-        for name, loss in self.losses.items():
-            dtype = str(loss.dtype).removeprefix("torch.")
-            table.add_row(name, dtype, f"{loss.relative:.2e}", f"{loss.unchanged:.1%}")
+            table.add_column(column, justify=justify)
+        for name, losses in grouped(self.losses.items(), alike=lambda loss: loss.dtype).items():
+            lost, still = [loss.relative for loss in losses], [loss.unchanged for loss in losses]
+            dtype = str(losses[0].dtype).removeprefix("torch.")
+            table.add_row(name, dtype, spread(lost, ".2e"), spread(still, ".1%"))
         return table
 
 

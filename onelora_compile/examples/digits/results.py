@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
+
 from onelora_compile.examples.digits.deploy import EngineResult, OnnxResult, SwapResult
+from onelora_compile.printable import Printable
 from onelora_compile.weights.atomic_write import replacing
 
 
@@ -41,7 +44,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoResult:
+class DemoResult(Printable):
     """Everything that was measured.
 
     Attributes:
@@ -69,6 +72,11 @@ class DemoResult:
     machine: dict[str, str]
     seconds: dict[str, float]
     files: list[Path]
+
+    def __rich__(self) -> Group:
+        from onelora_compile.examples.digits import report  # which imports this file
+
+        return Group(report.table(self), report.text(self))
 
     def row(self, name: str) -> Row:
         """The row of a method."""

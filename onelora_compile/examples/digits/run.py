@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 import onelora_compile as onelora
@@ -55,7 +54,7 @@ def run_demo(folder: Path, *, seed: int = 0, quick: bool = False) -> DemoResult:
     """Adapt a small vision transformer to shifted digits by several methods, deploy the 1LoRA adapter, report.
 
     Writes digits-A.safetensors, digits-B.safetensors, digits.onnx, digits.engine (where TensorRT-RTX is installed),
-    results.json and report.html, and prints the table. The global random state is as before afterwards.
+    results.json and report.html; the result prints as a table. The global random state is as before afterwards.
 
     Args:
         folder: where to write; made if it is not there.
@@ -69,7 +68,6 @@ def run_demo(folder: Path, *, seed: int = 0, quick: bool = False) -> DemoResult:
     report.check_dependencies()
     sizes, clock = QUICK if quick else FULL, Clock()
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console(markup=False)
     methods = all_methods()
     total = sizes.pretrain + sizes.adapt * (len(methods) + 1)
     with torch.random.fork_rng(devices=[]), progress(total) as announce:
@@ -121,8 +119,6 @@ def run_demo(folder: Path, *, seed: int = 0, quick: bool = False) -> DemoResult:
         )
         result.write(folder / "results.json")
         page.write(result, figures.draw(result, domains), folder / "report.html")
-    console.print(report.table(result))
-    console.print(report.text(result))
     return result
 
 

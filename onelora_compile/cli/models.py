@@ -1,0 +1,167 @@
+"""Commands on adapters and ONNX models."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from onelora_compile.cli.app import Output, Sizes, command, load_arrays
+from onelora_compile.cli.choices import ExportMode
+from onelora_compile.cli.sizes import each_size, parse_axes, parse_sizes
+from onelora_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from onelora_compile.cli.inspect_file import Content
+    from onelora_compile.cli.reports import Comparisons, Conversion
+    from onelora_compile.exporters import ExportReport, FoldReport, OnnxRunner
+
+
+@command("onelora inspect a.safetensors", "onelora inspect model.onnx --json")
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An adapter, an ONNX model, or an engine with its manifest.")],
+) -> Content:
+    """Show what is in a file: vectors and base of an adapter; mode and sizes of a model; what an engine is for."""
+    from onelora_compile.cli.inspect_file import inspect_file
+
+    return inspect_file(file)
+
+
+@command(
+    "onelora export mymodels:make -o model.onnx --adapter a.safetensors",
+    "onelora export mymodels:make -o base.onnx --dynamic 1=tokens",
+)
+def export(
+    target: Annotated[str, typer.Argument(help="module:function that returns (model, args) or (model, args, kwargs).")],
+    output: Output,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter to load into the model first.")] = None,
+    adapters: Annotated[ExportMode, typer.Option(help="Where the vectors are.")] = ExportMode.FOLD,
+    bank: Annotated[list[Path] | None, typer.Option(help="An adapter of a bank; give it once for each.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset version; the exporter's own choice without.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Convert to float16.")] = False,
+    dynamic: Annotated[
+        list[str] | None, typer.Option(help="One more dynamic axis: 1=tokens, or of one input, x:2=height.")
+    ] = None,
+    static: Annotated[bool, typer.Option("--static", help="The first axis is no dynamic batch.")] = False,
+    input_name: Annotated[list[str] | None, typer.Option(help="Another name for an input: x=pixels.")] = None,
+    output_name: Annotated[list[str] | None, typer.Option(help="Another name for an output: output=logits.")] = None,
+    verify: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime and compare with eager.")] = True,
+) -> ExportReport:
+    """Export a model with its adapter, and verify the file.
+
+    The function is found in the current folder or among the installed packages. The first axis of the inputs is
+    exported as the dynamic dimension "batch".
+    """
+    import torch
+
+    from onelora_compile.cli.dynamic_axes import BATCH, export_dynamic, renamed
+    from onelora_compile.cli.user_function import load_target
+    from onelora_compile.exporters import export_onnx
+    from onelora_compile.weights.adapter_file import load_adapter
+    from onelora_compile.weights.atomic_write import check_writable, refuse_overwriting
+
+    axes = [*([] if static else [BATCH]), *parse_axes(dynamic or ())]
+    refuse_overwriting(output, [adapter] if adapter else [], "--output")
+    check_writable(output)
+    loaded = load_target(target)
+    refuse_overwriting(output, loaded.files, "--output")
+    with loaded.blamed():
+        if first := adapter or next(iter(bank or ()), None):
+            load_adapter(loaded.model, first)
+        write = functools.partial(
+            export_onnx,
+            adapters=adapters.value,
+            opset_version=opset,
+            dtype=torch.float16 if half else None,
+            bank=bank or (),
+            verify=verify,
+            input_names=renamed("--input-name", input_name or ()),
+            output_names=renamed("--output-name", output_name or ()),
+        )
+        return export_dynamic(loaded, axes, write, output)
+
+
+@command("onelora fold base.onnx a.safetensors -o folded.onnx")
+def fold(
+    base: Annotated[Path, typer.Argument(help="An ONNX model of the adapter's base, written by any tool.")],
+    adapter: Annotated[Path, typer.Argument(help="The adapter (.safetensors).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write; may be the base.")],
+    skip: Annotated[bool, typer.Option("--skip-unmatched", help="Leave out vectors that have no place.")] = False,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Inputs by name, a .npz; once for each. Widens ranges of quantised activations where needed."
+        ),
+    ] = None,
+    keep_ranges: Annotated[
+        bool, typer.Option("--keep-ranges", help="Let quantised activations clip what vectors add.")
+    ] = False,
+) -> FoldReport:
+    """Put an adapter into the weights of an ONNX model, without PyTorch's model."""
+    from onelora_compile.exporters import fold_onnx
+    from onelora_compile.weights.atomic_write import refuse_overwriting
+
+    refuse_overwriting(output, calibration or (), "--output")
+    return fold_onnx(
+        base,
+        adapter,
+        output,
+        on_unmatched="skip" if skip else "error",
+        calibration=[load_arrays(path) for path in calibration] if calibration else None,
+        on_saturation="allow" if keep_ranges else "error",
+    )
+
+
+@command("onelora convert a.safetensors -o a.onnx_adapter --like input.onnx")
+def convert(
+    source: Annotated[Path, typer.Argument(help="An adapter: .safetensors, .onnx_adapter or .vectors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; its ending names the format.")],
+    like: Annotated[Path | None, typer.Option(help="The ONNX model that the adapter is for.")] = None,
+) -> Conversion:
+    """Convert an adapter to or from the formats of ONNX Runtime."""
+    from onelora_compile.cli.reports import Conversion
+    from onelora_compile.exporters import convert_adapter
+
+    written = convert_adapter(source, output, like)
+    return Conversion(written, written.stat().st_size)
+
+
+@command(
+    "onelora verify folded.onnx mymodels:make --adapter a.safetensors",
+    "onelora verify base.onnx base.onnx --size batch=1,8,32",
+)
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="The ONNX model to check.")],
+    reference: Annotated[str, typer.Argument(help="What is right: an ONNX model, or module:function as in export.")],
+    adapter: Annotated[Path | None, typer.Option(help="Adapter to use in both, wherever it can be swapped.")] = None,
+    size: Sizes = None,
+) -> Comparisons:
+    """Compare an ONNX model with another one or with a model in eager; exit code 1 if more than rounding differs.
+
+    Two ONNX models get random inputs, of each --size. A module:function brings its own inputs, so --size is refused
+    there: only the function knows which numbers its model takes.
+    """
+    from onelora_compile.cli.reports import Comparisons
+    from onelora_compile.cli.user_function import load_target
+    from onelora_compile.exporters import OnnxRunner
+    from onelora_compile.exporters import verify as compare
+    from onelora_compile.weights.adapter_file import load_adapter
+
+    sizes = parse_sizes(size or ())
+
+    def runner(path: Path) -> OnnxRunner:
+        found = OnnxRunner(path)
+        return found.with_adapter(adapter) if adapter and found.mode in ("load", "input", "bank") else found
+
+    if Path(reference).is_file() or ":" not in reference:
+        pair = runner(artifact), runner(Path(reference))
+        return Comparisons([compare(*pair, sizes=one) for one in each_size(sizes)])
+    if sizes:
+        raise ConfigError(f"--size is for two ONNX models; the inputs are those that {reference!r} returns")
+    loaded = load_target(reference)
+    with loaded.blamed():
+        if adapter:
+            load_adapter(loaded.model, adapter)
+        return Comparisons([compare(runner(artifact), loaded.model, loaded.args, loaded.kwargs)])

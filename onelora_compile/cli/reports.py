@@ -1,0 +1,38 @@
+"""Reports that only the command line has."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from rich.console import Group
+from rich.text import Text
+
+from onelora_compile.exporters import Verification
+from onelora_compile.printable import Printable, bytes_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion(Printable):
+    """What `onelora convert` wrote."""
+
+    file: Path
+    bytes: int
+
+    def __rich__(self) -> Text:
+        return Text(f"wrote {self.file}, {bytes_text(self.bytes)}", no_wrap=True, overflow="ignore")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparisons(Printable):
+    """What `onelora verify` found, one comparison for each size."""
+
+    comparisons: list[Verification]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all did."""
+        return all(one.passed for one in self.comparisons)
+
+    def __rich__(self) -> Group:
+        return Group(*self.comparisons)
