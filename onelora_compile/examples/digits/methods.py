@@ -10,6 +10,7 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.errors import require
+from onelora_compile.examples.digits.import_peft import import_peft
 
 # Learning rates: the best mean accuracy over seeds 0, 1, 2 on a fifth of the training images of domain A, which
 # that search did not train on, out of 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1; 300 steps each. Where an end of this
@@ -67,12 +68,12 @@ def _linears(model: nn.Module) -> list[str]:
 
 
 def _lora(model: nn.Module) -> nn.Module:
-    peft = require("peft", "demo", "compare with LoRA")
+    peft = import_peft()
     return peft.get_peft_model(model, peft.LoraConfig(r=1, lora_alpha=1, target_modules=_linears(model)))
 
 
 def _miss(model: nn.Module) -> nn.Module:
-    peft = require("peft", "demo", "compare with MiSS")
+    peft = import_peft()
     return peft.get_peft_model(model, peft.MissConfig(r=1, target_modules=_linears(model)))
 
 

@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from onelora_compile.errors import require
+from onelora_compile.examples.digits.import_peft import import_peft
 from onelora_compile.examples.digits.methods import BASE, ONE_LORA
 from onelora_compile.examples.digits.results import DemoResult, Row
 from onelora_compile.printable import bytes_text
@@ -42,11 +43,11 @@ def check_dependencies() -> None:
     for module, purpose in (
         ("sklearn", "load the digits"),
         ("matplotlib", "draw the report"),
-        ("peft", "compare with LoRA and MiSS"),
         ("onnxscript", "export to ONNX"),
         ("onnxruntime", "run the exported model"),
     ):
         require(module, "demo", purpose)
+    import_peft()
 
 
 def cells(row: Row) -> list[str]:
