@@ -91,7 +91,7 @@ class Leaky(nn.Module):
         self.ordered, self.nested = collections.OrderedDict(a=1, b=2), {"list": [[torch.zeros(2)]]}
         self.generator, self.random = torch.Generator(), random.Random(0)
         self.numpy_random = numpy.random.default_rng(0)
-        self.counter = itertools.count()
+        self.counter, self.steps_left, self.names = itertools.count(), iter(range(9)), iter({"a": 1, "b": 2})
 
     def forward(self, x, labels=None):
         h = self.norm(self.child(F.linear(x, self.weight)))
@@ -150,7 +150,7 @@ LEAKS = {
     "once": lambda m, x: once("only once"),
     "logger_once": lambda m, x: logging.getLogger("leak").once("only once"),
     "warning": lambda m, x: warnings.warn("every time", UserWarning, stacklevel=1),
-    "iterator": lambda m, x: next(m.counter),
+    "iterator": lambda m, x: (next(m.counter), next(m.steps_left), next(m.names)),
     "grad_mode": lambda m, x: torch.set_grad_enabled(False),
     "default_dtype": lambda m, x: torch.set_default_dtype(torch.float64),
     "training": lambda m, x: m.child.train(False),
@@ -182,7 +182,13 @@ def state(model):
         Leaky,
         [name for name in globals() if not name.startswith("_")],
     ]
-    caches = [once.cache_info(), logged_once.cache_info(), repr(model.counter)]
+    caches = [
+        once.cache_info(),
+        logged_once.cache_info(),
+        repr(model.counter),
+        list(copy.copy(model.steps_left)),
+        list(copy.copy(model.names)),
+    ]
     modes = [torch.is_grad_enabled(), str(torch.get_default_dtype())]
     return snapshot(model, here, caches, modes)
 

@@ -36,7 +36,8 @@ _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "onelora_compile"}
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout}
 _PLAIN = {dict, list, set, tuple, frozenset, collections.OrderedDict, collections.deque}
 _NOT_ENTERED = (logging.Logger, torch.fx.Graph)
-_ITERATORS: tuple[Any, ...] = (itertools.count, itertools.cycle, type(iter([])))
+_BUILTIN: tuple[Any, ...] = ([], (), range(0), range(2**64), {}, {}.values(), {}.items(), set(), "", b"", bytearray())
+_ITERATORS: tuple[Any, ...] = (itertools.count, itertools.cycle, *(type(iter(one)) for one in _BUILTIN))
 _CACHED: Any = type(functools.lru_cache(lambda: None))
 
 
