@@ -205,6 +205,7 @@ def test_a_loaded_model_of_another_base_is_refused(project):
     assert "does not have: a, b, c" in done.stderr
 
 
+@pytest.mark.slow
 def test_engine_without_a_gpu(project):
     """From a model to an engine for another machine, by commands alone."""
     pytest.importorskip("tensorrt_rtx_bindings")

@@ -206,6 +206,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_a_shell_completes_commands_options_and_choices():
     def completed(*words):
         environment = {"_ONELORA_COMPLETE": "complete_bash", "COMP_CWORD": str(len(words) - 1)}
