@@ -15,8 +15,10 @@ import zoo
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.exporters import export_onnx
+from onelora_compile.exporters import build_engine, export_onnx
 from onelora_compile.testing import fill_vectors
+
+RTX = {"flavour": "rtx", "target": "sm_86", "progress": False, "shapes": {"batch": (1, 4, 8)}}
 
 TOKENS = {"input_ids": {0: "batch", 1: "tokens"}, "attention_mask": {0: "batch", 1: "tokens"}}
 SHAPES = {"batch": (1, 2, 8), "tokens": (4, 9, 32)}
@@ -100,6 +102,14 @@ def _linear(mode, dtype, scale):
     options |= {"dynamic_shapes": ({0: "batch"},), "verify": False, "progress": False}
     export_onnx(model, (x,), path, adapters=mode, dtype=dtype, **options)
     return path, model
+
+
+def build_modes(folder):
+    """Engines of the linear, fold.engine, input.engine and bank.engine, for a GPU that need not be there."""
+    for mode in ("fold", "input", "bank"):
+        path, _ = linear(folder, mode)
+        build_engine(path, folder / f"{mode}.engine", **RTX)
+    return folder
 
 
 def numbers(tensor, dtype):

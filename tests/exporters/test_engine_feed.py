@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.exporters import build_engine
 from onelora_compile.exporters.jetson.device.core.messages import EngineError
 from onelora_compile.exporters.tensorrt.feed import TORCH_DTYPES, adapter_id, feed_of, offsets_of, vectors_to_feed
 from onelora_compile.exporters.tensorrt.gpu_memory import ALIGNMENT, CudaMemory, TorchMemory
@@ -16,15 +15,10 @@ from onelora_compile.testing import fill_vectors
 
 tensorrt_rtx_bindings = pytest.importorskip("tensorrt_rtx_bindings")
 
-RTX = {"flavour": "rtx", "target": "sm_86", "progress": False, "shapes": {"batch": (1, 4, 8)}}
-
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("built")
-    for mode in ("fold", "input", "bank"):
-        path, _ = engines.linear(folder, mode)
-        build_engine(path, folder / f"{mode}.engine", **RTX)
+    folder = engines.build_modes(tmp_path_factory.mktemp("built"))
     torch.manual_seed(0)
     other = fill_vectors(onelora.adapt(nn.Sequential(nn.Linear(64, 48))), 0.3, seed=9)
     onelora.save_adapter(other, folder / "other.safetensors")

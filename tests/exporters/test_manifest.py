@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.exporters import EngineRunner, build_engine, refit_engine
+from onelora_compile.exporters import EngineRunner, refit_engine
 from onelora_compile.exporters.jetson.device.core.library import Messages
 from onelora_compile.exporters.tensorrt import manifest
 from onelora_compile.exporters.tensorrt.library import Api, find_api
@@ -20,16 +20,10 @@ from onelora_compile.testing import fill_vectors
 
 pytest.importorskip("tensorrt_rtx_bindings")
 
-RTX = {"flavour": "rtx", "target": "sm_86", "progress": False, "shapes": {"batch": (1, 4, 8)}}
-
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("built")
-    for mode in ("fold", "input", "bank"):
-        path, _ = engines.linear(folder, mode)
-        build_engine(path, folder / f"{mode}.engine", **RTX)
-    return folder
+    return engines.build_modes(tmp_path_factory.mktemp("built"))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Mapping, Sequence
 
-from .library import flag
+from .library import flag, made
 from .messages import Refused
 from .progress import building
 
@@ -25,12 +25,7 @@ class Build:
 
     def __init__(self, trt: Any, log: Any, strong: bool) -> None:
         self.trt, self.log = trt, log
-        if hasattr(trt, "init_libnvinfer_plugins"):
-            trt.init_libnvinfer_plugins(log, "")
-        try:
-            self.builder: Any = trt.Builder(log)
-        except (TypeError, RuntimeError) as error:  # how the binding says that the library gave nothing
-            raise Refused("builder", log, str(error)) from error
+        self.builder: Any = made(trt, log, "builder", trt.Builder)
         self.config: Any = self.builder.create_builder_config()
         names = ["EXPLICIT_BATCH"] + (["STRONGLY_TYPED"] if strong else [])  # the first is gone in TensorRT 11
         found = [flag(trt, "NetworkDefinitionCreationFlag", name) for name in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
+from .library import made
 from .messages import Refused
 
 # TensorRT's names of the dtypes of inputs and outputs, and everybody else's.
@@ -37,12 +38,7 @@ class Engine:
 
     def __init__(self, trt: Any, log: Any, plan: bytes) -> None:
         self.trt, self.log = trt, log
-        if hasattr(trt, "init_libnvinfer_plugins"):
-            trt.init_libnvinfer_plugins(log, "")
-        try:
-            self.runtime: Any = trt.Runtime(log)
-        except (TypeError, RuntimeError) as error:  # how the binding says that the library gave nothing
-            raise Refused("runtime", log, str(error)) from error
+        self.runtime: Any = made(trt, log, "runtime", trt.Runtime)
         self.loaded: Any = self.runtime.deserialize_cuda_engine(plan)
         if self.loaded is None:
             raise Refused("load", log)

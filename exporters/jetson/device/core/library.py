@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from .messages import Refused
+
 _HARMLESS = ("has Int64 binding",)  # said of every input of token ids
 _LOGGERS: dict[str, Any] = {}
 
@@ -62,3 +64,17 @@ def logger(trt: Any) -> Any:
 def flag(trt: Any, enum: str, name: str) -> Any:
     """A member of an enum, None where this version has no such enum or member."""
     return getattr(getattr(trt, enum, None), name, None)
+
+
+def made(trt: Any, log: Any, step: str, kind: Any) -> Any:
+    """What a step begins with, a `trt.Builder` or a `trt.Runtime`, and the plugins that TensorRT ships.
+
+    Raises:
+        Refused: the library gave nothing.
+    """
+    if hasattr(trt, "init_libnvinfer_plugins"):
+        trt.init_libnvinfer_plugins(log, "")
+    try:
+        return kind(log)
+    except (TypeError, RuntimeError) as error:  # how the binding says so
+        raise Refused(step, log, str(error)) from error
