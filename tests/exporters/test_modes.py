@@ -61,8 +61,11 @@ def build(name):
 class Case:
     """A base, two adapters of it as files, and what each is in float64."""
 
-    def __init__(self, name, folder, scale=0.02):
+    def __init__(self, name, folder):
         base, self.inputs = build(name)
+        # Real weights leave large feature sums: 0.02 makes MiniLM so ill-conditioned that any order of a sum is 20 times
+        # as far from float64 as the base's is.
+        scale = 0.005 if name == "minilm" else 0.02
         self.path = folder / "m.onnx"
         self.files = [folder / "a.safetensors", folder / "b.safetensors"]
         self.models = []
