@@ -44,7 +44,7 @@ $(OTHER)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OTHER)
 	grep -vE '^(torch|triton|setuptools|sympy$(if $(NEEDED_BY_$(TORCH)),|numpy))==' constraints.txt > $(OTHER)/constraints.txt
 	@echo "installing PyTorch $(TORCH) and the other dependencies, a few minutes and gigabytes"
-	$(OTHER)/bin/pip install --disable-pip-version-check -q -c $(OTHER)/constraints.txt torch==$(TORCH) setuptools wheel
+	$(OTHER)/bin/pip install --disable-pip-version-check -q -c $(OTHER)/constraints.txt torch==$(TORCH) 'setuptools>=77' wheel
 	$(OTHER)/bin/pip install --disable-pip-version-check -q -c $(OTHER)/constraints.txt --no-build-isolation -e '.[dev]' \
 	  torch==$(TORCH) $(NEEDED_BY_$(TORCH))
 	touch $@

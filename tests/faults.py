@@ -41,13 +41,19 @@ class Fault:
         """Whether something may be left: what failed is a removal, a look into a folder before it, or every call."""
         return self.gone or self.fired in ("os.remove", "os.rmdir", "os.scandir", "os.listdir", "open a folder")
 
-    def check(self, event, path):
+    @property
+    def keeps(self):
+        """Whether weights that were replaced may be kept: also where a file that might name them can't be read."""
+        return self.leaves or self.fired == "open to read"
+
+    def check(self, event, path, *how):
         if self.nth is None or not isinstance(path, str | bytes | os.PathLike):
             return
         text = os.path.abspath(os.fsdecode(path))
         if text != self.folder and not text.startswith(self.folder + os.sep):
             return
-        event = "open a folder" if event == "open" and os.path.isdir(text) else event
+        if event == "open":
+            event = "open a folder" if os.path.isdir(text) else "open to write" if _writes(*how) else "open to read"
         self.calls += 1
         if self.calls == self.nth + 1 or (self.lasting and self.fired):
             self.fired = self.fired or event
@@ -100,6 +106,11 @@ def _install():
     sys.addaudithook(_audit)  # for good: a hook can't be taken away
 
 
+def _writes(mode, flags):
+    """Whether an audit event of `open` is about writing; `os.open` gives no mode."""
+    return bool(flags & (os.O_WRONLY | os.O_RDWR)) if mode is None else not set(mode) <= set("rbt")
+
+
 def _audit(event, arguments):
     if _current is not None and event in _EVENTS:
-        _current.check(event, arguments[0])
+        _current.check(event, *(arguments if event == "open" else arguments[:1]))

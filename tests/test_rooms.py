@@ -15,8 +15,8 @@ ORDER = (
 ORDER += [
     "",
     *(
-        "exporters/onnx_file exporters/calls exporters/opsets exporters/onnx_runtime exporters/to_onnx "
-        "exporters/quantized exporters/fold exporters/jetson/device/core exporters/tensorrt exporters/jetson "
+        "exporters/jetson/device/core exporters/onnx_file exporters/calls exporters/opsets exporters/onnx_runtime "
+        "exporters/to_onnx exporters/quantized exporters/fold exporters/tensorrt exporters/jetson "
         "exporters examples cli __main__"
     ).split(),
 ]

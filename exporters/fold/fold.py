@@ -19,6 +19,7 @@ from onelora_compile.exporters.fold.place_trained import fold_trained
 from onelora_compile.exporters.fold.redirect import redirect
 from onelora_compile.exporters.fold.report import FoldedVector, FoldReport
 from onelora_compile.exporters.fold.strip_vectors import strip_vectors
+from onelora_compile.exporters.jetson.device.core.modes import FOLD
 from onelora_compile.exporters.onnx_file.check import check_opens
 from onelora_compile.exporters.onnx_file.load import as_torch, by_rows, load_model
 from onelora_compile.exporters.onnx_file.metadata import Metadata, digest, float32
@@ -151,9 +152,9 @@ def _metadata(
 ) -> Metadata:
     """What the folded model says; a model that was folded before goes on to say so."""
     values = {one: float32(file.tensors[one]) for one in put}
-    folded = before if before.mode == "fold" else Metadata()
+    folded = before if before.traits is FOLD else Metadata()
     names: tuple[str, ...] = (name,) if name else ()
-    if folded.mode == "fold":
+    if folded.traits is FOLD:
         names = (*(folded.adapters or ("unnamed",)), name or "unnamed")
     return Metadata(
         mode="fold",
@@ -169,7 +170,7 @@ def _check(matches: Matches, file: AdapterFile, base: Path, on_unmatched: str, p
     if matches.unmatched and not matches.places and set(matches.unmatched) <= set(matches.nearest):
         worst = ", ".join(f"{name} (differs by {matches.nearest[name]:.1%})" for name in list(matches.unmatched)[:5])
         held = Metadata.from_props(props, str(base))
-        hint = f". It holds an adapter already ({', '.join(held.adapters) or 'unnamed'})" if held.mode == "fold" else ""
+        hint = f". It holds an adapter already ({', '.join(held.adapters) or 'unnamed'})" if held.traits is FOLD else ""
         raise BaseMismatchError(f"{base} is not the base of the adapter: none of its weights is; {worst}{hint}")
     if matches.unmatched and (on_unmatched == "error" or not matches.places):
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(matches.unmatched.items())[:8])
@@ -206,7 +207,7 @@ class _Folder:
     def refuse(self, matches: Matches) -> None:
         """Leave out vectors of quantised weights beside which no branch can stand, or one stands, with the reason."""
         held = Metadata.from_props(self.model.metadata_props, "the model")
-        present = set(held.vectors) if held.mode == "fold" else set()
+        present = set(held.vectors) if held.traits is FOLD else set()
         for name, places in list(matches.places.items()):
             products = [use.product for place in places for use in place.uses if use.product is not None]
             reasons = [self.branches.why_not(product) for product in products]

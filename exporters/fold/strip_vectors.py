@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from onelora_compile.errors import ExportError, require
+from onelora_compile.exporters.jetson.device.core.modes import IDS
 from onelora_compile.exporters.onnx_file.load import read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata
-from onelora_compile.exporters.onnx_file.mode import IDS, MODES
 from onelora_compile.printable import shortened
 
 if TYPE_CHECKING:
@@ -29,13 +29,11 @@ def strip_vectors(model: onnx_ir.Model, metadata: Metadata, path: str) -> None:
         ExportError: a bank of heads or norms, whose rows can't be taken out; or vectors that are not where the metadata
             says.
     """
-    if metadata.mode in ("base", "fold"):
+    if metadata.traits.fixed:
         return
-    if metadata.mode not in MODES:
-        raise ExportError(f"{path} is of mode {metadata.mode!r}, which this version does not know")
     ir: Any = require("onnx_ir", "onnx", "fold into an ONNX model")
     graph = model.graph
-    if metadata.mode == "bank":
+    if metadata.traits.feeds_ids:
         if metadata.trained:
             raise ExportError(
                 f"{path} is a bank in which {shortened(metadata.trained)} are rows of tables: nothing can be folded "

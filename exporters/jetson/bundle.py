@@ -156,9 +156,9 @@ def bundle(
         profile = profile_of(fitted.model, shapes)
         types = types_text(fitted, target, weak_fp16)
         files = _adapter_files(fitted, adapters, source)
-        built = _template(fitted) if fitted.mode == "refit" else {}
+        built = _template(fitted) if fitted.traits.refits else {}
         step("write")
-        apart = tuple(fitted.values) if fitted.mode in ("load", "refit") else ()
+        apart = tuple(fitted.values) if fitted.traits.takes_files and not fitted.traits.feeds_vectors else ()
         written = save_model(fitted.model, folder / "model.onnx", apart=apart)
         _write_adapters(folder, fitted, files)
         step("reference")
@@ -200,7 +200,7 @@ def _check_choices(jetpack: JetPack, weak_fp16: bool, workspace_mib: int, optimi
 
 def _adapter_files(fitted: Fitted, adapters: Sequence[PathLike], source: Path) -> dict[str, Path]:
     """The adapter files to pack by name, each checked against the model."""
-    if adapters and fitted.mode not in ("load", "input", "refit"):
+    if adapters and not fitted.traits.takes_files:
         raise StateError(
             f"adapters were given, but {source} can't take any (mode {fitted.mode!r}): export it with adapters='input' "
             "or 'load', or put one into its weights with fold_onnx and bundle that"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from onelora_compile.errors import StateError
+from onelora_compile.exporters.jetson.device.core.modes import BASE, IDS
 from onelora_compile.exporters.jetson.device.folder import FORMAT_VERSION, sha256_of
 from onelora_compile.exporters.jetson.fit_model import Fitted
 from onelora_compile.exporters.jetson.releases import JetPack
-from onelora_compile.exporters.onnx_file.mode import IDS
 from onelora_compile.printable import shortened
 from onelora_compile.version import __version__
 
@@ -63,17 +63,17 @@ def manifest_of(
         "fingerprints": {n: one.to_json() for n, one in metadata.fingerprints.items()} if swappable else {},
         "trained": list(metadata.trained) if swappable else [],
         "constant": dict(metadata.constant) if swappable else {},
-        "bank": list(metadata.adapters) if fitted.mode == "bank" else [],
+        "bank": list(metadata.adapters) if fitted.traits.feeds_ids else [],
         "reference": reference,
     }
 
 
 def adapter_entries(folder: Path, fitted: Fitted, files: Mapping[str, Path]) -> tuple[list[dict[str, str]], str]:
     """The adapters of the manifest, and the name of the first one in use."""
-    if fitted.mode in ("fold", "base"):
-        name = "folded" if fitted.mode == "fold" else "base"
+    if fitted.traits.fixed:
+        name = "base" if fitted.traits is BASE else "folded"
         return [{"name": name, "file": "", "sha256": fitted.metadata.sha256}], name
-    if fitted.mode == "bank":
+    if fitted.traits.feeds_ids:
         names = [*fitted.metadata.adapters, "base"]
         return [{"name": name, "file": "", "sha256": ""} for name in names], names[0]
     paths = {name: f"adapters/{name}.safetensors" for name in ("default", *files)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from onelora_compile.exporters.jetson.device.core.modes import MODES
+
 _SWAP = {
     "input": "A new adapter is in use from the next run on: the vectors are inputs of the engine, nothing is rebuilt.",
     "refit": "A new adapter is written into the engine (refit of its vectors alone), nothing is rebuilt.",
@@ -31,7 +33,7 @@ def readme(manifest: dict[str, Any], types: str) -> str:
     if manifest["reference"]:
         lines += [f"{run} selftest     # compares with stored tensors", f"{run} bench        # latency p50, p99"]
     lines += [f"{run} status", "```", "", f"Adapters: {names}. {_SWAP[mode]}"]
-    if mode in ("input", "refit", "load"):
+    if MODES[mode].takes_files:
         lines += [
             "",
             "```sh",

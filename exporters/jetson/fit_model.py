@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onelora_compile.errors import ConfigError, ExportError, require
+from onelora_compile.exporters.jetson.device.core.modes import MODES, Mode
 from onelora_compile.exporters.jetson.releases import JetPack
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata
@@ -48,6 +49,11 @@ class Fitted:
     dtypes: list[str]
     quantized: bool
     notes: list[str]
+
+    @property
+    def traits(self) -> Mode:
+        """What follows from the mode."""
+        return MODES[self.mode]
 
 
 def fit(path: Path, jetpack: JetPack, swap: str = "auto") -> Fitted:
@@ -88,9 +94,9 @@ def fit(path: Path, jetpack: JetPack, swap: str = "auto") -> Fitted:
 def _mode(metadata: Metadata, jetpack: JetPack, swap: str) -> str:
     if swap not in ("auto", "input", "refit"):
         raise ConfigError(f"swap={swap!r} is not one of 'auto', 'input', 'refit'")
-    if swap == "auto" or (swap == "input" and metadata.mode == "input"):
+    if swap == "auto" or (swap == "input" and metadata.traits.feeds_vectors):
         return metadata.mode
-    if metadata.mode != "input":
+    if not metadata.traits.feeds_vectors:
         raise ConfigError(
             f"swap={swap!r} needs a model with its vectors beside the activations: export it with adapters='input' "
             f"(the mode of this one is {metadata.mode!r})"
@@ -107,7 +113,7 @@ def _take_defaults(model: onnx_ir.Model, metadata: Metadata, mode: str, notes: l
     """Let each name be either an input or a constant, and return the values of the vectors."""
     graph = model.graph
     values = {}
-    if mode in ("load", "input", "refit"):
+    if MODES[mode].takes_files:
         for name in metadata.vectors:
             held = graph.initializers.get(name)
             if held is None or held.const_value is None:
@@ -115,7 +121,7 @@ def _take_defaults(model: onnx_ir.Model, metadata: Metadata, mode: str, notes: l
             values[name] = np.ascontiguousarray(read_tensor(held.const_value), dtype=np.float32)
     inputs = [value for value in graph.inputs if value.name in graph.initializers]
     for value in inputs:
-        if mode == "input" and value.name in metadata.vectors:
+        if MODES[mode].feeds_vectors and value.name in metadata.vectors:
             graph.initializers.pop(str(value.name))
             value.const_value = None
         else:

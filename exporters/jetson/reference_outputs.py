@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from onelora_compile.errors import ConfigError, ExportError
+from onelora_compile.exporters.jetson.device.core.modes import BASE, IDS
 from onelora_compile.exporters.jetson.device.tensors import Tensor, safetensors_bytes
-from onelora_compile.exporters.onnx_file.mode import IDS
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
 from onelora_compile.exporters.tensorrt.profiles import Profile
 
@@ -98,11 +98,11 @@ def _inputs(runner: OnnxRunner) -> list[tuple[str, str, tuple[Any, ...]]]:
 
 def default_swaps(runner: OnnxRunner, files: Mapping[str, Path]) -> dict[str, Swap]:
     """How to run the model with each adapter that a bundle of it has."""
-    mode, shapes = runner.mode, runner.metadata.vectors
-    if mode == "bank":
+    traits, shapes = runner.metadata.traits, runner.metadata.vectors
+    if traits.feeds_ids:
         return {"base": -1, **{name: index for index, name in enumerate(runner.metadata.adapters)}}
-    if mode not in ("input", "load"):
-        return {("folded" if mode == "fold" else "base"): None}
+    if traits.fixed:
+        return {("base" if traits is BASE else "folded"): None}
     if runner.metadata.trained:  # the base's values of these are nowhere
         return {"default": None, **files}
     base = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}

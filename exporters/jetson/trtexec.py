@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from onelora_compile.exporters.jetson.device.core.modes import MODES
 from onelora_compile.exporters.jetson.releases import JetPack
 
 _PATH = "/usr/src/tensorrt/bin/trtexec"
@@ -36,7 +37,7 @@ def trtexec_script(jetpack: JetPack, manifest: dict[str, Any]) -> str:
             ranges = (f"{name}:{'x'.join(map(str, shapes[index]))}" for name, shapes in profile.items())
             parts.append(f"--{flag}={','.join(ranges)}")
     lines = ["#!/bin/sh", f"# {_PATH} of TensorRT {jetpack.tensorrt}: builds and times the same model."]
-    if model["mode"] == "refit":
+    if MODES[model["mode"]].refits:
         lines.append("# trtexec can't mark single weights: the engine of build_and_run.py is another one here.")
     lines += ['cd "$(dirname "$0")" && mkdir -p local', f'exec "${{TRTEXEC:-{_PATH}}}" \\']
     lines += [f"  {shlex.quote(part)} \\" for part in parts]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from onelora_compile.errors import AdapterFileError, BaseMismatchError, ExportError
+from onelora_compile.exporters.jetson.device.core.modes import MODES, Mode
 from onelora_compile.printable import shortened
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
@@ -51,6 +52,11 @@ class Metadata:
     sha256: str = ""
     producer: str = f"onelora-compile {__version__}"
 
+    @property
+    def traits(self) -> Mode:
+        """What follows from the mode."""
+        return MODES[self.mode]
+
     def to_props(self) -> dict[str, str]:
         """As entries of `metadata_props`."""
         return {
@@ -70,11 +76,15 @@ class Metadata:
         """Read `to_props` output; a model without these entries is a base.
 
         Raises:
-            AdapterFileError: the entries are damaged.
+            AdapterFileError: the entries are damaged, or of a mode that a newer version wrote.
         """
         own = {key.removeprefix(_KEY): value for key, value in props.items() if key.startswith(_KEY)}
         if not own:
             return cls(producer="")
+        if own.get("mode", "base") not in MODES:
+            raise AdapterFileError(
+                f"{path} is of mode {own['mode']!r}, which this version does not know: upgrade onelora-compile"
+            )
         try:
             return cls(
                 mode=own["mode"],

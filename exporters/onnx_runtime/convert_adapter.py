@@ -161,7 +161,7 @@ def _metadata(path: Path) -> Metadata:
     found = Metadata.from_props(load_model(path).metadata_props, str(path))
     if not found.vectors:
         raise ConfigError(f"{path} says nothing of vectors: it was not written by this package from an adapted model")
-    if found.mode not in ("load", "input"):
+    if not found.traits.takes_files:
         raise ConfigError(
             f"{path} takes no adapter file (mode {found.mode!r}): give a model that was exported with "
             "adapters='load' or 'input'"

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.errors import ExportError, OneLoRAError, StateError, require
+from onelora_compile.exporters.jetson.device.core.modes import IDS
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata, bank_id
-from onelora_compile.exporters.onnx_file.mode import IDS
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class OnnxRunner:
     @property
     def input_names(self) -> list[str]:
         """Names of the inputs that a call gives; vectors and ids of a bank are the runner's."""
-        own = {"input": set(self.metadata.vectors), "bank": {IDS}}.get(self.mode, set())
+        traits = self.metadata.traits
+        own = set(self.metadata.vectors) if traits.feeds_vectors else {IDS} if traits.feeds_ids else set()
         return [node.name for node in self.session.get_inputs() if node.name not in own]
 
     def use(self, adapter: Adapter | int) -> None:
@@ -89,7 +90,7 @@ class OnnxRunner:
             StateError: the model's vectors are in its weights.
             ExportError: the adapter has other vectors than the model.
         """
-        if self.mode == "bank":
+        if self.metadata.traits.feeds_ids:
             self._id = self.adapter_id(adapter)
             return
         if isinstance(adapter, int):
@@ -125,9 +126,9 @@ class OnnxRunner:
                 raise ExportError(f"the ONNX model takes {len(names)} inputs {names}; {len(inputs)} were given")
             inputs = dict(zip(names, inputs, strict=True))
         feed = {name: np.asarray(value) for name, value in inputs.items()}
-        if self.mode == "input":
+        if self.metadata.traits.feeds_vectors:
             feed |= self._vectors
-        elif self.mode == "bank":
+        elif self.metadata.traits.feeds_ids:
             if adapter_ids is None:
                 first = feed[names[0]]
                 adapter_ids = np.full(first.shape[0], self._id)
@@ -148,11 +149,11 @@ class OnnxRunner:
             ExportError: ids that the bank does not have.
         """
         runtime = require("onnxruntime", "onnx", "run an ONNX model")
-        if (self.mode == "bank") != (adapter_ids is not None):
+        if self.metadata.traits.feeds_ids != (adapter_ids is not None):
             raise StateError(f"{self.path} is of mode {self.mode!r}: a bank, and only that, is bound with adapter_ids")
-        if self.mode == "bank":
+        if self.metadata.traits.feeds_ids:
             binding.bind_cpu_input(IDS, self._checked_ids(np.asarray(adapter_ids, dtype=np.int64)))
-        elif self.mode == "input":
+        elif self.metadata.traits.feeds_vectors:
             # All of them: what an earlier adapter bound would stay.
             for name, value in (self._vectors or self._defaults()).items():
                 # Not bind_cpu_input, which does not know inputs that have a default.
@@ -187,7 +188,7 @@ class OnnxRunner:
         return {name: read_tensor(held[name].const_value) for name in self.metadata.vectors}
 
     def _set(self, vectors: dict[str, np.ndarray]) -> None:
-        if self.mode == "load":
+        if self.metadata.traits.rebuilds:
             self.session = self._open(vectors)
         self._vectors = vectors
 
@@ -202,7 +203,7 @@ class OnnxRunner:
         """The vectors that the model takes."""
         if adapter is None:
             return {}
-        if self.mode not in ("load", "input"):
+        if not self.metadata.traits.takes_files:
             raise StateError(
                 f"the vectors of {self.path} are in its weights (mode {self.mode!r}): export the model with "
                 "adapters='load', 'input' or 'bank' to swap them, or fold another file with fold_onnx"

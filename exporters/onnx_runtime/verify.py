@@ -261,12 +261,12 @@ def _scenarios(
         own = {name: torch.as_tensor(values.get(name, base[name])).to(one) for name, one in held.items()}
         return {names[id(held[name])]: value for name, value in own.items()}
 
-    if runner.mode == "bank":
+    if runner.metadata.traits.feeds_ids:
         for number, values in enumerate([{}, *bank], -1):
             yield f"with adapter {number}", runner.with_adapter(number), with_values(values)
         return
     yield "with its vectors", runner, {}
-    if runner.mode in ("load", "input"):
+    if runner.metadata.traits.takes_files:
         generator = np.random.default_rng(0)
         now = {name: value.detach().float().cpu().numpy() for name, value in held.items()}
         other = now | other_values(runner.metadata, now, generator)

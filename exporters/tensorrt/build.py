@@ -14,6 +14,7 @@ from rich.text import Text
 
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.jetson.device.core.build import Build
+from onelora_compile.exporters.jetson.device.core.modes import FOLD
 from onelora_compile.exporters.onnx_file.save import data_files
 from onelora_compile.exporters.onnx_runtime.convert_adapter import adapter_of
 from onelora_compile.exporters.tensorrt.library import Api, find_api
@@ -164,10 +165,10 @@ def build_engine(
     start, title = time.perf_counter(), f"build {engine.name}"
     ranges = {"calibration": calibration, "on_saturation": on_saturation}
     with prepared(onnx, adapters, adapter, engine.parent, progress, ranges) as model:
-        if model.mode == "refit":
+        if model.traits.refits:
             check_refit(api)
         typing = typing_of(api, model.model, precision)
-        with in_our_words(onnx, api, refit=model.mode == "refit"):
+        with in_our_words(onnx, api, refit=model.traits.refits):
             build = Build(api.trt, api.logger, typing.strong)
             build.parse(str(model.path), model.content())
             network = build.network
@@ -178,7 +179,7 @@ def build_engine(
             build.allow(typing.flags)
             for profile in profiles:
                 build.profile(profile)
-            if model.mode == "refit" and (refused := build.refittable(list(model.vectors))):
+            if model.traits.refits and (refused := build.refittable(list(model.vectors))):
                 what = f"{api.title} can't make the vectors {shortened(refused)} refittable"
                 raise ExportError(f"{what}; use adapters='input'")
             parsed = time.perf_counter()
@@ -224,12 +225,12 @@ def _manifest(api: Api, model: Prepared, onnx: Path, adapter: Any) -> Manifest:
         mode=model.mode,
         adapter=_adapter_name(model, adapter),
         adapter_sha256=model.metadata.sha256,
-        adapters=model.metadata.adapters if model.mode == "bank" else (),
+        adapters=model.metadata.adapters if model.traits.feeds_ids else (),
         vectors=model.metadata.vectors,
         fingerprints=model.metadata.fingerprints,
         trained=model.metadata.trained,
         constant=model.metadata.constant,
-        digests=model.metadata.digests if model.mode == "bank" else (),
+        digests=model.metadata.digests if model.traits.feeds_ids else (),
     )
 
 
@@ -269,7 +270,7 @@ def _tensors(count: int, get: Any) -> tuple[Tensor, ...]:
 def _adapter_name(model: Prepared, adapter: Any) -> str:
     if isinstance(adapter, str | os.PathLike):
         return Path(adapter).name.removesuffix(".safetensors")
-    return model.metadata.adapters[0] if model.mode == "fold" and model.metadata.adapters else ""
+    return model.metadata.adapters[0] if model.traits is FOLD and model.metadata.adapters else ""
 
 
 def _initial(model: Prepared, adapter: Any, onnx: Path) -> AdapterFile | None:

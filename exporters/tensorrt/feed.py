@@ -11,8 +11,8 @@ import torch
 
 from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters.jetson.device.core.engine import DTYPES
+from onelora_compile.exporters.jetson.device.core.modes import IDS
 from onelora_compile.exporters.onnx_file.metadata import bank_id
-from onelora_compile.exporters.onnx_file.mode import IDS
 from onelora_compile.exporters.tensorrt.gpu_memory import ALIGNMENT, Array
 from onelora_compile.exporters.tensorrt.manifest import Manifest
 from onelora_compile.printable import shortened
@@ -27,7 +27,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, ours) for name, our
 def offsets_of(manifest: Manifest) -> tuple[dict[str, int], int]:
     """Where each vector is in the one buffer that holds all, aligned for TensorRT, and the buffer's size in bytes."""
     offsets, end = {}, 0
-    for name, shape in manifest.vectors.items() if manifest.mode == "input" else ():
+    for name, shape in manifest.vectors.items() if manifest.traits.feeds_vectors else ():
         offsets[name] = end
         end += -(-4 * int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT
     return offsets, end
@@ -40,7 +40,7 @@ def vectors_to_feed(manifest: Manifest, engine: Path, adapter: Adapter) -> dict[
         StateError: the vectors are in the engine's weights.
         AdapterFileError, BaseMismatchError: the adapter does not belong to the engine.
     """
-    if manifest.mode != "input":
+    if not manifest.traits.feeds_vectors:
         if adapter is None:
             return {}
         raise StateError(
@@ -91,7 +91,7 @@ def feed_of(
     if set(inputs) != set(names):
         raise ExportError(f"{engine} takes the inputs {shortened(names)}; given were {shortened(inputs)}")
     feed: dict[str, Array] = {name: inputs[name] for name in names}
-    if manifest.mode == "bank":
+    if manifest.traits.feeds_ids:
         count = len(manifest.adapters)
         first = feed[names[0]]
         ids = np.asarray(np.full(first.shape[0], default_id) if adapter_ids is None else adapter_ids, np.int64)

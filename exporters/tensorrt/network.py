@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def check_inputs(network: Any, model: Prepared, onnx: Path) -> None:
     """Whether the vectors arrived as inputs: where they did not, the engine would drop adapters in silence."""
     names = {network.get_input(index).name for index in range(network.num_inputs)}
-    if model.mode == "input" and (missing := sorted(set(model.vectors) - names)):
+    if model.traits.feeds_vectors and (missing := sorted(set(model.vectors) - names)):
         raise ExportError(f"{onnx}: TensorRT did not take the vectors {shortened(missing)} as inputs")
 
 

@@ -118,7 +118,7 @@ def vectors_for(
         StateError: the engine is of another mode.
         AdapterFileError, BaseMismatchError: the adapter does not belong to it.
     """
-    if manifest.mode != "refit":
+    if not manifest.traits.refits:
         raise StateError(f"{engine} can't be refitted (mode {manifest.mode!r}): {_INSTEAD.get(manifest.mode, '')}")
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
     manifest.metadata.check_fits(file, str(engine))
@@ -133,7 +133,7 @@ def load_engine(api: Api, engine: Path, manifest: Manifest) -> Engine:
     """
     with in_our_words(engine, api):
         opened = Engine(api.trt, api.logger, engine.read_bytes())
-    if manifest.mode == "refit" and not opened.refittable:
+    if manifest.traits.refits and not opened.refittable:
         raise ExportError(f"{engine} is not refittable, though its manifest says so: build it again")
     return opened
 

@@ -13,7 +13,7 @@ import torch
 
 from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters.jetson.device.core.engine import Context
-from onelora_compile.exporters.onnx_file.mode import IDS
+from onelora_compile.exporters.jetson.device.core.modes import IDS
 from onelora_compile.exporters.tensorrt.feed import (
     TORCH_DTYPES,
     Adapter,
@@ -77,7 +77,8 @@ class EngineRunner:
     @property
     def input_names(self) -> list[str]:
         """Names of the inputs that a call gives; vectors and ids of a bank are the runner's."""
-        own = {*self.manifest.vectors, IDS} if self.mode in ("input", "bank") else set()
+        traits = self.manifest.traits
+        own = set(self.manifest.vectors) if traits.feeds_vectors else {IDS} if traits.feeds_ids else set()
         return [one.name for one in self.manifest.inputs if one.name not in own]
 
     @property
@@ -97,12 +98,12 @@ class EngineRunner:
             AdapterFileError, BaseMismatchError: the adapter does not belong to the engine.
             ExportError: TensorRT refuses the refit.
         """
-        if self.mode == "bank":
+        if self.manifest.traits.feeds_ids:
             self._id = adapter_id(self.manifest, self.path, adapter)
             return
         if isinstance(adapter, int):
             raise StateError(f"{self.path} is no bank: give an adapter file, not the number {adapter}")
-        if self.mode == "refit":
+        if self.manifest.traits.refits:
             if len(self._sharers) > 1:
                 raise StateError(
                     f"{len(self._sharers)} runners share {self.path}, whose adapter is in its weights: use one runner, "
@@ -161,7 +162,7 @@ class EngineRunner:
         Raises:
             StateError: mode "refit": the adapter is in the weights, which contexts share.
         """
-        if self.mode == "refit" and adapter is not None:
+        if self.manifest.traits.refits and adapter is not None:
             raise StateError(
                 f"{self.path} has one adapter for all its contexts (mode 'refit'): call use(adapter) before"
             )

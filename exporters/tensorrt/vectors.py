@@ -27,6 +27,7 @@ import torch
 
 from onelora_compile.errors import AdapterFileError, ConfigError, StateError, require
 from onelora_compile.exporters.fold.fold import fold_onnx
+from onelora_compile.exporters.jetson.device.core.modes import BASE, EXPORTED, MODES, Mode
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata, digest
 from onelora_compile.printable import shortened
@@ -37,14 +38,6 @@ if TYPE_CHECKING:
     import onnx_ir
 
 ENGINE_MODES = ("fold", "input", "bank", "refit")
-# Which engines can be built from which models, the default first.
-_FROM = {
-    "base": ("base", "fold"),
-    "fold": ("fold",),
-    "load": ("fold",),
-    "input": ("input", "refit"),
-    "bank": ("bank",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +63,11 @@ class Prepared:
     losses: dict[str, FoldLoss]
     sha256: str
     changed: bool
+
+    @property
+    def traits(self) -> Mode:
+        """What follows from the mode."""
+        return MODES[self.mode]
 
     def content(self) -> bytes | None:
         """The model's bytes, None where they are those of the file at `path`."""
@@ -101,15 +99,15 @@ def prepared(
     """
     model = load_model(onnx)
     metadata = Metadata.from_props(model.metadata_props, str(onnx))
-    chosen = _mode(onnx, metadata.mode, mode, adapter is not None)
+    chosen = _mode(onnx, metadata.traits, mode, adapter is not None)
     sha256 = hash_model(model, onnx)
-    if adapter is not None and metadata.mode in ("fold", "bank"):
+    if adapter is not None and metadata.mode != BASE.name and not metadata.traits.takes_files:
         raise StateError(
             f"{onnx} holds its adapter already (mode {metadata.mode!r}): build without adapter=, or export the model "
             "with "
             "adapters='load' or 'input'"
         )
-    if adapter is not None and metadata.mode == "base":
+    if adapter is not None and metadata.traits is BASE:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             folded = Path(folder) / onnx.name
             report = fold_onnx(onnx, adapter, folded, progress=progress, **(ranges or {}))
@@ -121,16 +119,16 @@ def prepared(
     vectors: dict[str, np.ndarray] = {}
     losses = {}
     changed = False
-    if metadata.mode in ("load", "input"):
+    if metadata.traits.takes_files:
         file = None if adapter is None else adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
         vectors = _values(model, metadata, file, onnx)
         metadata = dataclasses.replace(metadata, sha256=digest(vectors))
         changed = True
-        if metadata.mode == "load":
+        if metadata.traits.rebuilds:
             _set_constants(model, vectors)
             losses = _losses(model, vectors)
             vectors = {}
-        elif chosen == "input":
+        elif MODES[chosen].feeds_vectors:
             _make_inputs(model, vectors)
         else:
             _check_distinct(vectors, onnx)
@@ -138,21 +136,18 @@ def prepared(
     yield Prepared(model, onnx, chosen, metadata, vectors, losses, sha256, changed)
 
 
-def _mode(onnx: Path, held: str, asked: str | None, with_adapter: bool) -> str:
+def _mode(onnx: Path, held: Mode, asked: str | None, with_adapter: bool) -> str:
     if asked is not None and asked not in ENGINE_MODES:
         raise ConfigError(f"adapters={asked!r} is not one of {', '.join(map(repr, ENGINE_MODES))}")
-    if held not in _FROM:
-        raise AdapterFileError(f"{onnx} is of mode {held!r}, which this version does not know: upgrade onelora-compile")
-    if held == "base" and asked == "fold" and not with_adapter:
+    if held is BASE and asked == "fold" and not with_adapter:
         raise ConfigError(f"{onnx} holds no vectors: give adapter= to fold one, or leave adapters= out")
     if asked is None:
-        return "fold" if held == "base" and with_adapter else _FROM[held][0]
-    if asked not in _FROM[held]:
-        sources = [f"adapters={mode!r}" for mode, engines in _FROM.items() if asked in engines and mode != "base"]
+        return "fold" if held is BASE and with_adapter else held.engines[0]
+    if asked not in held.engines:
+        sources = [f"adapters={name!r}" for name in EXPORTED if asked in MODES[name].engines]
         raise ConfigError(
-            f"an engine with adapters={asked!r} can't be built from {onnx}, which is of mode {held!r}: export the "
-            "model "
-            f"with {' or '.join(sources)}"
+            f"an engine with adapters={asked!r} can't be built from {onnx}, which is of mode {held.name!r}: export the "
+            f"model with {' or '.join(sources)}"
         )
     return asked
 

@@ -22,8 +22,8 @@ from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, O
 from onelora_compile.exporters.calls.axes import Axes, axes_of
 from onelora_compile.exporters.calls.names import Names, chosen_names, name_graph
 from onelora_compile.exporters.calls.signature import Call
+from onelora_compile.exporters.jetson.device.core.modes import BASE, EXPORTED, FOLD, IDS, MODES
 from onelora_compile.exporters.onnx_file.metadata import Metadata, digest, float32
-from onelora_compile.exporters.onnx_file.mode import IDS, MODES, Mode
 from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
 from onelora_compile.exporters.onnx_file.trained import Trained, trained_of
 from onelora_compile.exporters.onnx_runtime.verify import Parity, check_export
@@ -168,21 +168,21 @@ def export_onnx(
         MissingExtraError: an ONNX package is not installed.
         OSError: the file can't be written.
     """
-    if adapters not in MODES:
-        raise ConfigError(f"adapters={adapters!r} is not one of {', '.join(map(repr, MODES))}")
-    if bool(bank) != (adapters == "bank"):
+    if adapters not in EXPORTED:
+        raise ConfigError(f"adapters={adapters!r} is not one of {', '.join(map(repr, EXPORTED))}")
+    if bool(bank) != MODES[adapters].feeds_ids:
         raise ConfigError("adapters='bank' needs bank=[files], and only that takes it")
     if opset_version is not None and opset_version < OLDEST:
         raise ConfigError(f"opset_version={opset_version}: {OLDEST} is the oldest that a model can be written in")
     refuse_overwriting(path, bank, "path")
-    mode: Mode = adapters  # type: ignore[assignment]
+    mode = MODES[adapters]
     args = args if isinstance(args, (tuple, list)) else (args,)
     require("onnxscript", "onnx", "export to ONNX")
     if verify:
         require("onnxruntime", "onnx", "verify the export (or pass verify=False)")
     root, path, start = unwrap(model), Path(path), time.perf_counter()
     refuse_disabled(root, "export")
-    if adapters != "fold" and not bank and not adapted_weights(root):
+    if mode is not FOLD and not bank and not adapted_weights(root):
         raise StateError(f"adapters={adapters!r} needs an adapted model: call adapt or load_adapter before")
     with steps(f"export {path.name}", 4, progress) as step, _carrying(root, bank):
         step("read the base")
@@ -191,7 +191,7 @@ def export_onnx(
         prints = {name: fingerprint_of(target) for name, target in adapted_weights(adapted).items()}
         trained = trained_of(root, part, adapted)
         held = {name: float32(vector) for name, vector in vectors(adapted).items()} | trained.values
-        if mode != "fold" and "" in held:
+        if mode is not FOLD and "" in held:
             raise ExportError(
                 f"adapters={mode!r}: the {type(adapted).__name__} that was given to adapt is itself the adapted linear "
                 "and its vector has no name to swap it by: adapt a module that holds it, for example "
@@ -202,8 +202,8 @@ def export_onnx(
         call = Call.of(root, args, kwargs)
         call.check()
         axes = axes_of(dynamic_shapes, root, call)
-        taken = {} if mode == "fold" else dict.fromkeys(held, "a vector of the adapter")
-        taken |= {IDS: "the ids of a bank"} if mode == "bank" else {}
+        taken = {} if mode is FOLD else dict.fromkeys(held, "a vector of the adapter")
+        taken |= {IDS: "the ids of a bank"} if mode.feeds_ids else {}
         inputs = chosen_names("input", list(call.tensors), input_names, taken)
         given = [_cast(tensor, dtype) for tensor in call.tensors.values()]
         inside = f"{part}." if part else ""
@@ -216,18 +216,18 @@ def export_onnx(
         ir_model = _converted(frozen.program, opset_version, frozen.axes)
         used = (
             place_vectors(ir_model, mode, held, list(banked.values()), part, trained.originals)
-            if adapters != "fold"
+            if mode is not FOLD
             else list(folded.losses)
         )
         name_graph(ir_model, inputs, outputs)
         _in_opset(ir_model, opset_version)
         metadata = Metadata(
-            mode=adapters if held else "base",
+            mode=adapters if held else BASE.name,
             vectors={name: held[name].shape for name in used},
             fingerprints={name: prints[name] for name in used if name in prints},
             trained={name: trained.bases[name] for name in used if name in trained.bases},
             constant=(
-                trained.constants(frozen.program, used) | dict.fromkeys(folded.unused, "") if mode != "fold" else {}
+                trained.constants(frozen.program, used) | dict.fromkeys(folded.unused, "") if mode is not FOLD else {}
             ),
             adapters=tuple(banked),
             digests=tuple(digest({name: one[name] for name in used if name in one}) for one in banked.values()),
@@ -243,7 +243,7 @@ def export_onnx(
             if verify:
                 parity.append(check_export(written, root, call, given, list(banked.values())))
 
-        files = save_model(ir_model, path, external_data, check, apart=used if adapters == "load" else ())
+        files = save_model(ir_model, path, external_data, check, apart=used if mode.rebuilds else ())
     return ExportReport(
         files=files,
         bytes=bytes_of(files),

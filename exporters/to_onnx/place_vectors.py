@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.errors import ExportError, require
-from onelora_compile.exporters.onnx_file.mode import IDS, Mode
+from onelora_compile.exporters.jetson.device.core.modes import IDS, Mode
 from onelora_compile.exporters.to_onnx.bank_trained import TrainedRows
 from onelora_compile.exporters.to_onnx.operators import DOMAIN, OperatorWriter
 
@@ -60,13 +60,13 @@ def place_vectors(
         if part:
             node.attributes.add(writer.ir.AttrString("name", _name(node).removeprefix(f"{part}.")))
     names = list(dict.fromkeys(_name(node) for node in marks))
-    if mode == "bank":
+    if mode.feeds_ids:
         _Bank(writer, vectors, bank, bases or {}).place(marks)
     else:
         for name in names:
             _rename(model.graph, name)
             value = writer.initializer(name, writer.ir.tensor(np.ascontiguousarray(vectors[name]), name=name))
-            if mode == "input":
+            if mode.feeds_vectors:
                 model.graph.inputs.append(value)
             for node in marks:
                 if _name(node) == name:

@@ -153,7 +153,7 @@ def verify(
 
     def runner(path: Path) -> OnnxRunner:
         found = OnnxRunner(path)
-        return found.with_adapter(adapter) if adapter and found.mode in ("load", "input", "bank") else found
+        return found.with_adapter(adapter) if adapter and not found.metadata.traits.fixed else found
 
     if Path(reference).is_file() or ":" not in reference:
         pair = runner(artifact), runner(Path(reference))

@@ -269,7 +269,9 @@ class Files(RuleBasedStateMachine):
         self.here = Path(shutil.copytree(source(), self.outer / "work"))
         (self.here / "link.onnx").symlink_to("out.onnx")
         self.seeds = {**SEEDS, "m.onnx": 0, "twin.onnx": 0, "load.onnx": 1, "input.onnx": 1, "device": 1}
-        self.left = set()  # weights of models that the user removed or replaced by hand
+        # Weights of models that the user removed or replaced by hand, and those that another tool wrote.
+        self.left = {"m.onnx.data"}
+        self.foreign = (self.here / "m.onnx.data").read_bytes()
         return multiple(*SEEDS)
 
     def teardown(self):
@@ -278,6 +280,7 @@ class Files(RuleBasedStateMachine):
     def write(self, function, out, name, fault, refusable=False):
         """Run one writer and compare everything in the folder with what it was; whether it was done."""
         old, before = content(self.here), self.seeds.get(out)
+        replaced = {path.name for path in data_files(self.here / out)} if (self.here / out).is_file() else set()
         fault = dataclasses.replace(fault) if fault else Fault()
         error = attempt(self.here, function, out, name, fault)
         full = fault.size is not None and isinstance(error, OSError | BundleError)
@@ -292,6 +295,8 @@ class Files(RuleBasedStateMachine):
         assert not changes(old, new, fault, error, out)
         if fault.leaves:  # what could not be removed
             self.left |= new.keys() - old.keys()
+        if fault.keeps:
+            self.left |= replaced
         return error is None
 
     @rule(base=BASES, adapter=adapters, out=NAMES, fault=FAULTS)
@@ -352,6 +357,7 @@ class Files(RuleBasedStateMachine):
     def nothing_is_left_over(self):
         if not hasattr(self, "here"):
             return
+        assert (self.here / "m.onnx.data").read_bytes() == self.foreign
         named = {path.name for model in self.here.glob("*.onnx") if model.exists() for path in data_files(model)}
         for path in self.here.iterdir():
             if path.suffix == ".data" or path.name.startswith(".onelora-"):

@@ -63,8 +63,8 @@ class Case:
 
     def __init__(self, name, folder):
         base, self.inputs = build(name)
-        # Real weights leave large feature sums: 0.02 makes MiniLM so ill-conditioned that any order of a sum is 20 times
-        # as far from float64 as the base's is.
+        # Real weights leave large feature sums: with 0.02 MiniLM is so ill-conditioned that any order of a sum is
+        # 20 times as far from float64 as the base is.
         scale = 0.005 if name == "minilm" else 0.02
         self.path = folder / "m.onnx"
         self.files = [folder / "a.safetensors", folder / "b.safetensors"]

@@ -157,7 +157,7 @@ def _use(folder: Folder, options: Options, chosen: argparse.Namespace) -> None:
     _refuse_fixed(folder)
     with folder.lock():
         adapter = folder.find(chosen.adapter)
-        if folder.mode != "bank":
+        if folder.traits.takes_files:
             vectors_of(folder, adapter)
         _rebuild(folder, options, adapter)
         _activate(folder, adapter)
@@ -166,7 +166,7 @@ def _use(folder: Folder, options: Options, chosen: argparse.Namespace) -> None:
 
 def _update(folder: Folder, options: Options, chosen: argparse.Namespace) -> None:
     _refuse_fixed(folder)
-    if folder.mode == "bank":
+    if folder.traits.feeds_ids:
         raise BundleError("a bank holds its adapters in the model: one more is a new bundle; `use` chooses among them")
     with folder.lock():
         sweep(folder.file("local", "adapters"))
@@ -185,7 +185,7 @@ def _rollback(folder: Folder, options: Options, chosen: argparse.Namespace) -> N
     _refuse_fixed(folder)
     with folder.lock():
         adapter = folder.rollback()
-        if folder.mode != "bank":
+        if folder.traits.takes_files:
             vectors_of(folder, adapter)
         _rebuild(folder, options, adapter)
         folder.undo()
@@ -194,7 +194,7 @@ def _rollback(folder: Folder, options: Options, chosen: argparse.Namespace) -> N
 
 def _rebuild(folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
     """In mode "load" an adapter is part of the engine; the one in use stays until the other one is there."""
-    if folder.mode == "load" and options.runtime != "onnxruntime":
+    if folder.traits.rebuilds and options.runtime != "onnxruntime":
         _build_for(folder, options, adapter)
 
 
@@ -202,14 +202,14 @@ def _activate(folder: Folder, adapter: dict[str, Any]) -> None:
     folder.activate(adapter)
     with contextlib.suppress(OSError):  # the adapter is in use by now; the next command removes what is left
         folder.prune()
-        if folder.mode == "load":
+        if folder.traits.rebuilds:
             from .trt_build import prune
 
             prune(folder)
 
 
 def _refuse_fixed(folder: Folder) -> None:
-    if folder.mode in ("fold", "base"):
+    if folder.traits.fixed:
         raise BundleError(why_fixed(folder))
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any, Mapping
 
 from .adapters import BASE, vectors_of
+from .core.modes import BASE as NO_ADAPTER
+from .core.modes import IDS
 from .folder import BundleError, Folder
 from .options import RUNTIMES, Options
 from .tensors import Tensor
-
-IDS = "adapter_ids"  # the input of a bank
 
 
 class Deployed:
@@ -71,11 +71,11 @@ class Deployed:
     def feed(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Everything that the engine is given for a call, vectors excepted."""
         known = set(self.inputs)
-        extra = set(inputs) - known - ({IDS} if self.mode == "bank" else set())
+        extra = set(inputs) - known - ({IDS} if self.folder.traits.feeds_ids else set())
         if extra or known - set(inputs):
             raise BundleError(f"the model takes {', '.join(sorted(known))}; given were {', '.join(sorted(inputs))}")
         found = {name: Tensor.of(value) for name, value in inputs.items()}
-        if self.mode == "bank":
+        if self.folder.traits.feeds_ids:
             found[IDS] = self._ids(found)
         return found
 
@@ -101,9 +101,9 @@ class Deployed:
         self.engine = self._open(self.adapter)
 
     def _switch(self, adapter: dict[str, Any]) -> None:
-        if self.mode in ("fold", "base"):
+        if self.folder.traits.fixed:
             raise BundleError(why_fixed(self.folder))
-        if self.mode == "load" and self.options.runtime != "onnxruntime":
+        if self.folder.traits.rebuilds and self.options.runtime != "onnxruntime":
             self.engine = self._open(adapter)  # every adapter has an engine of its own
         self._set(adapter)
         self.adapter = adapter
@@ -118,11 +118,11 @@ class Deployed:
         return TensorRT(self.folder, self.options, adapter)
 
     def _set(self, adapter: dict[str, Any]) -> None:
-        if self.mode in ("input", "load", "refit"):
+        if self.folder.traits.takes_files:
             self.engine.set_vectors(vectors_of(self.folder, adapter))
 
     def _fed(self) -> tuple[str, ...]:
-        return tuple(self.folder.manifest["vectors"]) if self.mode == "input" else ()
+        return tuple(self.folder.manifest["vectors"]) if self.folder.traits.feeds_vectors else ()
 
     def _ids(self, inputs: dict[str, Tensor]) -> Tensor:
         names = self.folder.manifest["bank"]
@@ -140,8 +140,9 @@ class Deployed:
 
 def why_fixed(folder: Folder) -> str:
     """Why a model without swappable vectors can't take an adapter, and what does."""
-    what = "holds its adapter in its weights (mode 'fold')" if folder.mode == "fold" else "has no adapter (mode 'base')"
+    what = "has no adapter" if folder.traits is NO_ADAPTER else "holds its adapter in its weights"
     return (
-        f"this model {what}: another adapter is another ONNX model and another engine, so another bundle. For updates "
-        "of kilobytes export with adapters='input' (no rebuild), or 'load' (rebuilt here, no cost at run time)"
+        f"this model {what} (mode {folder.mode!r}): another adapter is another ONNX model and another engine, so "
+        "another bundle. For updates of kilobytes export with adapters='input' (no rebuild), or 'load' (rebuilt here, "
+        "no cost at run time)"
     )

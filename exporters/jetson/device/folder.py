@@ -16,6 +16,7 @@ import threading
 from typing import Any, Iterator
 
 from .core.messages import EngineError
+from .core.modes import MODES, Mode
 
 try:
     import fcntl
@@ -57,6 +58,11 @@ class Folder:
     def mode(self) -> str:
         """How an adapter reaches the model: fold, load, input, bank, refit, or base."""
         return str(self.manifest["model"]["mode"])
+
+    @property
+    def traits(self) -> Mode:
+        """What follows from the mode."""
+        return MODES[self.mode]
 
     def damaged(self) -> list[str]:
         """Files of the bundle that are missing or not as they were packed, with what is wrong."""

@@ -36,7 +36,7 @@ class OnnxRuntime:
     def _open(self) -> None:
         options = self.ort.SessionOptions()
         options.log_severity_level = 4
-        if self.folder.mode in ("load", "refit") and self.vectors:
+        if self.vectors and not self.folder.traits.feeds_vectors:
             values = [self.ort.OrtValue.ortvalue_from_numpy(value) for value in self.vectors.values()]
             options.add_external_initializers(list(self.vectors), values)
         path = self.folder.file(self.folder.manifest["model"]["file"])
@@ -50,13 +50,13 @@ class OnnxRuntime:
     def set_vectors(self, vectors: Vectors) -> None:
         """Use other vectors from now on."""
         self.vectors = {name: vector.numpy() for name, vector in vectors.items()}
-        if self.folder.mode in ("load", "refit"):
+        if not self.folder.traits.feeds_vectors:
             self._open()
 
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs for inputs."""
         feed = {name: value.to(self.inputs[name][0]).numpy() for name, value in inputs.items()}
-        if self.folder.mode == "input":
+        if self.folder.traits.feeds_vectors:
             feed.update(self.vectors)
         try:
             found = self.session.run(None, feed)

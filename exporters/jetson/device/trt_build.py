@@ -36,7 +36,7 @@ class Plan:
             "version": str(trt.__version__),
             "sm": sm,
             "model": folder.manifest["model"]["sha256"],
-            "adapter": adapter["sha256"] if folder.mode == "load" else "",
+            "adapter": adapter["sha256"] if folder.traits.rebuilds else "",
         }
         key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder.file("local", "engines")
@@ -137,7 +137,7 @@ def prune(folder: Folder) -> None:
 def model_path(folder: Folder, adapter: dict[str, Any]) -> str:
     """The ONNX model to build from; in mode "load" beside the vectors of the adapter, which are a file of it."""
     model = folder.manifest["model"]
-    if folder.mode != "load" or adapter["name"] == folder.manifest["default"]:
+    if not folder.traits.rebuilds or adapter["name"] == folder.manifest["default"]:
         return folder.file(model["file"])
     place = folder.file("local", "build")
     shutil.rmtree(place, ignore_errors=True)
@@ -179,7 +179,7 @@ def _build(trt: Any, folder: Folder, options: Options, plan: Plan, path: str) ->
     build.targets([f"SM{options.sm}"] if options.sm else [])
     if choices["profiles"]:
         build.profile(choices["profiles"])
-    if folder.mode == "refit":
+    if folder.traits.refits:
         _mark(trt, build, list(folder.manifest["vectors"]))
     cached, line = has_timings(trt), Line()
     if cached:

@@ -124,10 +124,10 @@ class TensorRT:
         Raises:
             BundleError: the engine can't take them.
         """
-        if self.folder.mode == "input":
+        if self.folder.traits.feeds_vectors:
             for name, vector in vectors.items():
                 self.feed(name, vector)
-        elif self.folder.mode == "refit":
+        elif self.folder.traits.refits:
             self._refit(vectors)
 
     def _refit(self, vectors: Vectors) -> None:
