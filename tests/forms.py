@@ -270,6 +270,21 @@ SPELLINGS = {
     ),
     "inner": (lambda: module(lambda s, x: torch.inner(x, s.w), w=weight(6, 8)), (2, 5, 8), {"w": (6,)}),
     "inner_weight_first": (lambda: module(lambda s, x: s.w.inner(x), w=weight(6, 8)), (5, 8), {"w": (6,)}),
+    "einsum_of_one_input_for_all": (
+        lambda: module(lambda s, x: torch.einsum("bni,oi->bno", x, s.w), w=weight(6, 8)),
+        (2, 5, 1),
+        {"w": (6,)},
+    ),
+    "einsum_of_one_head_for_all": (
+        lambda: module(lambda s, x: torch.einsum("bnd,hnd->bh", x, s.w), w=weight(6, 5, 8)),
+        (2, 1, 8),
+        {"w": (6,)},
+    ),
+    "tensordot_of_one_input_for_all": (
+        lambda: module(lambda s, x: torch.tensordot(x, s.w, ([1], [1])), w=weight(6, 8)),
+        (5, 1),
+        {"w": (6,)},
+    ),
     "einsum_implicit": (
         lambda: module(lambda s, x: torch.einsum("bi,io", x, s.w), w=weight(8, 6)),
         (5, 8),

@@ -177,6 +177,32 @@ def test_input_as_keyword():
     assert torch.equal(model[0](input=x), model[0](x))
 
 
+def forward_this(this, x):
+    return torch.nn.functional.linear(x, this.weight, this.bias)
+
+
+def forward_of_keywords(self, *args, **kwargs):
+    return nn.Linear.forward(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("forward", "name"), [(forward_this, "x"), (forward_of_keywords, "input")])
+def test_input_as_keyword_of_a_forward_of_its_own(forward, name):
+    model = nn.Sequential(type("Own", (nn.Linear,), {"forward": forward})(4, 3))
+    fill_vectors(onelora.adapt(model), 1.0)
+    x = torch.randn(2, 4)
+    assert torch.equal(model[0](**{name: x}), model[0](x))
+
+
+def test_a_call_that_is_no_map_of_the_last_axis_is_refused_by_name():
+    class ChannelsFirst(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if x.ndim == 4 else super().forward(x)
+
+    model = fill_vectors(onelora.adapt(nn.Sequential(ChannelsFirst(4, 4))), 1.0)
+    with pytest.raises(TypeError, match=r"ChannelsFirst.*exclude_modules"):
+        model(torch.randn(2, 4, 3, 3))
+
+
 def test_subclass_of_linear_keeps_its_own_forward_and_class():
     class Scaled(nn.Linear):
         def forward(self, x, scale=1.0):

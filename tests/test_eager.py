@@ -7,7 +7,7 @@ from torch import nn
 import onelora_compile as onelora
 from onelora_compile.adapting import eager_linear
 from onelora_compile.ops import rank1_update
-from onelora_compile.testing import assert_parity, fill_vectors
+from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
 
 
 def adapted(n=5, m=3, bias=True, dtype=torch.float32):
@@ -79,6 +79,28 @@ def test_the_input_is_not_written_to_and_the_output_may_be(calls):
     before = x.detach().clone()
     layer(x).relu_().sum().backward()
     assert torch.equal(x.detach(), before)
+    assert calls
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 4, 5), (1, 2, 4, 5), (4, 2, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_follows_may_write_to_the_output_in_place(shape, bias, calls):
+    layer = adapted(bias=bias)
+    x = torch.randn(shape)
+    x = (x.transpose(0, 1) if shape == (4, 2, 5) else x).requires_grad_()
+
+    def run(function, one):
+        y = function(one)
+        y /= 2
+        y[..., 0] += 1
+        return nn.functional.relu(y, inplace=True).square().sum()
+
+    merged = merged_copy(nn.Sequential(layer), torch.float64)[0]
+    wide = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(run(merged, wide), wide)
+    found, moved = torch.autograd.grad(run(layer, x), (x, layer.onelora_vector))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert moved.any()
     assert calls
 
 

@@ -77,13 +77,25 @@ READS = {
     "child": lambda s, x: s.child.other(x, s.b),
     "getattr": lambda s, x: F.linear(x, getattr(s.b, "weight")),  # noqa: B009
     "attrgetter": lambda s, x: F.linear(x, operator.attrgetter("b.weight")(s)),
+    "class": lambda s, x: nn.Linear.forward(s.b, x),
     "forward": lambda s, x: nn.Linear.forward(s.b, x) - s.b.bias,
+}
+# Uses of the weight of `b`, which is called too, that are no linear op: they see W + vector 1ᵀ, as after a merge.
+READS |= {
+    "penalty": lambda s, x: s.b(x) + s.b.weight.square().sum(),
+    "norm": lambda s, x: s.b(x) / s.b.weight.norm(dim=-1),
+    "element": lambda s, x: s.b(x) + (x * s.b.weight[0]).sum(-1, keepdim=True),
+    "comparison": lambda s, x: s.b(x) * (s.b.weight > 0).any(-1),
+    "operator": lambda s, x: s.b(x) + (s.b.weight + 1)[:, 0],
 }
 # Past the attribute: nothing can hand these out adapted.
 PAST = {
     "dictionary": lambda s, x: F.linear(x, s.b._parameters["weight"]),
     "named_parameters": lambda s, x: F.linear(x, dict(s.b.named_parameters())["weight"]),
     "also_an_attribute": lambda s, x: F.linear(x, s.b._parameters["weight"]) + helper(x, s.b),
+    "get_parameter": lambda s, x: F.linear(x, s.get_parameter("b.weight")),
+    "next": lambda s, x: F.linear(x, next(s.b.parameters())),
+    "state_dict": lambda s, x: F.linear(x, s.b.state_dict()["weight"]),
     "own": lambda s, x: x @ s._parameters["w"],
     "own_list": lambda s, x: x @ next(iter(s.parameters(recurse=False))),
 }

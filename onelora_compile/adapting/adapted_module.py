@@ -75,6 +75,7 @@ class OneLoRALayer(Adapted):
 
     onelora_vector: nn.Parameter  # [out_features]
     _onelora_input: str  # name of the first argument of the base's forward
+    _onelora_own_forward: bool  # whether the base's forward is code that nobody knows
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward, then the rank-1 update of its output by its input."""
@@ -88,10 +89,32 @@ class OneLoRALayer(Adapted):
                 f"{type(self).__name__} returned {type(y).__name__}; a linear that returns more than one tensor "
                 "can't be adapted: leave it out with exclude_modules"
             )
-        x = args[0] if args else kwargs[self._onelora_input]
+        x = args[0] if args else self._given(kwargs)
+        if self._onelora_own_forward and isinstance(y, Tensor):
+            self._check(x, y)
         if isinstance(x, Tensor) and not torch.compiler.is_compiling():  # torch.fx traces with proxies
             observe(self, x)
         return RANK1_UPDATE(y, x, self.onelora_vector)
+
+    def _check(self, x: Tensor, y: Tensor) -> None:
+        """Whether y can be W x + c, row by row: code that nobody knows may do anything to the axes."""
+        axes = self._onelora_weights["weight"]
+        columns = self._parameters["weight"].shape[axes[0]] if axes else x.shape[-1]  # type: ignore[union-attr]
+        if y.shape[:-1] != x.shape[:-1] or x.shape[-1] != columns:
+            raise TypeError(
+                f"{type(self).__name__} returned {list(y.shape)} for {list(x.shape)}: a linear that is no map of the "
+                "last axis can't be adapted by its output: leave it out with exclude_modules"
+            )
+
+    def _given(self, kwargs: dict[str, Any]) -> Any:
+        """The input of a call without positional arguments; of a forward(*args, **kwargs) as its base names it."""
+        for name in (self._onelora_input, "input", "x"):
+            if name in kwargs:
+                return kwargs[name]
+        raise TypeError(
+            f"{type(self).__name__} was called with {sorted(kwargs)}, and which of these is the input of the linear "
+            "can't be told: give the input as the first positional argument"
+        )
 
 
 class OneLoRAWeights(Adapted):
@@ -107,9 +130,8 @@ def _adapted_class(base: Any, called: bool, weights: tuple[tuple[str, tuple[int,
     attributes = {"__module__": __name__, "__doc__": base.__doc__, "_onelora_base": base}
     attributes["_onelora_weights"] = dict(weights)
     if called:
-        attributes["_onelora_input"] = next(
-            name for name in inspect.signature(base.forward).parameters if name != "self"
-        )
+        attributes["_onelora_input"] = list(inspect.signature(base.forward).parameters)[1]  # after self, by any name
+        attributes["_onelora_own_forward"] = base.forward is not nn.Linear.forward
     else:
         attributes |= {parameter: property(_reader(parameter, dims or ())) for parameter, dims in weights}
     return type(f"OneLoRA{base.__name__}", (OneLoRALayer if called else OneLoRAWeights, base), attributes)

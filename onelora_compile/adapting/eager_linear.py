@@ -79,7 +79,10 @@ class _AdaptedLinear(torch.autograd.Function):
         s = x.sum(-1, keepdim=True)
         ctx.save_for_backward(s, weight, vector)
         ctx.set_materialize_grads(False)
-        return F.linear(x, weight, bias).addcmul_(s, vector), s
+        y = F.linear(x, weight, bias).addcmul_(s, vector)
+        # Of one axis, or three and more, it is a view, and a view that a function returns can't be written to in
+        # place: nn.ReLU(inplace=True) would fail.  This one shares the memory and is no view to autograd.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y, s
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, Tensor | None]:

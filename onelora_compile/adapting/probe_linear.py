@@ -8,8 +8,10 @@ weight.  A call leaves no trace (`twin`).
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -22,6 +24,13 @@ _ROWS = 8
 # int4 kernels that quantise their input too are off by some per cent; a wrong guess is off by its whole size.
 _AFFINE = 0.1
 _SAME = 1e-3
+_ROUGH = 0.05  # of numbers with eight bits
+# Shapes of rows, factors and dtypes (None: the module's own) of inputs on which a linear is the same map.
+_INPUTS: tuple[tuple[tuple[int, ...], float, torch.dtype | None], ...] = (
+    *(((8,), size, None) for size in (1e-4, 1e4)),
+    *((shape, 1.0, None) for shape in ((), (1, 1), (1, 8), (8, 1), (2, 4), (4, 2), (2, 2, 2), (1, 2, 2, 2))),
+    ((8,), 1.0, torch.bfloat16),
+)
 _BLOCK = 65521  # numbers that are drawn for a large weight, which repeats them: a prime, so that no two rows agree
 
 OTHER_OUTPUT = "it has the sizes of a linear, but returns {found} for {given}"
@@ -80,8 +89,11 @@ def _axes_of(module: nn.Module, usual: tuple[int, ...]) -> tuple[tuple[int, ...]
         return None, _why_no_call(module, error)
     if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
         return None, OTHER_OUTPUT.format(found=_shape(y), given=_shape(x))
+    if reason := _other_output(twin, x):
+        return None, reason
     try:
-        if (axes := _moved_axes(twin, weight, x, y)) is not None and not _minds_more(twin, x):
+        axes = _moved_axes(twin, x)
+        if axes is not None and not _minds_more(twin, x) and not _minds_the_input(twin, x, axes):
             return axes, ""
     except Exception:  # as above
         pass
@@ -89,15 +101,52 @@ def _axes_of(module: nn.Module, usual: tuple[int, ...]) -> tuple[tuple[int, ...]
     return None, "" if right else OTHER_OUTPUT.format(found=_shape(y), given=_shape(x))
 
 
-def _moved_axes(twin: nn.Module, weight: Tensor, x: Tensor, y: Tensor) -> tuple[int, ...] | None:
+def _moved_axes(twin: nn.Module, x: Tensor, tolerance: float = _SAME) -> tuple[int, ...] | None:
     """The input axes of the weight if another weight, which it is given, changes the output by what W x changes."""
-    before = weight.detach().clone()
+    weight: Any = twin._parameters["weight"]
+    y, before = twin.forward(x), weight.detach().clone()
     weight.copy_(before.flip(0) * 0.5)
-    moved, change = y - twin.forward(x), before - weight
+    other, change = twin.forward(x), before - weight
+    weight.copy_(before)
     for axes, w in (((1,), change.T), ((0,), change)):
-        if w.shape == (x.shape[-1], y.shape[-1]) and _close(moved.double(), (x @ w).double(), _SAME):
-            return axes
+        if w.shape == (x.shape[-1], y.shape[-1]):
+            expected = x.double() @ w.double()
+            if _close(y.double() - other.double(), expected, tolerance):
+                return axes
     return None
+
+
+def _inputs(x: Tensor) -> Iterator[Tensor]:
+    """Inputs of other ranks, sizes and dtypes, made of the rows of x."""
+    for shape, size, dtype in _INPUTS:
+        rows = x.reshape(-1, x.shape[-1])[: prod(shape)]
+        if len(rows) == prod(shape):
+            yield (rows * size).reshape(*shape, -1).to(dtype or x.dtype)
+
+
+def _other_output(twin: nn.Module, x: Tensor) -> str:
+    """Why there is not one output for each input, whatever their rank: pooling, the choice of a token; else ""."""
+    for given in _inputs(x):
+        try:
+            y = copy.deepcopy(twin).to(given.dtype).forward(given)
+        except Exception:  # what it refuses is no other map
+            continue
+        if not isinstance(y, Tensor) or y.shape[:-1] != given.shape[:-1]:
+            return OTHER_OUTPUT.format(found=_shape(y), given=_shape(given))
+    return ""
+
+
+def _minds_the_input(twin: nn.Module, x: Tensor, axes: tuple[int, ...]) -> bool:
+    """Whether it is another map for inputs of another rank, size or dtype: one that clamps, or goes by the dtype."""
+    for given in _inputs(x):
+        try:
+            tolerance = _SAME if given.dtype == x.dtype else _ROUGH
+            found = _moved_axes(copy.deepcopy(twin).to(given.dtype), given, tolerance)
+        except Exception:  # as above
+            continue
+        if found != axes:
+            return True
+    return False
 
 
 def _why_no_call(module: nn.Module, error: Exception) -> str:

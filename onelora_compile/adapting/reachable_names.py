@@ -52,14 +52,15 @@ def _names(kind: type, parts: frozenset[Any], children: frozenset[type]) -> froz
     for child in children:  # their calls are looked at on their own
         walk.space_of(child, called=False)
     walk.enter(kind, *parts)
-    return frozenset(walk.names)
+    return frozenset(walk.found)
 
 
 class _Walk:
     """Visits functions and classes; of a class or of a function's globals, what some visited code names."""
 
     def __init__(self) -> None:
-        self.names = set(_UNNAMED)
+        self.names = set(_UNNAMED)  # what of a class is looked at
+        self.found: set[str] = set()  # what stands in the code
         self._spaces: dict[int, Any] = {}
         self._seen: set[int] = set()
         self._left: list[Any] = []
@@ -101,8 +102,10 @@ class _Walk:
         named = _named(function.__code__)
         for name in named.intersection(function.__globals__):
             self._left += _code_in(function.__globals__[name], set())
-        new = (named | _strings(function.__code__)) - self.names
+        named |= _strings(function.__code__)
+        new = named - self.names
         self.names |= new
+        self.found |= named
         for space in list(self._spaces.values()) if new else ():
             for name in new.intersection(space):
                 self._left += _code_in(space[name], set())

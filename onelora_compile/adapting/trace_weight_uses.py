@@ -23,7 +23,7 @@ from onelora_compile.adapting.reachable_names import Known, names_in_reach
 from onelora_compile.kinds import is_conv1d, is_linear, is_plain
 from onelora_compile.looking.untouched import Kept, silently
 from onelora_compile.passes.sites.linear_site import match_linear
-from onelora_compile.passes.sites.other_uses import other_uses
+from onelora_compile.passes.sites.other_uses import other_reads, other_uses
 from onelora_compile.passes.sites.weight_path import input_axes, run_of_shapes
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
@@ -34,7 +34,9 @@ INSIDE = "used in the forward of a linear that is adapted by its own weight or o
 MIXED = "used as a view that mixes its axes, so which of them are inputs can't be told"
 PAST = "taken out of a dictionary or a list of parameters, where it can't be handed out adapted"
 KEPT = (BOTH_WAYS, PAST)  # reasons that no other use of the weight takes away
-_OF_PARAMETERS = {"weight", "_parameters", "named_parameters", "get_parameter"}
+READ = "read besides by an op that is no linear one"
+# `forward`: of a class, nn.Linear.forward(self.child, x), is no call of the child.
+_OF_PARAMETERS = {"weight", "_parameters", "parameters", "named_parameters", "get_parameter", "state_dict", "forward"}
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -72,6 +74,8 @@ def direct_reads(model: nn.Module, called: Container[nn.Module] = ()) -> list[Di
                 if read.parameter == "weight":
                     continue
                 read = dataclasses.replace(read, dims=None, why=INSIDE)
+            if read.why == READ and (read.module not in called or read.parameter != "weight"):
+                continue  # no weight of a linear op, as far as this tells
             key = (read.module, read.parameter)
             known = found.get(key)
             if known is None or read.why == PAST or (known.dims is None and known.why not in KEPT and read.dims):
@@ -136,6 +140,9 @@ def _traced(module: nn.Module) -> Iterator[DirectRead]:
         for use in other_uses(gm):
             if (held := _parameter(module, use.root)) is not None:
                 yield DirectRead(*held[:2], None, why=use.reason)
+        for root in other_reads(gm):
+            if (held := _parameter(module, root)) is not None:
+                yield DirectRead(*held[:2], None, why=PAST if _PAST in root.meta else READ)
 
 
 def _traces(module: nn.Module, kept: Kept) -> Iterator[fx.GraphModule]:
@@ -219,6 +226,17 @@ class _Value(fx.Proxy):
         return 1.0
 
 
+def _storage(tensor: Tensor) -> int:
+    """What tells whether two tensors share memory; 0 where there is none."""
+    return tensor.data_ptr() if tensor.layout == torch.strided and not tensor.is_meta and is_plain(tensor) else 0
+
+
+def _stored_parameter(module: nn.Module, target: str) -> Any:
+    """Stands for `get_parameter`, which takes nothing but an `nn.Parameter`: no proxy, and no adapted weight either."""
+    path, _, name = target.rpartition(".")
+    return module.get_submodule(path)._parameters[name]
+
+
 class _Tracer(fx.Tracer):
     """Follows one forward; submodules are not entered."""
 
@@ -227,6 +245,17 @@ class _Tracer(fx.Tracer):
         self.answer = answer
         self.asked = 0
         self.proxy_buffer_attributes = True
+        self.stored: dict[int, nn.Parameter] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of the forward of a module."""
+        self.stored = {_storage(parameter): parameter for parameter in root.parameters() if is_plain(parameter)}
+        own = nn.Module.get_parameter
+        nn.Module.get_parameter = _stored_parameter  # type: ignore[method-assign]
+        try:
+            return super().trace(root, concrete_args)
+        finally:
+            nn.Module.get_parameter = own  # type: ignore[method-assign]
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Some value: a submodule is traced on its own, and one that is not registered is no part of the model."""
@@ -235,8 +264,9 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A parameter that the code did not read as an attribute, where it would be a proxy, is marked."""
-        argument = super().create_arg(a)
-        if isinstance(a, nn.Parameter) and isinstance(argument, fx.Node):
+        known = self.stored.get(_storage(a)) if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) else None
+        argument = super().create_arg(a if known is None else known)  # what state_dict() holds shares memory
+        if (known is not None or isinstance(a, nn.Parameter)) and isinstance(argument, fx.Node):
             argument.meta[_PAST] = True
         return argument
 

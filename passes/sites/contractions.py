@@ -19,6 +19,7 @@ from onelora_compile.kinds import is_linear
 from onelora_compile.passes.sites.operators import arguments, op_name
 from onelora_compile.passes.sites.weight_path import Chain, example
 
+BROADCAST = "its input has one entry along an axis of the weight, and counts for all"
 IN_PLACE = "it writes into a tensor that exists, where an update can't follow"
 
 Labels = tuple[str, str, str]  # one letter for each axis of x, W and the output
@@ -67,7 +68,7 @@ def use_of(gm: fx.GraphModule, node: fx.Node, chains: Chains) -> Contraction | N
         return None
     if use.weight is not None and use.kind != "linear" and use.weight not in chains:
         return None
-    fixed = IN_PLACE if plain != name or given.get("out") is not None else ""
+    fixed = IN_PLACE if plain != name or given.get("out") is not None else use.fixed
     return dataclasses.replace(use, fixed=fixed, alpha=given.get("alpha", 1))
 
 
@@ -144,7 +145,19 @@ def _tensordot(name: str, given: Mapping[str, Any], chains: Chains) -> Contracti
         of_y = [letter for part in parts for letter in part if letter not in _SUMMED]
         labels = ("".join(of_x), "".join(of_weight), "".join(of_y))
     assert isinstance(x, fx.Node)
-    return Contraction("einsum", x, weight, tuple(axis % rank - rank for axis in own), labels=labels)
+    found = Contraction("einsum", x, weight, tuple(axis % rank - rank for axis in own), labels=labels)
+    return dataclasses.replace(found, fixed=_broadcast(found))
+
+
+def _broadcast(use: Contraction) -> str:
+    """Why an einsum, or a tensordot, can't have its update moved: the sum over x would lack what x is repeated to."""
+    x, weight = example(use.x), None if use.weight is None else example(use.weight)
+    if use.labels is None or x is None or weight is None:
+        return ""
+    of_x, of_weight, _ = use.labels
+    summed = [of_weight[axis] for axis in use.axes]
+    repeated = [one for one in summed if x.shape[of_x.index(one)] == 1 != weight.shape[of_weight.index(one)]]
+    return BROADCAST if repeated else ""
 
 
 def _contracted(given: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
@@ -190,7 +203,8 @@ def _einsum(node: fx.Node, chains: Chains) -> Contraction | None:
         return None
     axes = tuple(of_weight.index(label) - len(of_weight) for label in inputs)
     known = _rank(x) is not None or "..." not in equation
-    return Contraction("einsum", x, weight, axes, labels=labels if known else None)
+    found = Contraction("einsum", x, weight, axes, labels=labels if known else None)
+    return dataclasses.replace(found, fixed=_broadcast(found))
 
 
 def einsum_operands(node: fx.Node) -> tuple[str, list[fx.Node]] | None:

@@ -27,6 +27,14 @@ COMPUTED = "the weight of {op} is computed from it, so which of its axes are inp
 UNKNOWN = "given to {op}, an operator of another library"
 ASK = ": name it, with its input axis, in target_parameters if it is the weight of a linear map"
 
+_PROPERTIES = {
+    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad", "is_leaf", "itemsize", "nbytes"),
+    *("is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested"),
+}
+_METHODS = {
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset", "get_device"),
+    *("is_floating_point", "is_complex", "is_contiguous", "data_ptr", "requires_grad_"),
+}
 _OWN = ("onelora::", "prim::", "prims::")  # namespaces whose operators are known
 
 
@@ -55,6 +63,19 @@ def other_uses(gm: fx.GraphModule, parameters: Collection[fx.Node] = ()) -> list
     chains = weight_chains(gm, parameters)
     made_of = _made_of_parameters(gm, parameters)
     return [use for node in gm.graph.nodes for use in _uses(gm, node, chains, made_of)]
+
+
+def other_reads(gm: fx.GraphModule) -> list[fx.Node]:
+    """The parameters whose values an op gets that is no contraction: a penalty, an element, a comparison."""
+    chains = weight_chains(gm)
+    found = []
+    for node in gm.graph.nodes:
+        if node.op not in ("call_function", "call_method") or node in chains or _tells_of_no_value(node):
+            continue
+        if op_name(node).removesuffix("_") in CONTRACTIONS:
+            continue
+        found += [chains[operand].root for operand in node.all_input_nodes if operand in chains]
+    return list(dict.fromkeys(found))
 
 
 def _uses(
@@ -94,8 +115,8 @@ def _made_of_parameters(gm: fx.GraphModule, parameters: Collection[fx.Node]) -> 
 def _tells_of_no_value(node: fx.Node) -> bool:
     """A shape, dtype or device, of whatever."""
     if node.target is builtins.getattr:
-        return node.args[1] in ("shape", "dtype", "device", "ndim")
-    return node.op == "call_method" and node.target in ("size", "dim", "numel", "stride")
+        return node.args[1] in _PROPERTIES
+    return node.op == "call_method" and node.target in _METHODS
 
 
 def _may_be_weight(root: fx.Node) -> bool:
