@@ -19,7 +19,7 @@ class Printable:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, markup=False)  # brackets are what they are
+        console = Console(file=io.StringIO(), width=120, markup=False, emoji=False)  # brackets are what they are
         console.print(self.__rich__(), crop=False)  # what is too wide is not cut off
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip()

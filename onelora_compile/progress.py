@@ -19,7 +19,7 @@ _LONG = 500_000_000  # weights; fewer take less than a few seconds
 @contextlib.contextmanager
 def steps(title: str, total: int, show: bool = True) -> Iterator[Callable[[str], None]]:
     """Yield a function that announces the next of `total` steps by its name."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -64,7 +64,7 @@ class Count:
 @contextlib.contextmanager
 def counting(title: str, show: bool = True) -> Iterator[Count]:
     """A bar for long work whose stages and steps are known as it goes."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[stage]}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         yield Count(progress, title)

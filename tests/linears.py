@@ -148,6 +148,11 @@ LINEARS = {
     "input_clamped": (linear(lambda self, x: base(self, x.clamp(-50, 50))), "output", None),
     "by_dtype": (linear(lambda self, x: base(self, x) * (2 if x.dtype == torch.bfloat16 else 1)), "output", None),
     "by_rank": (linear(lambda self, x: base(self, x) * (2 if x.ndim > 3 else 1)), "output", None),
+    "channels_first": (
+        linear(lambda self, x: base(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if x.ndim == 4 else base(self, x)),
+        "read",
+        (1,),
+    ),
     "flattening": (linear(lambda self, x: base(self, x.flatten(1))), "read", (1,)),
     "pooling": (linear(lambda self, x: base(self, x.mean(1) if x.ndim == 3 else x)), "read", (1,)),
     "last_token": (linear(lambda self, x: base(self, x[:, -1] if x.ndim == 3 else x)), "read", (1,)),

@@ -52,3 +52,21 @@ def test_a_model_without_a_gradient_is_an_error():
 
     with pytest.raises(onelora.ConfigError, match="no output has a gradient"):
         bench(Ids(), (torch.zeros(2, 4, dtype=torch.long),), rounds=2, compiled=False)
+
+
+def test_the_users_random_state_and_objects_are_left_alone():
+    class Counting(nn.Module):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.linear, self.seen = nn.Linear(4, 4), []
+
+        def forward(self, x):
+            type(self).calls += 1
+            return self.linear(x + torch.rand(()))
+
+    model, state = Counting(), torch.get_rng_state()
+    bench(model, (torch.ones(2, 4),), rounds=2, compiled=False, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert Counting.calls == 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections.abc import Iterable, Iterator
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from onelora_compile.errors import require
 from onelora_compile.exporters.onnx_file.constants import Constants
 from onelora_compile.exporters.onnx_file.load import by_rows
-from onelora_compile.exporters.quantized.products import FLOATING, Product, products_of
+from onelora_compile.exporters.quantized.products import CONVOLUTIONS, FLOATING, Product, products_of
 from onelora_compile.weights.fingerprint import signs
 
 if TYPE_CHECKING:
@@ -137,7 +138,9 @@ def weights_of(model: onnx_ir.Model) -> list[Weight]:
     stored: set[onnx_ir.Value] = set()
     for value in constants_of(model):
         tensor = value.const_value
-        if tensor is not None and (shape := _matrix(tuple(tensor.shape))) and _floating(tensor):
+        if tensor is None or not _floating(tensor):
+            continue
+        if shape := _matrix(tuple(tensor.shape)) or _kernel(value):
             stored.add(value)
             uses = [_followed(use, constants) for use in uses_of(value)]
             found.append(Weight(value, shape, tensor.dtype.name.lower(), tuple(uses)))
@@ -162,6 +165,14 @@ def _matrix(shape: tuple[Any, ...]) -> tuple[int, int] | None:
     while len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
     return shape if len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape) else None
+
+
+def _kernel(value: onnx_ir.Value) -> tuple[int, int] | None:
+    """The matrix of the weight of a convolution, a row for each of its outputs: a linear map of patches."""
+    shape: Any = value.shape if value.shape is not None else value.const_value.shape  # type: ignore[union-attr]
+    read = any(use.node.op_type in CONVOLUTIONS and use.idx == 1 for use in value.uses())
+    sizes = [int(size) for size in shape]
+    return (sizes[0], prod(sizes[1:])) if read and len(sizes) > 2 and all(sizes) else None
 
 
 def _computed(model: onnx_ir.Model, constants: Constants, stored: set[onnx_ir.Value]) -> Iterator[Weight]:

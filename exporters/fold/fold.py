@@ -32,7 +32,7 @@ from onelora_compile.printable import shortened
 from onelora_compile.progress import counting
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
-from onelora_compile.weights.atomic_write import refuse_overwriting
+from onelora_compile.weights.atomic_write import ADAPTER, refuse_ending, refuse_overwriting
 from onelora_compile.weights.merge import FoldByRows, FoldLoss
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def fold_onnx(
     weights = [value.const_value for value in model.graph.initializers.values() if _external(value)]
     read = [] if isinstance(adapter, AdapterFile) else [adapter]
     refuse_overwriting(out, [*read, *(path for one in weights if (path := getattr(one, "path", None)))])
+    refuse_ending(out, ADAPTER, "an adapter")
     try:
         strip_vectors(model, held, str(base))
         external = any(_external(value) for value in model.graph.initializers.values())

@@ -37,7 +37,7 @@ from onelora_compile.progress import steps
 from onelora_compile.table import Table
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_file import AdapterFile, check_base, load_adapter, read_adapter
-from onelora_compile.weights.atomic_write import refuse_overwriting
+from onelora_compile.weights.atomic_write import ADAPTER, refuse_ending, refuse_overwriting
 from onelora_compile.weights.fingerprint import fingerprint_of
 from onelora_compile.weights.merge import FoldLoss
 
@@ -175,6 +175,7 @@ def export_onnx(
     if opset_version is not None and opset_version < OLDEST:
         raise ConfigError(f"opset_version={opset_version}: {OLDEST} is the oldest that a model can be written in")
     refuse_overwriting(path, bank, "path")
+    refuse_ending(path, ADAPTER, "an adapter", "path")
     mode = MODES[adapters]
     args = args if isinstance(args, (tuple, list)) else (args,)
     require("onnxscript", "onnx", "export to ONNX")

@@ -33,6 +33,9 @@ _INPUTS: tuple[tuple[tuple[int, ...], float, torch.dtype | None], ...] = (
 )
 _BLOCK = 65521  # numbers that are drawn for a large weight, which repeats them: a prime, so that no two rows agree
 
+# Moved axes fit by chance where sizes are equal, which no probe covers; where the weight is read it is right anyway.
+_MOVING = {"permute", "movedim", "moveaxis", "swapaxes", "swapdims", "rearrange"}
+MOVES = "its forward moves axes ({}), so which of them are inputs can't be told from its output"
 OTHER_OUTPUT = "it has the sizes of a linear, but returns {found} for {given}"
 
 
@@ -51,6 +54,8 @@ def weight_axes(module: nn.Module) -> tuple[tuple[int, ...] | None, str]:
     if weight is None or not is_plain(weight):
         packed = weight is not None or not _computes_weight(module)
         return (usual if weight is not None else ()) if packed else None, ""
+    if moving := sorted(_MOVING.intersection(getattr(getattr(type(module).forward, "__code__", None), "co_names", ()))):
+        return None, MOVES.format(", ".join(moving))
     with no_trace(module):
         return _axes_of(module, usual)
 

@@ -251,7 +251,7 @@ class _Tracer(fx.Tracer):
         """The graph of the forward of a module."""
         self.stored = {_storage(parameter): parameter for parameter in root.parameters() if is_plain(parameter)}
         own = nn.Module.get_parameter
-        nn.Module.get_parameter = _stored_parameter  # type: ignore[method-assign]
+        nn.Module.get_parameter = _stored_parameter  # type: ignore[method-assign, assignment]
         try:
             return super().trace(root, concrete_args)
         finally:

@@ -29,7 +29,7 @@ def print_report(report: RenderableType) -> None:
     """Print for people; brackets are what they are, no markup, and what is too wide is not cut off."""
     from rich.console import Console
 
-    Console(markup=False).print(report, highlight=False, crop=False)
+    Console(markup=False, emoji=False).print(report, highlight=False, crop=False)
 
 
 def print_json(report: Printable) -> None:
@@ -62,7 +62,7 @@ def fail(error: BaseException) -> None:
     text = str(error) if expected else f"{described(error)} ({TRACEBACK}=1 shows where)"
     from rich.console import Console
 
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
     console.print(f"error: {one_line(text) or type(error).__name__}", style="red", soft_wrap=True)
 
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from onelora_compile.adapting.adapter import adapt, adapted_weights, detach, unwrap
 from onelora_compile.errors import ConfigError
+from onelora_compile.looking.untouched import Kept
 from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.progress import steps
 from onelora_compile.report.timing import interleaved, ratios
@@ -92,6 +93,18 @@ def bench(
     if rounds < 2:
         raise ConfigError(f"rounds={rounds}: at least 2 are needed for quantiles")
     root = unwrap(model)
+    with Kept(root, tensors=True):  # lists, counters and random states that the copies share with it
+        return _measured(root, args, kwargs, rounds, compiled, progress)
+
+
+def _measured(
+    root: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    rounds: int,
+    compiled: bool,
+    progress: bool,
+) -> BenchReport:
     own, base = copy.deepcopy(root).eval(), copy.deepcopy(root).eval()
     if adapted_weights(root):
         detach(base)

@@ -45,7 +45,7 @@ from onelora_compile.printable import shortened
 from onelora_compile.progress import over_weights
 from onelora_compile.sharded import together, whole, write_whole
 from onelora_compile.version import __version__
-from onelora_compile.weights.atomic_write import replacing
+from onelora_compile.weights.atomic_write import refuse_ending, replacing
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of, fingerprint_of_values
 
 FORMAT = "onelora"
@@ -89,10 +89,12 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     Of a model that is sharded over processes (`fully_shard`) every process must call this; one writes the file.
 
     Raises:
+        ConfigError: the path ends in .onnx.
         StateError: the model is not adapted, or a `disabled` block is open.
         AdapterFileError: a vector holds NaN or infinity (training diverged).
         OSError: the file can't be written; an old file is left as it was.
     """
+    refuse_ending(path, ".onnx", "an ONNX model", "path")
     root = unwrap(model)
     state = state_of(root, "save")
     tensors = {name: whole(vector.detach()).to("cpu", torch.float32) for name, vector in vectors(root).items()}

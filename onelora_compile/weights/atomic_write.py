@@ -17,6 +17,7 @@ if sys.platform != "win32":
     import fcntl
 
 PathLike = str | os.PathLike[str]
+ADAPTER = ".safetensors"  # how the name of an adapter file ends
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _TEMPORARY = ".onelora-"  # short whatever the name of the file is: a name has at most 255 bytes
 
@@ -40,6 +41,16 @@ def refuse_overwriting(out: PathLike, inputs: Iterable[PathLike], what: str = "o
         if same or inside:
             found = f"is a folder that holds the input {one}" if inside else f"would overwrite the input {one}"
             raise ConfigError(f"{what}={str(out)!r} {found}: give another name")
+
+
+def refuse_ending(out: PathLike, ending: str, kind: str, what: str = "out") -> None:
+    """Check that a file is not named like one of another kind, which would be lost if it is there.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if Path(os.fspath(out)).suffix.lower() == ending:
+        raise ConfigError(f"{what}={str(out)!r}: a file that ends in {ending} is {kind}: give another name")
 
 
 @contextlib.contextmanager

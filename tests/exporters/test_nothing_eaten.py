@@ -17,6 +17,7 @@ from faults import content
 from torch import nn
 
 import onelora_compile as onelora
+from onelora_compile.errors import ConfigError
 from onelora_compile.exporters import bundle, convert_adapter, export_onnx, fold_onnx
 from onelora_compile.testing import fill_vectors
 
@@ -237,3 +238,20 @@ def test_a_folder_is_replaced_only_if_it_is_a_bundle_and_nothing_else(here):
         (out / name).unlink()
         if name == "notes.txt":
             write(out)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda here: onelora.save_adapter(adapted(), here / "kept.onnx"),
+        lambda here: fold_onnx(here / "base.onnx", here / "a.safetensors", here / "kept.safetensors", progress=False),
+        lambda here: export_onnx(adapted(), (X,), here / "kept.safetensors", progress=False),
+    ],
+    ids=["save", "fold", "export"],
+)
+def test_no_file_gets_the_name_of_another_kind(here, write):
+    for name in ("kept.onnx", "kept.safetensors"):
+        (here / name).write_bytes(b"somebody's")
+    with pytest.raises(ConfigError, match="give another name"):
+        write(here)
+    assert all((here / name).read_bytes() == b"somebody's" for name in ("kept.onnx", "kept.safetensors"))

@@ -29,7 +29,7 @@ class Announce:
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Announce]:
     """A bar on standard error over `total` training steps; it goes away when it is done."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     columns = (TextColumn("{task.description:<20}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield Announce(bar, bar.add_task("", total=total))
