@@ -11,6 +11,7 @@ import contextlib
 import dis
 import functools
 import itertools
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,9 @@ _ATOMS = (str, bytes, int, float, complex, type(None), Tensor)
 _CACHED: Any = type(functools.lru_cache(lambda: None))
 _UNNAMED = ("forward", "__call__", "__getattr__", "__getitem__")  # what is called without a name
 _ABOUT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "stride", "requires_grad", "is_meta", "is_cuda"}
+_CALLED = ("parameters", "state_dict", "forward")
+_OF_NAMED = ("LOAD_ATTR", "LOAD_GLOBAL", "LOAD_DEREF", "LOAD_NAME")  # a class, or another module
+_FLAGGED = sys.version_info >= (3, 12)
 _MOST = 10_000  # entries of a container; data beyond
 
 
@@ -102,10 +106,10 @@ class _Walk:
         named = _named(function.__code__)
         for name in named.intersection(function.__globals__):
             self._left += _code_in(function.__globals__[name], set())
-        named |= _strings(function.__code__)
-        new = named - self.names
+        strings = _strings(function.__code__)
+        self.found |= named | strings.difference(_CALLED)
+        new = (named | strings) - self.names
         self.names |= new
-        self.found |= named
         for space in list(self._spaces.values()) if new else ():
             for name in new.intersection(space):
                 self._left += _code_in(space[name], set())
@@ -158,12 +162,23 @@ def _contents(value: Any) -> list[Any]:
 def _named(code: types.CodeType) -> frozenset[str]:
     """The globals and attributes that code names, less a `weight` that it only asks for its dtype or the like."""
     found = set(code.co_names)
-    if "weight" in found:
-        steps = [one.argval for one in dis.get_instructions(code) if one.opname != "CACHE"]
-        if all(after in _ABOUT for name, after in itertools.pairwise(steps) if name == "weight"):
-            found.remove("weight")
+    if not found.isdisjoint(("weight", *_CALLED)):
+        steps = [one for one in dis.get_instructions(code) if one.opname != "CACHE"]
+        pairs = list(itertools.pairwise(steps))
+        if all(after.argval in _ABOUT for one, after in pairs if one.argval == "weight"):
+            found.discard("weight")
+        # inspect.signature(f).parameters is no call; super().forward(x) and self.forward are of the module itself.
+        if not any(one.argval in ("parameters", "state_dict") and _is_call(one) for one in steps):
+            found -= {"parameters", "state_dict"}
+        if not any(one.argval == "forward" and _is_call(one) and before.opname in _OF_NAMED for before, one in pairs):
+            found.discard("forward")
     inner = (_named(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
     return frozenset(found).union(*inner)
+
+
+def _is_call(step: dis.Instruction) -> bool:
+    """Whether what an attribute gives is called: before Python 3.12 by an instruction of its own, then by a flag."""
+    return step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and bool((step.arg or 0) & 1) and _FLAGGED)
 
 
 @functools.lru_cache(10_000)

@@ -18,7 +18,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -216,12 +216,21 @@ def apart(backend: Compiler) -> Iterator[Callable[[nn.Module], Callable[..., Any
     before = copy.deepcopy(dict(sizes))
     try:
         with limits, torch.compiler.set_stance("default"):
-            yield lambda root: torch.compile(root, backend=noting, **own_region)
+            yield lambda root: torch.compile(root if regions else _framed(root), backend=noting, **own_region)
     finally:
         for code in fresh:  # the user has compiled none of these
             eval_frame.reset_code(code)
         sizes.clear()
         sizes.update(before)
+
+
+def _framed(root: nn.Module) -> Callable[..., Any]:
+    """A call of a module in a frame of its own, whose code nobody else has: graphs are kept there."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return root(*args, **kwargs)
+
+    return FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
 
 
 @contextlib.contextmanager
