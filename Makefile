@@ -9,7 +9,7 @@ OTHER := $(VENV)-torch-$(TORCH)
 # Triton 3.6, which comes with it, needs an older NumPy for its interpreter.
 NEEDED_BY_2.11.0 := 'numpy<2.4'
 
-.PHONY: help setup demo test test-slow test-real test-torch bench docs lint clean
+.PHONY: help setup demo test check test-slow test-real test-torch bench docs lint clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,13 @@ demo: $(READY)  ## Train, compare, export and swap adapters on handwritten digit
 
 test: $(READY)  ## Run the tests
 	$(BIN)/pytest -n auto --maxprocesses 4
+
+# One file of each room, none of which compiles much.
+QUICK := $(addprefix tests/,test_rooms.py test_ops.py test_eager.py test_targets.py test_merge.py test_fingerprint.py \
+  passes/test_identity.py exporters/test_check_onnx.py exporters/test_manifest.py)
+
+check: lint  ## Before a commit: style, types and the quickest tests, about a minute
+	$(BIN)/pytest -q -n auto --maxprocesses 4 $(QUICK)
 
 test-slow: $(READY)  ## Run the long tail of the tests
 	$(BIN)/pytest -n auto --maxprocesses 4 -m slow

@@ -7,6 +7,7 @@ the blocks before it.
 
 import contextlib
 import doctest
+import importlib
 import io
 import re
 import shlex
@@ -106,3 +107,19 @@ def test_every_decision_is_in_the_index():
 def test_first_pages_are_short():
     assert len((ROOT / "README.md").read_text().split()) <= 900
     assert len((ROOT / "ARCHITECTURE.md").read_bytes()) <= 6000
+
+
+@pytest.mark.parametrize(
+    ("package", "page"),
+    [
+        ("onelora_compile", "api"),
+        ("onelora_compile.passes", "passes"),
+        ("onelora_compile.exporters", "exporters"),
+    ],
+)
+def test_the_reference_has_every_public_name(package, page):
+    names = {f"{package}.{name}" for name in importlib.import_module(package).__all__ if not name.startswith("__")}
+    text = PAGES[f"docs/reference/{page}.md"]
+    entries = set(re.findall(r"^::: (\S+)$", text, re.M))  # made from docstrings, which constants have none of
+    entries |= {f"{package}.{name}" for line in re.findall(r"^## (.*)$", text, re.M) for name in line.split(", ")}
+    assert names - entries == set()
