@@ -145,7 +145,9 @@ class _Bank:
         rows = self.gathered[vector]
         missing = [position for position in range(rank) if position != axis and position < rank - len(vector.shape)]
         if len(vector.shape) != 1:
-            raise ExportError(f"{name!r} has a vector of {len(vector.shape)} axes (experts): leave it out of a bank")
+            raise ExportError(
+                f"{name!r}: a bank can't choose rows for experts, or for a weight on the left: leave it out"
+            )
         if missing:
             rows = self.writer.add(node, "Unsqueeze", rows, self.writer.constant(*missing))
         rows.dtype = self.ir.DataType.FLOAT
