@@ -50,6 +50,11 @@ NOT_FOLDED = {
     **dict.fromkeys(_EXPERTS, r"vectors have no place in .*: no weight of its shape"),
     # parts that the exporter computed: none of them is the weight
     **dict.fromkeys(_forms("sliced", "unflattened"), "1 of 1 vectors have no place in .*: w: no weight of its shape"),
+    # summed by the exporter along the axis on which x has one entry
+    **dict.fromkeys(
+        _forms("einsum_of_one_head_for_all", "tensordot_of_one_input_for_all"),
+        "1 of 1 vectors have no place in .*: w: no weight of its shape",
+    ),
     "detr": "4 of 36 vectors have no place",  # what they multiply is constant, and computed by the exporter
     "form:tensordot_axes": "is not the base of the adapter: none of its weights is; w ",  # reshaped by the exporter
 }
