@@ -3,8 +3,10 @@
 ONNX Runtime is the engine; the files and the steps are those of the device.
 """
 
+import errno
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -461,3 +463,18 @@ def test_quantiles(tmp_path):
     latency = measure.Latency.of([number / 1000 for number in range(100, 0, -1)])
     assert (latency.p50, latency.p99) == pytest.approx((50, 99))
     assert measure.Latency.of([0.004]).p99 == pytest.approx(4)
+
+
+def test_a_full_disk_behind_standard_output_undoes_nothing(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder, sources = bundles.fresh("input", tmp_path), bundles.sources()
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert call(folder, "--runtime", "onnxruntime", "update", sources / "new.safetensors", "--no-try") == 0
+    assert active(folder).startswith("new")
+    assert call(folder, "use", "a") == 0
+    assert active(folder) == "a"
+    assert call(folder, "rollback") == 0
+    assert active(folder).startswith("new")

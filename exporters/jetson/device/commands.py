@@ -153,6 +153,12 @@ def _run(folder: Folder, options: Options, chosen: argparse.Namespace) -> None:
         print(f"{path}: {value.dtype} {list(value.shape)}")
 
 
+def _say(text: str) -> None:
+    """Print what has been done; standard output on a full disk does not undo it, so it is no failure."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
 def _use(folder: Folder, options: Options, chosen: argparse.Namespace) -> None:
     _refuse_fixed(folder)
     with folder.lock():
@@ -161,7 +167,7 @@ def _use(folder: Folder, options: Options, chosen: argparse.Namespace) -> None:
             vectors_of(folder, adapter)
         _rebuild(folder, options, adapter)
         _activate(folder, adapter)
-    print(f"in use: {adapter['name']}")
+    _say(f"in use: {adapter['name']}")
 
 
 def _update(folder: Folder, options: Options, chosen: argparse.Namespace) -> None:
@@ -178,7 +184,7 @@ def _update(folder: Folder, options: Options, chosen: argparse.Namespace) -> Non
         if not chosen.no_try:
             measure.smoke(Deployed(folder.path, options, adapter["name"]))
         _activate(folder, adapter)
-    print(f"in use: {adapter['name']}, SHA-256 {adapter['sha256']}; `rollback` goes back")
+    _say(f"in use: {adapter['name']}, SHA-256 {adapter['sha256']}; `rollback` goes back")
 
 
 def _rollback(folder: Folder, options: Options, chosen: argparse.Namespace) -> None:
@@ -189,7 +195,7 @@ def _rollback(folder: Folder, options: Options, chosen: argparse.Namespace) -> N
             vectors_of(folder, adapter)
         _rebuild(folder, options, adapter)
         folder.undo()
-    print(f"in use: {adapter['name']}")
+    _say(f"in use: {adapter['name']}")
 
 
 def _rebuild(folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
