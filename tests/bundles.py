@@ -18,6 +18,7 @@ from onelora_compile.testing import fill_vectors
 
 SHAPES = {"x": ((1, 16, 12), (2, 16, 12), (4, 16, 12))}
 MODES = ("fold", "load", "input", "bank", "refit")
+ORT = ("--runtime", "onnxruntime")  # what has no GPU runs
 
 
 @functools.cache
@@ -103,3 +104,13 @@ def drive(folder, cudart, real, sources):
         call("update", str(sources / "other.safetensors"), code=1)
     call("status")
     return trt
+
+
+def call(folder, *args):
+    """The command line of a bundle with ONNX Runtime, in this process: exit code."""
+    return device(folder).main([*ORT, *map(str, args)])
+
+
+def active(folder):
+    """The name of the adapter in use."""
+    return device(folder, "folder").Folder(str(folder)).state()["adapter"]["name"]

@@ -20,6 +20,7 @@ import onnxruntime
 import pytest
 import torch
 import zoo
+from bundles import ORT, active, call
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -27,22 +28,11 @@ import onelora_compile as onelora
 from onelora_compile.weights import fingerprint
 from onelora_compile.weights.adapter_file import read_adapter
 
-ORT = ("--runtime", "onnxruntime")
-
 
 def command(folder, *args, **options):
     """A bundle's command line in a process of its own, without this package."""
     done = [sys.executable, "-I", "-W", "error", folder / "build_and_run.py", *map(str, args)]
     return subprocess.run(done, capture_output=True, text=True, check=False, cwd=folder.parent, **options)
-
-
-def call(folder, *args):
-    """The same in this process: exit code."""
-    return bundles.device(folder).main([*ORT, *map(str, args)])
-
-
-def active(folder):
-    return bundles.device(folder, "folder").Folder(str(folder)).state()["adapter"]["name"]
 
 
 def changed(path, out, tensors=None, **metadata):
@@ -231,87 +221,6 @@ def test_a_base_that_was_rounded_to_half_is_the_same_base(tmp_path):
     assert call(folder, "update", tmp_path / "half.safetensors") == 0
 
 
-KILLER = """
-import builtins, os, signal, sys
-left = int(sys.argv.pop(1))
-def counted(function):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return call
-class Torn:
-    def __init__(self, file):
-        self.file = file
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-    def __enter__(self):
-        self.file.__enter__()
-        return self
-    def __exit__(self, *error):
-        return self.file.__exit__(*error)
-    def write(self, content):
-        global left
-        left -= 1
-        if left == 0:
-            self.file.write(bytes(content)[: len(content) // 2])
-            self.file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.file.write(content)
-real = builtins.open
-def opened(path, mode="r", *args, **kwargs):
-    file = real(path, mode, *args, **kwargs)
-    return Torn(file) if mode == "wb" else file
-builtins.open = opened
-for name in ("replace", "fsync", "unlink", "makedirs", "open"):
-    setattr(os, name, counted(getattr(os, name)))
-sys.path.insert(0, sys.argv.pop(1))
-from onelora_device.commands import main
-code = main(sys.argv[1:])
-print("calls", 10**6 - left)
-sys.exit(code)
-"""
-
-
-def killed(folder, calls, *args):
-    return subprocess.run(
-        [sys.executable, "-c", KILLER, str(calls), str(folder), *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_killed_at_any_moment_a_device_has_the_old_adapter_or_the_new(tmp_path):
-    sources = bundles.sources()
-    folder = bundles.fresh("input", tmp_path)
-    update = ("--runtime", "onnxruntime", "update", sources / "new.safetensors", "--no-try")
-    whole = killed(folder, 10**6, *update)
-    assert whole.returncode == 0, whole.stderr
-    total = int(whole.stdout.split()[-1])
-    assert total > 12
-    seen = []
-    for calls in range(1, total + 1):
-        shutil.rmtree(folder)
-        folder = bundles.fresh("input", tmp_path)
-        assert call(folder, "use", "a") == 0
-        assert killed(folder, calls, *update).returncode == -9
-        seen.append(active(folder))
-        bundle = bundles.device(folder, "folder").Folder(str(folder))
-        adapters = bundles.device(folder, "adapters")
-        found = adapters.vectors_of(bundle, bundle.state()["adapter"])
-        held = read_adapter(sources / f"{seen[-1]}.safetensors").vectors
-        assert all(np.array_equal(found[name].numpy(), held[name].numpy()) for name in held)
-        # The next try works, and leaves nothing behind.
-        assert call(folder, "update", sources / "new.safetensors", "--no-try") == 0
-        assert active(folder) == "new"
-        assert not list((folder / "local" / "adapters").glob("*.tmp"))
-    assert set(seen) == {"a", "new"}
-    assert seen == sorted(seen)
-
-
 def test_rollback_goes_back_step_by_step_and_ends(tmp_path, capsys):
     folder, sources = bundles.fresh("input", tmp_path), bundles.sources()
     assert call(folder, "rollback") == 1
@@ -424,47 +333,6 @@ def test_a_bundle_that_was_damaged_on_its_way(tmp_path, capsys):
     assert "manifest.json is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int64", "int32", "bool", "uint8"])
-def test_npy_files(dtype, tmp_path):
-    tensors = bundles.device(bundles.fresh("fold", tmp_path), "tensors")
-    array = (np.arange(24).reshape(2, 3, 4) % 5).astype(dtype)
-    np.save(tmp_path / "x.npy", array)
-    read = tensors.read_npy(str(tmp_path / "x.npy"))
-    assert read.numpy().dtype == array.dtype
-    np.testing.assert_array_equal(read.numpy(), array)
-    (tmp_path / "y.npy").write_bytes(tensors.npy_bytes(read))
-    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), array)
-    for shape in ((), (5,), (0, 2)):
-        np.save(tmp_path / "z.npy", np.zeros(shape, dtype))
-        again = tensors.read_npy(str(tmp_path / "z.npy"))
-        (tmp_path / "w.npy").write_bytes(tensors.npy_bytes(again))
-        assert np.load(tmp_path / "w.npy").shape == shape
-    np.save(tmp_path / "f.npy", np.asfortranarray(np.ones((2, 3), dtype)))
-    with pytest.raises(tensors.TensorError, match="column-major"):
-        tensors.read_npy(str(tmp_path / "f.npy"))
-    (tmp_path / "cut.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-1])
-    with pytest.raises(tensors.TensorError):
-        tensors.read_npy(str(tmp_path / "cut.npy"))
-
-
-def test_numbers_that_would_change_are_refused(tmp_path):
-    tensors = bundles.device(bundles.fresh("fold", tmp_path), "tensors")
-    wide = tensors.Tensor.of(np.array([1, 2**40]))
-    assert tensors.Tensor.of(np.array([1, 7])).to("int32").values() == [1, 7]
-    for value, dtype in ((wide, "int32"), (tensors.Tensor.of(np.float32([1e10])), "float16")):
-        with pytest.raises(tensors.TensorError, match="do not fit"):
-            value.to(dtype)
-    with pytest.raises(tensors.TensorError, match="would be cut"):
-        tensors.Tensor.of(np.float32([1.5])).to("int64")
-
-
-def test_quantiles(tmp_path):
-    measure = bundles.device(bundles.fresh("fold", tmp_path), "measure")
-    latency = measure.Latency.of([number / 1000 for number in range(100, 0, -1)])
-    assert (latency.p50, latency.p99) == pytest.approx((50, 99))
-    assert measure.Latency.of([0.004]).p99 == pytest.approx(4)
-
-
 def test_a_full_disk_behind_standard_output_undoes_nothing(tmp_path, monkeypatch):
     class Full(io.StringIO):
         def write(self, text):
@@ -472,7 +340,7 @@ def test_a_full_disk_behind_standard_output_undoes_nothing(tmp_path, monkeypatch
 
     folder, sources = bundles.fresh("input", tmp_path), bundles.sources()
     monkeypatch.setattr(sys, "stdout", Full())
-    assert call(folder, "--runtime", "onnxruntime", "update", sources / "new.safetensors", "--no-try") == 0
+    assert call(folder, "update", sources / "new.safetensors", "--no-try") == 0
     assert active(folder).startswith("new")
     assert call(folder, "use", "a") == 0
     assert active(folder) == "a"
