@@ -140,7 +140,7 @@ def weights_of(model: onnx_ir.Model) -> list[Weight]:
         tensor = value.const_value
         if tensor is None or not _floating(tensor):
             continue
-        if shape := _matrix(tuple(tensor.shape)) or _kernel(value):
+        if shape := _matrix(tuple(tensor.shape)) or _kernel(value, tuple(tensor.shape)):
             stored.add(value)
             uses = [_followed(use, constants) for use in uses_of(value)]
             found.append(Weight(value, shape, tensor.dtype.name.lower(), tuple(uses)))
@@ -167,12 +167,10 @@ def _matrix(shape: tuple[Any, ...]) -> tuple[int, int] | None:
     return shape if len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape) else None
 
 
-def _kernel(value: onnx_ir.Value) -> tuple[int, int] | None:
+def _kernel(value: onnx_ir.Value, shape: tuple[Any, ...]) -> tuple[int, int] | None:
     """The matrix of the weight of a convolution, a row for each of its outputs: a linear map of patches."""
-    shape: Any = value.shape if value.shape is not None else value.const_value.shape  # type: ignore[union-attr]
     read = any(use.node.op_type in CONVOLUTIONS and use.idx == 1 for use in value.uses())
-    sizes = [int(size) for size in shape]
-    return (sizes[0], prod(sizes[1:])) if read and len(sizes) > 2 and all(sizes) else None
+    return (shape[0], prod(shape[1:])) if read and len(shape) > 2 and all(shape) else None
 
 
 def _computed(model: onnx_ir.Model, constants: Constants, stored: set[onnx_ir.Value]) -> Iterator[Weight]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onelora_compile.errors import ConfigError, ExportError, require
-from onelora_compile.exporters.jetson.device.core.modes import MODES, Mode
+from onelora_compile.exporters.jetson.device.core.modes import MODES, HasMode
 from onelora_compile.exporters.jetson.releases import JetPack
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata
@@ -29,7 +29,7 @@ _INFERRED_IR = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12}  # O
 
 
 @dataclasses.dataclass
-class Fitted:
+class Fitted(HasMode):
     """A model for TensorRT.
 
     Attributes:
@@ -49,11 +49,6 @@ class Fitted:
     dtypes: list[str]
     quantized: bool
     notes: list[str]
-
-    @property
-    def traits(self) -> Mode:
-        """What follows from the mode."""
-        return MODES[self.mode]
 
 
 def fit(path: Path, jetpack: JetPack, swap: str = "auto") -> Fitted:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from onelora_compile.errors import AdapterFileError, BaseMismatchError, ExportError
-from onelora_compile.exporters.jetson.device.core.modes import MODES, Mode
+from onelora_compile.exporters.jetson.device.core.modes import MODES, HasMode
 from onelora_compile.printable import shortened
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
@@ -24,7 +24,7 @@ PRODUCER = f"{_KEY}producer"  # stands in every file that this package wrote
 
 
 @dataclasses.dataclass(frozen=True)
-class Metadata:
+class Metadata(HasMode):
     """The vectors of an ONNX model.
 
     Attributes:
@@ -51,11 +51,6 @@ class Metadata:
     digests: tuple[str, ...] = ()
     sha256: str = ""
     producer: str = f"onelora-compile {__version__}"
-
-    @property
-    def traits(self) -> Mode:
-        """What follows from the mode."""
-        return MODES[self.mode]
 
     def to_props(self) -> dict[str, str]:
         """As entries of `metadata_props`."""

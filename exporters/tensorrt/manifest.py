@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onelora_compile.errors import ExportError, StateError
-from onelora_compile.exporters.jetson.device.core.modes import MODES, Mode
+from onelora_compile.exporters.jetson.device.core.modes import MODES, HasMode
 from onelora_compile.exporters.onnx_file.metadata import Metadata, digest, float32
 from onelora_compile.exporters.tensorrt.library import TITLES, Api
 from onelora_compile.exporters.tensorrt.vectors import hash_files
@@ -38,7 +38,7 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class Manifest(HasMode):
     """All that is known of an engine.
 
     Attributes:
@@ -133,11 +133,6 @@ class Manifest:
             return cls(**_typed({field.name: raw[field.name] for field in dataclasses.fields(cls)}))
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ExportError(f"{path} is not a manifest of an engine, or is damaged: {error!r}") from error
-
-    @property
-    def traits(self) -> Mode:
-        """What follows from the mode."""
-        return MODES[self.mode]
 
     @property
     def metadata(self) -> Metadata:

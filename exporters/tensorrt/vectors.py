@@ -27,7 +27,7 @@ import torch
 
 from onelora_compile.errors import AdapterFileError, ConfigError, StateError, require
 from onelora_compile.exporters.fold.fold import fold_onnx
-from onelora_compile.exporters.jetson.device.core.modes import BASE, EXPORTED, MODES, Mode
+from onelora_compile.exporters.jetson.device.core.modes import BASE, EXPORTED, MODES, HasMode, Mode
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata, digest
 from onelora_compile.printable import shortened
@@ -41,7 +41,7 @@ ENGINE_MODES = ("fold", "input", "bank", "refit")
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class Prepared(HasMode):
     """A model as TensorRT gets it.
 
     Attributes:
@@ -63,11 +63,6 @@ class Prepared:
     losses: dict[str, FoldLoss]
     sha256: str
     changed: bool
-
-    @property
-    def traits(self) -> Mode:
-        """What follows from the mode."""
-        return MODES[self.mode]
 
     def content(self) -> bytes | None:
         """The model's bytes, None where they are those of the file at `path`."""

@@ -194,8 +194,8 @@ def export_onnx(
         held = {name: float32(vector) for name, vector in vectors(adapted).items()} | trained.values
         if mode is not FOLD and "" in held:
             raise ExportError(
-                f"adapters={mode!r}: the {type(adapted).__name__} that was given to adapt is itself the adapted linear "
-                "and its vector has no name to swap it by: adapt a module that holds it, for example "
+                f"adapters={adapters!r}: the {type(adapted).__name__} that was given to adapt is itself the adapted "
+                "linear and its vector has no name to swap it by: adapt a module that holds it, for example "
                 "torch.nn.Sequential(linear), or export with adapters='fold'"
             )
         banked = _read_bank(adapted, trained, bank)

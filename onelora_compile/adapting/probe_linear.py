@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -92,33 +92,20 @@ def _axes_of(module: nn.Module, usual: tuple[int, ...]) -> tuple[tuple[int, ...]
         x, y = _first_call(twin, weight, usual)
     except Exception as error:  # code that nobody knows, on numbers that it may not take
         return None, _why_no_call(module, error)
-    if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
+    if not isinstance(y, Tensor):
         return None, OTHER_OUTPUT.format(found=_shape(y), given=_shape(x))
-    if reason := _other_output(twin, x):
-        return None, reason
+    inputs = [x, *_inputs(x)]
+    outputs = [y, *_calls(twin, inputs[1:])]
+    for given, found in zip(inputs, outputs, strict=True):  # pooling and the choice of a token go by the rank
+        if found is not None and (not isinstance(found, Tensor) or found.shape[:-1] != given.shape[:-1]):
+            return None, OTHER_OUTPUT.format(found=_shape(found), given=_shape(given))
     try:
-        axes = _moved_axes(twin, x)
-        if axes is not None and not _minds_more(twin, x) and not _minds_the_input(twin, x, axes):
+        if (axes := _moved_axes(twin, inputs, outputs)) is not None and not _minds_more(twin, x):
             return axes, ""
     except Exception:  # as above
         pass
     right = y.shape[-1] == getattr(module, "out_features", y.shape[-1])
     return None, "" if right else OTHER_OUTPUT.format(found=_shape(y), given=_shape(x))
-
-
-def _moved_axes(twin: nn.Module, x: Tensor, tolerance: float = _SAME) -> tuple[int, ...] | None:
-    """The input axes of the weight if another weight, which it is given, changes the output by what W x changes."""
-    weight: Any = twin._parameters["weight"]
-    y, before = twin.forward(x), weight.detach().clone()
-    weight.copy_(before.flip(0) * 0.5)
-    other, change = twin.forward(x), before - weight
-    weight.copy_(before)
-    for axes, w in (((1,), change.T), ((0,), change)):
-        if w.shape == (x.shape[-1], y.shape[-1]):
-            expected = x.double() @ w.double()
-            if _close(y.double() - other.double(), expected, tolerance):
-                return axes
-    return None
 
 
 def _inputs(x: Tensor) -> Iterator[Tensor]:
@@ -129,29 +116,44 @@ def _inputs(x: Tensor) -> Iterator[Tensor]:
             yield (rows * size).reshape(*shape, -1).to(dtype or x.dtype)
 
 
-def _other_output(twin: nn.Module, x: Tensor) -> str:
-    """Why there is not one output for each input, whatever their rank: pooling, the choice of a token; else ""."""
-    for given in _inputs(x):
+def _calls(twin: nn.Module, inputs: Sequence[Tensor]) -> list[Any]:
+    """What a module, in the dtype of each input, makes of it; None of what it refuses, which can't be wrong."""
+    weight: Any = twin._parameters["weight"]
+    twins, found = {weight.dtype: twin}, []
+    for given in inputs:
+        if given.dtype not in twins:
+            twins[given.dtype] = copy.deepcopy(twin).to(given.dtype)
         try:
-            y = copy.deepcopy(twin).to(given.dtype).forward(given)
-        except Exception:  # what it refuses is no other map
-            continue
-        if not isinstance(y, Tensor) or y.shape[:-1] != given.shape[:-1]:
-            return OTHER_OUTPUT.format(found=_shape(y), given=_shape(given))
-    return ""
+            found.append(twins[given.dtype].forward(given))
+        except Exception:  # of code that nobody knows
+            found.append(None)
+    return found
 
 
-def _minds_the_input(twin: nn.Module, x: Tensor, axes: tuple[int, ...]) -> bool:
-    """Whether it is another map for inputs of another rank, size or dtype: one that clamps, or goes by the dtype."""
-    for given in _inputs(x):
-        try:
-            tolerance = _SAME if given.dtype == x.dtype else _ROUGH
-            found = _moved_axes(copy.deepcopy(twin).to(given.dtype), given, tolerance)
-        except Exception:  # as above
-            continue
-        if found != axes:
-            return True
-    return False
+def _moved_axes(twin: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Any]) -> tuple[int, ...] | None:
+    """The input axes of the weight if another weight, which it is given, changes each output by what W x changes.
+
+    Another map for inputs of another rank, size or dtype is one that clamps, or goes by the dtype.
+    """
+    weight: Any = twin._parameters["weight"]
+    before = weight.detach().clone()
+    weight.copy_(before.flip(0) * 0.5)
+    others, change = _calls(twin, inputs), before - weight
+    weight.copy_(before)
+    if others[0] is None:
+        return None
+    taken = [one for one in zip(inputs, outputs, others, strict=True) if one[1] is not None and one[2] is not None]
+    for axes, w in (((1,), change.T), ((0,), change)):
+        if all(_moved_by(w, *one) for one in taken):
+            return axes
+    return None
+
+
+def _moved_by(w: Tensor, x: Tensor, y: Tensor, other: Tensor) -> bool:
+    """Whether the outputs of two weights, whose difference is wᵀ, differ by x w."""
+    tolerance = _SAME if x.dtype == w.dtype else _ROUGH
+    fits = w.shape == (x.shape[-1], y.shape[-1])
+    return fits and _close(y.double() - other.double(), (x.to(w.dtype) @ w).double(), tolerance)
 
 
 def _why_no_call(module: nn.Module, error: Exception) -> str:

@@ -54,3 +54,18 @@ BANK = Mode("bank", feeds_ids=True, engines=("bank",))
 REFIT = Mode("refit", takes_files=True, refits=True)
 MODES = {mode.name: mode for mode in (BASE, FOLD, LOAD, INPUT, BANK, REFIT)}
 EXPORTED = ("fold", "load", "input", "bank")  # what `export_onnx(adapters=)` takes
+
+
+class HasMode:
+    """What names its mode, as files do, and is asked what follows; mixed into the descriptions of a model.
+
+    Attributes:
+        mode: a key of `MODES`.
+    """
+
+    mode: str
+
+    @property
+    def traits(self) -> Mode:
+        """What follows from the mode."""
+        return MODES[self.mode]
