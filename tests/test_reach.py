@@ -52,7 +52,15 @@ class Helpers:
         return self
 
 
+@torch.compile(backend="eager")
+def compiled_helper(x, weight):
+    return F.linear(x, weight)
+
+
 class Child(nn.Module):
+    def forward(self, x, weight):
+        return F.linear(x, weight)
+
     def other(self, x, linear):
         return helper(x, linear)
 
@@ -79,6 +87,16 @@ READS = {
     "attrgetter": lambda s, x: F.linear(x, operator.attrgetter("b.weight")(s)),
     "class": lambda s, x: nn.Linear.forward(s.b, x),
     "forward": lambda s, x: nn.Linear.forward(s.b, x) - s.b.bias,
+    "given_to_a_child": lambda s, x: s.child(x, s.b.weight),
+    "while_training": lambda s, x: F.linear(x, s.b.weight) if s.training else s.b(x) - s.b.bias,
+    "in_evaluation": lambda s, x: s.b(x) - s.b.bias if s.training else F.linear(x, s.b.weight),
+    "compiled": lambda s, x: compiled_helper(x, s.b.weight),
+    "vmap": lambda s, x: torch.vmap(lambda row: F.linear(row, s.b.weight))(x),
+    "vmap_of_the_weight": lambda s, x: torch.vmap(torch.mv, in_dims=(None, 0))(s.b.weight, x),
+    "jvp": lambda s, x: torch.func.jvp(lambda v: F.linear(v, s.b.weight), (x,), (x,))[0],
+    "derivative": lambda s, x: torch.func.grad(lambda v: F.linear(v, s.b.weight).sin().sum())(x),
+    "cond": lambda s, x: torch.cond(x.sum() > 0, lambda v: F.linear(v, s.b.weight), lambda v: v @ s.b.weight.T, (x,)),
+    "detached": lambda s, x: F.linear(x, s.b.weight.detach()) + 0 * s.b(x),
 }
 # Uses of the weight of `b`, which is called too, that are no linear op: they see W + vector 1ᵀ, as after a merge.
 READS |= {
@@ -157,5 +175,5 @@ def test_a_weight_that_is_only_asked_for_its_dtype_costs_no_trace(monkeypatch):
         def forward(self, x):
             return about(self.b(x), self.a)
 
-    monkeypatch.setattr("onelora_compile.adapting.trace_weight_uses._traced", lambda module: pytest.fail("traced"))
+    monkeypatch.setattr("onelora_compile.adapting.trace_weight_uses.follow", lambda *args: pytest.fail("followed"))
     assert list(onelora.vectors(onelora.adapt(Model()))) == ["a", "b"]

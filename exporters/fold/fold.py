@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 ON_UNMATCHED = ("error", "skip")
+ON_MISSING_USES = ("error", "allow")
 
 
 def fold_onnx(
@@ -49,6 +50,7 @@ def fold_onnx(
     progress: bool = True,
     calibration: Any = None,
     on_saturation: str = "error",
+    on_missing_uses: str = "error",
 ) -> FoldReport:
     """Put the vectors of an adapter into an ONNX model of its base, whatever tool wrote or changed that.
 
@@ -61,6 +63,10 @@ def fold_onnx(
     Activations that are quantised with fixed ranges clip to what they were in the base.  Updates are added behind such
     quantisers where that is the same; what comes after may still leave its range, which only data can tell.
 
+    A tool may have computed what a weight gives with constants, so that a use of the weight is a number of the file:
+    there the base stays.  The adapter file knows how often the model uses a weight, and a file with fewer uses is
+    refused.  Where it depends on the arguments that the model was called with, the report says how many are missing.
+
     Args:
         base: the model; its weights may be in external files beside it.  It is not changed, unless it is `out` too.  Of
             an export that carries vectors (modes "load", "input", "bank") the base is taken: what is written is a plain
@@ -71,12 +77,13 @@ def fold_onnx(
         calibration: inputs of the model, to measure those ranges and widen the ones that are too narrow: arrays by
             name, or in the inputs' order; one such input, several, or a CalibrationDataReader of ONNX Runtime.
         on_saturation: "error", or "allow" to leave ranges that are unknown, or can't be widened, as they are.
+        on_missing_uses: "error", or "allow" for a file that leaves out a part of the model which uses a weight again.
         progress: show a progress bar if standard error is a terminal.
 
     Raises:
         BaseMismatchError: the model is not the adapter's base.
-        ExportError: vectors have no place, which the message names; ranges may clip them; or not an ONNX model, or a
-            damaged one.
+        ExportError: vectors have no place, or uses of their weights are missing, which the message names; ranges may
+            clip them; or not an ONNX model, or a damaged one.
         ConfigError: `out` is the adapter, or weights of the base; an option that is not one, or calibration inputs
             that do not fit the model.
         MergeError: a result that the weight's dtype can't hold.
@@ -87,6 +94,8 @@ def fold_onnx(
         raise ConfigError(f"on_unmatched={on_unmatched!r} is not one of {', '.join(map(repr, ON_UNMATCHED))}")
     if on_saturation not in ON_SATURATION:
         raise ConfigError(f"on_saturation={on_saturation!r} is not one of {', '.join(map(repr, ON_SATURATION))}")
+    if on_missing_uses not in ON_MISSING_USES:
+        raise ConfigError(f"on_missing_uses={on_missing_uses!r} is not one of {', '.join(map(repr, ON_MISSING_USES))}")
     start = time.perf_counter()
     base, out = Path(base), Path(out)
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
@@ -102,10 +111,11 @@ def fold_onnx(
         with counting(f"fold {base.name}", progress) as count, one_thread():
             _prepare(model)
             folder = _Folder(model, file)
-            known = Known(file.config, frozenset(names_of(model)))
+            known = Known(file.config, frozenset(names_of(model)), file.uses)
             matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints, known)
             folder.refuse(matches)
             _check(matches, file, base, on_unmatched, model.metadata_props)
+            missing = _missing_uses(matches, file, base, on_missing_uses)
             named = ((name, use) for name, places in matches.places.items() for one in places for use in one.uses)
             trained = match_trained(model, file, named, held)
             _check_trained(trained, base, on_unmatched)
@@ -136,6 +146,7 @@ def fold_onnx(
         skipped=matches.unmatched | trained.missing,
         replaced=[name for name in file.saved if name in trained.reads or name in trained.dropped],
         saturation=saturation,
+        missing_uses=missing,
         seconds=time.perf_counter() - start,
     )
 
@@ -180,6 +191,26 @@ def _check(matches: Matches, file: AdapterFile, base: Path, on_unmatched: str, p
             f"{len(matches.unmatched)} of {len(file.vectors)} vectors have no place in {base}: {listed}. Weights of "
             f"the model that no vector took: {free}. Nothing was written; on_unmatched='skip' folds the others"
         )
+
+
+def _missing_uses(matches: Matches, file: AdapterFile, base: Path, on_missing_uses: str) -> dict[str, tuple[int, int]]:
+    """The vectors whose weight the file uses less often than the model may: how often there, and in the model.
+
+    Raises:
+        ExportError: less often than the model does whatever its arguments are.
+    """
+    found = {name: sum(len(place.uses) for place in places) for name, places in matches.places.items()}
+    fewer = {name: (found[name], most) for name, (_, most) in file.uses.items() if found.get(name, most) < most}
+    sure = {name: times for name, times in fewer.items() if times[0] < file.uses[name][0]}
+    if sure and on_missing_uses == "error":
+        listed = shortened([f"{name!r} {there} of {times}" for name, (there, times) in sure.items()], 8)
+        raise ExportError(
+            f"{base} has fewer uses of some weights than one forward of the model: {listed}. The tool that wrote it "
+            "may have computed the others from constants, where the base's numbers would stay. Nothing was written; "
+            "export the adapted model itself, or the base without constant folding; or on_missing_uses='allow', if the "
+            "file leaves out the part of the model that uses them again"
+        )
+    return fewer
 
 
 def _check_trained(places: TrainedPlaces, base: Path, on_unmatched: str) -> None:

@@ -12,6 +12,8 @@ layers with equal weights may share one.  What a file says of an op is a module 
     another module                                the vector's own bias; config adapts it          the vector's
     none, or of no vector; one stored weight      no second vector has these numbers               the vector's
     none, or of no vector; several copies         as above; config adapts every linear             the vector's
+    anything else                                 no second vector has these numbers; as many      the vector's
+                                                  uses as its model has of the weight
     anything else                                 -                                                refused, by name
 """
 
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from onelora_compile.adapting.config import OneLoRAConfig
@@ -41,10 +43,12 @@ class Known:
     Attributes:
         config: with which the model was adapted.
         parameters: names of the file's values.
+        uses: as in `AdapterFile`.
     """
 
     config: OneLoRAConfig = dataclasses.field(default_factory=OneLoRAConfig)
     parameters: Collection[str] = ()
+    uses: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def adapts(self, path: str) -> bool:
         """Whether a linear of this path would have a vector, if it were a module of its own."""
@@ -93,6 +97,8 @@ def decided(name: str, places: Sequence[Place], twins: Sequence[str], known: Kno
     elif not twins and (len(owners) == 1 or known.adapts_all) and _one_layer(owners):
         return list(places)
     unclear = [use for use, owner in owners.items() if owner in (_UNNAMED, _AGAIN, _UNCLEAR)]
+    if (unclear or name not in owners.values()) and not twins and known.uses.get(name, (0, 0))[0] == len(owners):
+        return list(places)
     if unclear or name not in owners.values():
         where = ", ".join(dict.fromkeys(place.weight.name for place in places))
         which = f", used by {_listed(unclear)}" if unclear else ""

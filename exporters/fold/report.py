@@ -36,6 +36,7 @@ class FoldReport(Printable):
         folded: where each vector went.
         skipped: vectors without a place, with the reason; only with `on_unmatched="skip"`.
         saturation: what became of the static quantisers behind the vectors, whose ranges were calibrated on the base.
+        missing_uses: of weights that the file uses less often than the model may: how often there, and in the model.
         replaced: other trained tensors (modules_to_save, norms) that took the place of their base values.
         seconds: wall time.
     """
@@ -46,6 +47,7 @@ class FoldReport(Printable):
     skipped: dict[str, str]
     replaced: list[str]
     saturation: Saturation
+    missing_uses: dict[str, tuple[int, int]]
     seconds: float
 
     def __rich__(self) -> Table:
@@ -61,6 +63,9 @@ class FoldReport(Printable):
             table.add_row(name, "-", f"skipped: {reason}", "-")
         for name in grouped((name, None) for name in self.replaced):
             table.add_row(name, name, "replaced as it was trained", "-")
-        if self.saturation.quantizers:
-            table.caption = str(self.saturation)
+        notes = [str(self.saturation)] if self.saturation.quantizers else []
+        if self.missing_uses:
+            listed = shortened([f"{name} {there} of {times}" for name, (there, times) in self.missing_uses.items()])
+            notes.append(f"uses in the file, of those that the model may have: {listed}; the others stay the base's")
+        table.caption = "; ".join(notes) or None
         return table

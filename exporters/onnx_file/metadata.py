@@ -40,6 +40,7 @@ class Metadata(HasMode):
         digests: of the adapters of a bank, by id: what tells whether a file is one of them.
         sha256: of the vectors that the file was written with, "" for a base.
         producer: what wrote it.
+        uses: as in `AdapterFile`.
     """
 
     mode: str = "base"
@@ -51,6 +52,7 @@ class Metadata(HasMode):
     digests: tuple[str, ...] = ()
     sha256: str = ""
     producer: str = f"onelora-compile {__version__}"
+    uses: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def to_props(self) -> dict[str, str]:
         """As entries of `metadata_props`."""
@@ -64,6 +66,7 @@ class Metadata(HasMode):
             f"{_KEY}digests": json.dumps(list(self.digests)),
             f"{_KEY}adapter_sha256": self.sha256,
             PRODUCER: self.producer,
+            f"{_KEY}uses": json.dumps(dict(self.uses)),
         }
 
     @classmethod
@@ -91,6 +94,7 @@ class Metadata(HasMode):
                 digests=tuple(map(str, json.loads(own.get("digests", "[]")))),
                 sha256=own.get("adapter_sha256", ""),
                 producer=own.get("producer", ""),
+                uses={str(name): (int(a), int(b)) for name, (a, b) in json.loads(own.get("uses", "{}")).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise AdapterFileError(f"{path}: damaged onelora metadata: {error!r}") from error

@@ -93,7 +93,8 @@ def adapter_of(
         chosen = [name for name in saved if not name.endswith(("running_mean", "running_var"))]
         owners = {name.rpartition(".")[0] or name for name in chosen}
         config = OneLoRAConfig(target_modules=list(vectors), modules_to_save=sorted(owners))
-    return AdapterFile(config, vectors, saved, dict(model.fingerprints), producer, dict(model.trained))
+    prints, bases = dict(model.fingerprints), dict(model.trained)
+    return AdapterFile(config, vectors, saved, prints, producer, bases, uses=dict(model.uses))
 
 
 def _read(source: Path, model: Metadata | None) -> tuple[AdapterFile | None, dict[str, np.ndarray]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import io
 import logging
 import os
 import time
@@ -17,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapter import adapted_part, adapted_weights, refuse_disabled, undo_adapt, unwrap, vectors
+from onelora_compile.adapting.adapter import (
+    adapted_part,
+    adapted_weights,
+    refuse_disabled,
+    state_or_none,
+    undo_adapt,
+    unwrap,
+    vectors,
+)
 from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, OneLoRAError, StateError, require
 from onelora_compile.exporters.calls.axes import Axes, axes_of
 from onelora_compile.exporters.calls.names import Names, chosen_names, name_graph
@@ -31,6 +38,7 @@ from onelora_compile.exporters.opsets.lower import lower_opset
 from onelora_compile.exporters.to_onnx.capture import Frozen, Place, freeze
 from onelora_compile.exporters.to_onnx.operators import translations
 from onelora_compile.exporters.to_onnx.place_vectors import Vectors, place_vectors
+from onelora_compile.looking.one_at_a_time import silent
 from onelora_compile.passes.exported.fold_vectors import vector_of
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.progress import steps
@@ -234,6 +242,7 @@ def export_onnx(
             digests=tuple(digest({name: one[name] for name in used if name in one}) for one in banked.values()),
             sha256=digest(held) if held else "",
             producer=f"onelora-compile {__version__}, torch {torch.__version__}",
+            uses=_uses(root),
         )
         ir_model.metadata_props.update(metadata.to_props())
         step("write and verify" if verify else "write")
@@ -332,6 +341,11 @@ def _captured(
         raise ExportError(f"torch.export can't capture {type(root).__name__}: {error}") from error
 
 
+def _uses(root: nn.Module) -> dict[str, tuple[int, int]]:
+    state = state_or_none(adapted_part(root)[1])
+    return {} if state is None else dict(state.uses)
+
+
 def _inside(result: FoldResult, part: str) -> FoldResult:
     """By the names that vectors have in a part of the model."""
     start = f"{part}." if part else ""
@@ -374,7 +388,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with silent("stdout"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

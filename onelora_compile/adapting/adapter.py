@@ -37,6 +37,7 @@ class AdapterState:
         skipped: linear ops without a vector, by name, with the reason.
         not_linear: convolutions and embeddings, with what they are.
         constant: names of vectors whose input a compiled graph showed to sum to one number; see `watch`.
+        uses: how often one forward uses a weight, at least and at most, where that may be more than once.
     """
 
     config: OneLoRAConfig
@@ -45,6 +46,7 @@ class AdapterState:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     not_linear: dict[str, str] = dataclasses.field(default_factory=dict)
     constant: set[str] = dataclasses.field(default_factory=set)
+    uses: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     fast_paths: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
     disabled: int = 0
     enable: Callable[[], None] | None = None
@@ -100,6 +102,7 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
         originals = {name: tensors[name].detach().clone() for name in travelling}
         state = AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals)
         state.skipped, state.not_linear = dict(selection.skipped), dict(selection.not_linear)
+        state.uses = dict(selection.uses)
         setattr(root, STATE, state)
         for parameter in parameters.values():
             parameter.requires_grad_(False)

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dis
 import functools
+import inspect
 import itertools
 import sys
 import types
@@ -44,7 +45,8 @@ def names_in_reach(module: nn.Module, known: Known) -> frozenset[str]:
     seen: set[int] = set()
     for value in vars(module).values():
         parts.update(_code_in(value, seen))
-    children = {type(child) for child in module.children() if not of_library(type(child).__module__)}
+    others = (*module.children(), *_modules_in(list(vars(module).values()), set()))
+    children = {type(one) for one in others if not of_library(type(one).__module__)}
     key = type(module), frozenset(parts), frozenset(children)
     if key not in known:
         known[key] = _names(*key)
@@ -146,6 +148,23 @@ def _code_in(value: Any, seen: set[int]) -> Iterator[Any]:
             yield from _code_in(one, seen)
 
 
+def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
+    """The modules that a container leads to, which are no children."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, (dict, list, tuple, set, frozenset, functools.partial)) and id(value) not in seen:
+        seen.add(id(value))
+        inner = (value.func, value.args, value.keywords) if isinstance(value, functools.partial) else _contents(value)
+        for one in inner:
+            yield from _modules_in(one, seen)
+    elif isinstance(value, types.MethodType):
+        yield from _modules_in(value.__self__, seen)
+    elif isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                yield from _modules_in(cell.cell_contents, seen)
+
+
 def _contents(value: Any) -> list[Any]:
     """What a container holds, or what may hold code of the fields of an object."""
     if isinstance(value, dict):
@@ -156,6 +175,36 @@ def _contents(value: Any) -> list[Any]:
         fields = object.__getattribute__(value, "__dict__").values()
         return [one for one in fields if callable(one) or isinstance(one, dict)]
     return []
+
+
+@functools.cache
+def attributes_named_twice(kind: type) -> frozenset[str]:
+    """What a class's forward, with the methods that it names, takes from an object in more than one place."""
+    counts: collections.Counter[str] = collections.Counter()
+    seen: set[str] = set()
+    left = ["forward", "__call__"]
+    while left:
+        name = left.pop()
+        function = next((vars(one)[name] for one in kind.__mro__ if name in vars(one)), None)
+        function = inspect.unwrap(function) if callable(function) else function
+        if name in seen or not isinstance(function, types.FunctionType) or of_library(function.__module__):
+            continue
+        seen.add(name)
+        taken = list(_taken(function.__code__))
+        counts.update(taken)
+        left += taken
+    return frozenset(name for name, count in counts.items() if count > 1)
+
+
+def _taken(code: types.CodeType) -> Iterator[str]:
+    """Each attribute where code takes it, but for those of which it only reads a parameter."""
+    steps = [one for one in dis.get_instructions(code) if one.opname != "CACHE"]
+    for one, after in itertools.pairwise(steps):
+        if one.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.argval not in ("weight", "bias"):
+            yield str(one.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _taken(constant)
 
 
 @functools.lru_cache(10_000)

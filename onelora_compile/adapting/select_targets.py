@@ -7,12 +7,13 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import nn
 
 from onelora_compile.adapting.adapted_module import Adapted
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.probe_linear import linear_like, may_be_linear, weight_axes
-from onelora_compile.adapting.trace_weight_uses import INSIDE, KEPT, direct_reads
+from onelora_compile.adapting.trace_weight_uses import INSIDE, KEPT, weight_uses
 from onelora_compile.adapting.weight_target import Target, calling, reading, targets_of, vector_key
 from onelora_compile.errors import TargetError
 from onelora_compile.kinds import is_linear, is_plain
@@ -58,12 +59,15 @@ class Selection:
         saved: qualified names of the parameters that are trained as they are.
         skipped: every other weight of a linear op, with the reason.
         not_linear: convolutions and embeddings, which the method does not adapt, with what they are.
+        uses: how often one forward uses a weight, at least and at most, by the name of its vector, where that may be
+            more than once.
     """
 
     targets: dict[str, Target]
     saved: list[str]
     skipped: dict[str, str]
     not_linear: dict[str, str] = dataclasses.field(default_factory=dict)
+    uses: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -126,7 +130,8 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
         raise TargetError(_nothing_selected(model, config, skipped, not_linear))
     for key, target in targets.items():
         _check_adaptable(key, target)
-    return Selection(targets, _saved_parameters(model, config, saved_modules), skipped, not_linear)
+    uses = {key: candidates[key].uses for key in targets if candidates[key].uses[1] > 1}
+    return Selection(targets, _saved_parameters(model, config, saved_modules), skipped, not_linear, uses)
 
 
 def available_targets(model: nn.Module, config: OneLoRAConfig) -> list[str]:
@@ -140,12 +145,16 @@ def available_targets(model: nn.Module, config: OneLoRAConfig) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A weight that could be meant: its target, or why it has none; all names that a pattern may match."""
+    """A weight that could be meant: its target, or why it has none; all names that a pattern may match.
+
+    `uses` is how often a forward of the model uses it, at least and at most.
+    """
 
     module: nn.Module
     names: list[str]
     target: Target | None
     reason: str = ""
+    uses: tuple[int, int] = (1, 1)
 
 
 def _candidates(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str, _Candidate]:
@@ -153,7 +162,8 @@ def _candidates(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str
     called = {module: _called(module) for module in names}
     read: dict[nn.Module, list[tuple[str, Target | None, str]]] = {}
     inside: dict[nn.Module, list[tuple[str, str]]] = {}  # of modules that are linears as they are called
-    for found in direct_reads(model, {module for module, (target, _) in called.items() if target is not None}):
+    uses = weight_uses(model, {module for module, (target, _) in called.items() if target is not None})
+    for found in uses.reads:
         module, dims, why = found.module, found.dims, found.why
         if isinstance(module, _CONVOLUTIONS) or (dims is None and called[module][1] not in ("", *NOT_LINEAR)):
             continue  # known by its call
@@ -182,6 +192,10 @@ def _candidates(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str
                 result[aliases[0]] = _Candidate(module, aliases, own, why)
             for parameter, why in inside.get(module, ()):
                 result[vector_key(aliases[0], parameter)] = _Candidate(module, [], None, why)
+    for key, candidate in result.items():
+        if candidate.target is not None:
+            often = uses.times.get((candidate.module, candidate.target.parameter), (1, 1))
+            result[key] = dataclasses.replace(candidate, uses=often)
     return result
 
 
@@ -212,6 +226,8 @@ def _called(module: nn.Module) -> tuple[Target | None, str]:
     """The target of a module that is called, or why it has none; neither for a module that is no op of weights."""
     if isinstance(module, Adapted):
         return targets_of(module)[0], ""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None, ""
     if is_linear(module):
         dims, reason = weight_axes(module)
         return (None, reason) if reason else (calling(module, dims), "")

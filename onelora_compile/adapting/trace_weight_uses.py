@@ -9,32 +9,45 @@ what it misses is found, and named in a warning, when a graph of the model is ca
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import dataclasses
-import inspect
-import io
-from collections.abc import Container, Iterator
+import functools
+import itertools
+import operator
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from onelora_compile.adapting.reachable_names import Known, names_in_reach
+from onelora_compile.adapting.entries import Entry, entries
+from onelora_compile.adapting.follow_forward import PAST as PAST_MARK
+from onelora_compile.adapting.follow_forward import Followed, follow, not_entered, output_of_a_script
+from onelora_compile.adapting.holders import Holders, References, of_torch
+from onelora_compile.adapting.reachable_names import Known, attributes_named_twice, names_in_reach
 from onelora_compile.kinds import is_conv1d, is_linear, is_plain
 from onelora_compile.looking.untouched import Kept, silently
+from onelora_compile.passes.sites.contractions import CONTRACTIONS
 from onelora_compile.passes.sites.linear_site import match_linear
-from onelora_compile.passes.sites.other_uses import other_reads, other_uses
-from onelora_compile.passes.sites.weight_path import input_axes, run_of_shapes
+from onelora_compile.passes.sites.operators import op_name
+from onelora_compile.passes.sites.other_uses import ASK, other_uses, users
+from onelora_compile.passes.sites.weight_path import input_axes
 
+_Counts = collections.Counter[Any]  # of modules, calls; of (module, parameter), uses
+_NONE: _Counts = collections.Counter()
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
-_PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
-_MOST_ANSWERS = 1000  # then a loop on values is taken for endless
 BOTH_WAYS = "its weight is used as W and as its transpose: one vector can't be both"
 INSIDE = "used in the forward of a linear that is adapted by its own weight or output"
 MIXED = "used as a view that mixes its axes, so which of them are inputs can't be told"
 PAST = "taken out of a dictionary or a list of parameters, where it can't be handed out adapted"
 KEPT = (BOTH_WAYS, PAST)  # reasons that no other use of the weight takes away
 READ = "read besides by an op that is no linear one"
+GIVEN = "given to a function of torch.jit.script, which nothing can follow" + ASK
+SCRIPTED = "in a module of torch.jit.script, whose code nothing can be added to"
+NOT_FOLLOWED = (
+    "the forward of {kind} can't be followed without values ({error}), so whether it is the weight of a linear op "
+    "can't be told: name it, with its input axis, in target_parameters if it is"
+)
 # `forward`: of a class, nn.Linear.forward(self.child, x), is no call of the child.
 _OF_PARAMETERS = {"weight", "_parameters", "parameters", "named_parameters", "get_parameter", "state_dict", "forward"}
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -50,6 +63,7 @@ class DirectRead:
         dims: its input axes; None where they are not known.
         convolution: whether it is used by a convolution.
         why: why they are not known.
+        own: whether the forward of that module reads it.
     """
 
     module: nn.Module
@@ -57,20 +71,35 @@ class DirectRead:
     dims: tuple[int, ...] | None
     convolution: bool = False
     why: str = ""
+    own: bool = True
 
 
-def direct_reads(model: nn.Module, called: Container[nn.Module] = ()) -> list[DirectRead]:
-    """The weights that the modules of a model read themselves, each once.
+@dataclasses.dataclass(frozen=True)
+class WeightUses:
+    """How the code of a model uses its weights.
+
+    Attributes:
+        reads: the weights that modules read themselves, each once.
+        times: how often one forward of the model uses a weight, by a call of the linear or a read, where that may be
+            more than once: at least, and with other arguments; by module and parameter.
+    """
+
+    reads: list[DirectRead]
+    times: dict[tuple[nn.Module, str], tuple[int, int]]
+
+
+def weight_uses(model: nn.Module, called: Container[nn.Module] = ()) -> WeightUses:
+    """The weights that the modules of a model read themselves, and how often weights are used.
 
     Args:
         model: the model.
         called: modules that are linears as they are called, so that what they do inside is known.
     """
     found: dict[tuple[nn.Module, str], DirectRead] = {}
-    known_names: Known = {}
+    code = _Code(model, called)
     for module in model.modules():
-        for read in _reads_of(module, known_names) if module not in called or _holds_more(module) else ():
-            if module in called and read.module is module:
+        for read in code.reads(module):
+            if module in called and read.module is module and read.own:
                 if read.parameter == "weight":
                     continue
                 read = dataclasses.replace(read, dims=None, why=INSIDE)
@@ -82,7 +111,7 @@ def direct_reads(model: nn.Module, called: Container[nn.Module] = ()) -> list[Di
                 found[key] = read
             elif None not in (known.dims, read.dims) and known.dims != read.dims:
                 found[key] = dataclasses.replace(known, dims=None, why=BOTH_WAYS)
-    return [*found.values(), *_by_other_names(model, found)]
+    return WeightUses([*found.values(), *_by_other_names(model, found)], code.times())
 
 
 def _by_other_names(model: nn.Module, found: dict[tuple[nn.Module, str], DirectRead]) -> Iterator[DirectRead]:
@@ -100,14 +129,186 @@ def _by_other_names(model: nn.Module, found: dict[tuple[nn.Module, str], DirectR
                 yield dataclasses.replace(read, module=module, parameter=name)
 
 
-def _reads_of(module: nn.Module, known: Known) -> Iterator[DirectRead]:
-    if isinstance(module, nn.MultiheadAttention):
-        # Known: torch/nn/modules/activation.py hands them to one function.
-        packed = (name for name in _PACKED if module._parameters.get(name) is not None)
-        yield from (DirectRead(module, name, (1,)) for name in packed)
-        yield DirectRead(module.out_proj, "weight", (1,))
-    elif _holds_weights(module) or (next(module.children(), None) is not None and _names_weights(module, known)):
-        yield from _traced(module)
+class _Code:
+    """Follows the code of a model's modules, where it could read a weight or call a linear more than once."""
+
+    def __init__(self, model: nn.Module, called: Container[nn.Module]) -> None:
+        self._model = model
+        self._called = called
+        self._names: Known = {}
+        self._holders = Holders(model)
+        self._references = References(self._holders)
+        self._counted: dict[Any, tuple[dict[str, int], dict[str, int]]] = {}
+        self._known: set[nn.Module] = set()  # whose calls are counted
+        self._least: _Counts = collections.Counter()
+        self._most: _Counts = collections.Counter()
+
+    def reads(self, module: nn.Module) -> Iterator[DirectRead]:
+        """What the code of one module reads, without that of its children."""
+        if isinstance(module, nn.MultiheadAttention):
+            # Known: torch/nn/modules/activation.py hands them to one function.
+            packed = (name for name in _PACKED if module._parameters.get(name) is not None)
+            yield from (DirectRead(module, name, (1,)) for name in packed)
+            yield DirectRead(module.out_proj, "weight", (1,), own=False)
+        elif isinstance(module, torch.jit.ScriptModule):
+            yield from (DirectRead(module, name, None, why=SCRIPTED) for name in _matrices(module))
+        elif self._may_read(module) or (self._inside(module) and _holds_weights(module)):
+            yield from self._followed(module)
+        elif self._inside(module) and self._calls_twice(module):
+            self._count_calls(module)
+
+    def times(self) -> dict[tuple[nn.Module, str], tuple[int, int]]:
+        """How often one forward uses each weight, at least and at most, where that may be more than once."""
+        self._count_calls_of_read()
+        least, most = self._times(self._least), self._times(self._most)
+        return {key: (least.get(key, 1), times) for key, times in most.items() if times > 1}
+
+    def _count_calls_of_read(self) -> None:
+        """A linear whose weight is read somewhere may be called elsewhere besides."""
+        parents = {child: module for module in self._model.modules() for child in module.children()}
+        for module in self._model.modules():
+            if module not in self._called or not self._most[module, "weight"] or self._most[module]:
+                continue
+            parent = parents.get(module)
+            while isinstance(parent, (nn.ModuleList, nn.ModuleDict)):
+                parent = parents.get(parent)
+            if isinstance(parent, nn.Sequential):
+                self._least[module] = self._most[module] = 1
+            elif parent is not None and parent not in self._known and self._inside(parent):
+                self._count_calls(parent)
+
+    def _times(self, counts: _Counts) -> dict[tuple[nn.Module, str], int]:
+        within = {self._model: 1}  # how often a module runs
+        for module in self._model.modules():
+            for child in module.children():
+                within[child] = max(within.get(child, 1), within[module] * max(1, counts[child]))
+        found: dict[tuple[nn.Module, str], int] = {}
+        for module in self._model.modules():
+            for name in _matrices(module):
+                found[module, name] = within[module] * counts[module, name]
+            if module in self._called:  # of which not every call is seen
+                uses = counts[module] + counts[module, "weight"]
+                found[module, "weight"] = within[module] // max(1, counts[module]) * max(1, uses)
+        return found
+
+    def _inside(self, module: nn.Module) -> bool:
+        """Whether what the forward of a module does with its own weight is not known."""
+        return module not in self._called or _holds_more(module)
+
+    def _may_read(self, module: nn.Module) -> bool:
+        """Whether code that a call of the module runs names the weight of a module, or refers to a parameter."""
+        refers, holds = self._references.of(module)
+        kind: Any = type(module)
+        alone = next(module.children(), None) is None and kind.__call__ is nn.Module.__call__
+        if holds or (alone and not refers):
+            return holds
+        return not _OF_PARAMETERS.isdisjoint(names_in_reach(module, self._names))
+
+    def _calls_twice(self, module: nn.Module) -> bool:
+        """Whether the code names a child twice that is a linear which is called, or holds one."""
+        kind: Any = type(module)  # mypy takes a class of modules for unhashable
+        twice = attributes_named_twice(kind)
+        mine = (child for name, child in module.named_children() if name in twice)
+        return any(one in self._called for child in mine for one in child.modules())
+
+    def _followed(self, module: nn.Module) -> Iterator[DirectRead]:
+        self._known.add(module)
+        modes = (False, True) if "training" in names_in_reach(module, self._names) else (False,)
+        for entry, ways in self._ways(module, modes):
+            for way in (way for _, way in ways):
+                yield from (dataclasses.replace(read, own=entry.forward) for read in _reads(way))
+            least, most = _bounds([way for training, way in ways if not training])
+            self._least += least
+            self._most += most
+            if all(way.error for _, way in ways):
+                yield from self._not_followed(module, ways[0][1].error)
+
+    def _count_calls(self, module: nn.Module) -> None:
+        """Of a module that reads nothing; modules of one class that differ in numbers alone are taken for alike."""
+        self._known.add(module)
+        fields = ((name, value) for name, value in vars(module).items() if type(value) in (bool, str, type(None)))
+        key = (type(module), *fields, *((name, type(child)) for name, child in module.named_modules()))
+        if key not in self._counted:
+            names = {child: name for name, child in module.named_modules()}
+            bounds = [_bounds([way for _, way in ways]) for _, ways in self._ways(module, (False,))]
+            bounds.append((_NONE, _NONE))
+            self._counted[key] = tuple(  # type: ignore[assignment]
+                {names[one]: count for one, count in sum(counts, _NONE).items() if one in names}
+                for counts in zip(*bounds, strict=True)
+            )
+        for total, counted in zip((self._least, self._most), self._counted[key], strict=True):
+            total.update({module.get_submodule(name): count for name, count in counted.items()})
+
+    def _ways(self, module: nn.Module, modes: Sequence[bool]) -> Iterator[tuple[Entry, list[tuple[bool, Followed]]]]:
+        """The code that a call of a module runs, with the ways through it in each mode."""
+        kept = Kept(module, instead={torch.jit.ScriptFunction: not_entered})
+        inside = Holders(module)
+        for entry in entries(module):
+            if entry.forward and not (self._inside(module) and ("forward" in vars(module) or not of_torch(module))):
+                continue
+            ways: list[tuple[bool, Followed]] = []
+            for one in (entry, entry.by_place):
+                if one is None or any(not way.error for _, way in ways):
+                    continue
+                for values, training in itertools.product(one.arguments, modes):
+                    for answer in (False, True):
+                        with kept:
+                            way = silently(follow, module, one, values, answer, training, self._holders, inside)
+                        ways.append((training, way))
+                        if not way.asked:
+                            break
+            yield entry, ways
+
+    def _not_followed(self, module: nn.Module, error: str) -> Iterator[DirectRead]:
+        """Whatever the code may read: parameters of the module, which are named, and weights of its linears."""
+        why = NOT_FOLLOWED.format(kind=type(module).__name__, error=error)
+        yield from (DirectRead(module, name, None, why=why) for name in _matrices(module))
+        named = names_in_reach(module, self._names)
+        if _OF_PARAMETERS.isdisjoint(named):
+            return
+        for name, child in module.named_modules():
+            if child in self._called and name.rpartition(".")[2] in named:
+                yield DirectRead(child, "weight", None, why=READ, own=False)
+
+
+def _reads(way: Followed) -> Iterator[DirectRead]:
+    """The weights of one graph."""
+    for site in match_linear(way.gm):
+        if site.chain is None or (held := _parameter(way, site.chain.root)) is None:
+            continue
+        past = PAST_MARK in site.chain.root.meta
+        dims = None if past else input_axes(site.chain, held[2].shape, site.axes)
+        yield DirectRead(*held[:2], dims, site.kind == "conv", PAST if past else MIXED if dims is None else "")
+    for use in other_uses(way.gm):
+        if (held := _parameter(way, use.root)) is not None:
+            yield DirectRead(*held[:2], None, why=use.reason)
+    for node, root in users(way.gm):
+        if op_name(node).removesuffix("_") in CONTRACTIONS or (held := _parameter(way, root)) is None:
+            continue
+        why = PAST if PAST_MARK in root.meta else GIVEN if node.target is output_of_a_script else READ
+        yield DirectRead(*held[:2], None, why=why)
+
+
+def _bounds(ways: Sequence[Followed]) -> tuple[_Counts, _Counts]:
+    """How often modules are called and weights used, by one way at least, and at most."""
+    whole = [way for way in ways if not way.error] or ways
+    least = functools.reduce(operator.and_, map(_counts, whole))
+    return least, functools.reduce(operator.or_, map(_counts, ways))
+
+
+def _counts(way: Followed) -> _Counts:
+    roots = (str(root.target) for _, root in users(way.gm))
+    uses: _Counts = collections.Counter(way.held[root] for root in roots if root in way.held)
+    return way.calls + uses
+
+
+def _parameter(way: Followed, root: fx.Node) -> tuple[nn.Module, str, Tensor] | None:
+    """The module that holds a parameter of the graph, its name there, and it; None for what can't be a weight."""
+    held = way.held.get(str(root.target))
+    weight = held[0]._parameters[held[1]] if held is not None else None
+    if held is None or weight is None or weight.ndim < 2 or not is_plain(weight):
+        return None
+    return *held, weight
 
 
 def _holds_more(module: nn.Module) -> bool:
@@ -117,192 +318,12 @@ def _holds_more(module: nn.Module) -> bool:
 
 def _holds_weights(module: nn.Module) -> bool:
     """Whether the module has parameters of its own that could be weights, or a child that is a list of them."""
-    if type(module).__module__.startswith("torch.nn."):
+    if of_torch(module):
         return False
     lists = [child for child in module.children() if isinstance(child, _CONTAINERS)]
-    own = [parameter for holder in (module, *lists) for parameter in holder._parameters.values()]
-    return any(parameter is not None and parameter.ndim >= 2 and is_plain(parameter) for parameter in own)
+    return any(map(_matrices, (module, *lists)))
 
 
-def _names_weights(module: nn.Module, known: Known) -> bool:
-    """Whether code that the forward can reach names the weight of a module, or the parameters of one."""
-    return not _OF_PARAMETERS.isdisjoint(names_in_reach(module, known))
-
-
-def _traced(module: nn.Module) -> Iterator[DirectRead]:
-    kept = Kept(module)
-    for gm in _traces(module, kept):
-        for site in match_linear(gm):
-            if site.chain is None or (held := _parameter(module, site.chain.root)) is None:
-                continue
-            dims = None if (past := _PAST in site.chain.root.meta) else input_axes(site.chain, held[2].shape, site.axes)
-            yield DirectRead(*held[:2], dims, site.kind == "conv", PAST if past else MIXED if dims is None else "")
-        for use in other_uses(gm):
-            if (held := _parameter(module, use.root)) is not None:
-                yield DirectRead(*held[:2], None, why=use.reason)
-        for root in other_reads(gm):
-            if (held := _parameter(module, root)) is not None:
-                yield DirectRead(*held[:2], None, why=PAST if _PAST in root.meta else READ)
-
-
-def _traces(module: nn.Module, kept: Kept) -> Iterator[fx.GraphModule]:
-    """The graph for every pair of answers that makes a difference; the module is as before after each."""
-    plain = inspect.signature(type(module).forward).parameters.values()
-    for defaults in (True, False) if any(one.default is not one.empty for one in plain) else (True,):
-        for answer in (False, True):
-            with kept:
-                gm, asked = silently(_trace, module, answer, defaults)
-            yield gm
-            if not asked:
-                break
-
-
-def _parameter(module: nn.Module, root: fx.Node) -> tuple[nn.Module, str, Tensor] | None:
-    """The module that holds a parameter of the graph, its name there, and it; None if it can't be a weight."""
-    path, _, name = str(root.target).rpartition(".")
-    holder = module.get_submodule(path)
-    weight = holder._parameters.get(name)
-    return None if weight is None or not is_plain(weight) or weight.ndim < 2 else (holder, name, weight)
-
-
-def _trace(module: nn.Module, answer: bool, defaults: bool) -> tuple[fx.GraphModule, int]:
-    """The graph of one forward, as far as it can be followed, and how many answers it asked for.
-
-    Args:
-        module: whose forward.
-        answer: what an `if` on a value goes by.
-        defaults: whether arguments with a default keep it, or are values as the others.
-    """
-    # A module of its own, as the class is another; what the forward changes elsewhere is put back by `Kept`.
-    shadow = object.__new__(_with_plain_forward(type(module), defaults))
-    shadow.__dict__.update(module.__dict__)
-    for name in ("_parameters", "_buffers", "_modules"):
-        shadow.__dict__[name] = dict(getattr(module, name))
-    tracer = _Tracer(answer)
-    try:
-        # What the code prints is about values that it does not have.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            graph = tracer.trace(shadow)
-    except Exception:  # the user's code on values that it does not expect may raise anything
-        graph = tracer.graph
-        graph.output(None)
-    for node in graph.nodes:
-        tracer.note(node)
-    return fx.GraphModule(shadow, graph), tracer.asked
-
-
-def _with_plain_forward(kind: type[nn.Module], defaults: bool) -> Any:
-    """A subclass whose forward has one plain argument for each value that the real one is given.
-
-    `torch.fx` reads the arguments off the code object, and stumbles over decorators, `*args` and `**kwargs`.
-    """
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
-    plain = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    given = [one.name for one in plain if one.default is one.empty or not defaults]
-    if any(one.kind is one.VAR_POSITIONAL for one in parameters) and not given:
-        given = ["value"]
-    names = "".join(f", value_{i}" for i in range(len(given)))
-    code = f"lambda self{names}: run(self{names})"
-    return type(kind.__name__, (kind,), {"forward": eval(code, {"run": kind.forward})})
-
-
-def _output_of_a_module(*args: Any, **kwargs: Any) -> None:
-    """Stands in the graph for the call of a submodule."""
-
-
-class _Value(fx.Proxy):
-    """A value of which code may ask more than a graph can hold: its length, or a number. It is 1."""
-
-    def __len__(self) -> int:
-        return self.tracer.length(self)  # type: ignore[attr-defined]
-
-    def __index__(self) -> int:
-        return 1
-
-    def __int__(self) -> int:
-        return 1
-
-    def __float__(self) -> float:
-        return 1.0
-
-
-def _storage(tensor: Tensor) -> int:
-    """What tells whether two tensors share memory; 0 where there is none."""
-    return tensor.data_ptr() if tensor.layout == torch.strided and not tensor.is_meta and is_plain(tensor) else 0
-
-
-def _stored_parameter(module: nn.Module, target: str) -> Any:
-    """Stands for `get_parameter`, which takes nothing but an `nn.Parameter`: no proxy, and no adapted weight either."""
-    path, _, name = target.rpartition(".")
-    return module.get_submodule(path)._parameters[name]
-
-
-class _Tracer(fx.Tracer):
-    """Follows one forward; submodules are not entered."""
-
-    def __init__(self, answer: bool) -> None:
-        super().__init__()
-        self.answer = answer
-        self.asked = 0
-        self.proxy_buffer_attributes = True
-        self.stored: dict[int, nn.Parameter] = {}
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """The graph of the forward of a module."""
-        self.stored = {_storage(parameter): parameter for parameter in root.parameters() if is_plain(parameter)}
-        own = nn.Module.get_parameter
-        nn.Module.get_parameter = _stored_parameter  # type: ignore[method-assign, assignment]
-        try:
-            return super().trace(root, concrete_args)
-        finally:
-            nn.Module.get_parameter = own  # type: ignore[method-assign]
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Some value: a submodule is traced on its own, and one that is not registered is no part of the model."""
-        del m, forward
-        return self.create_proxy("call_function", _output_of_a_module, args, kwargs)
-
-    def create_arg(self, a: Any) -> Any:
-        """A parameter that the code did not read as an attribute, where it would be a proxy, is marked."""
-        known = self.stored.get(_storage(a)) if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) else None
-        argument = super().create_arg(a if known is None else known)  # what state_dict() holds shares memory
-        if (known is not None or isinstance(a, nn.Parameter)) and isinstance(argument, fx.Node):
-            argument.meta[_PAST] = True
-        return argument
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        """What an `if` on a value goes by."""
-        self.asked += 1
-        if self.asked > _MOST_ANSWERS:
-            raise fx.proxy.TraceError("a loop that depends on values")
-        return self.answer
-
-    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
-        """The parts of a weight, or one stand-in for the parts of anything else."""
-        parts: Any = obj
-        return iter([parts[i] for i in range(self.length(obj))])
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """What the code gets to see of a node."""
-        return _Value(node, self)
-
-    def length(self, obj: fx.Proxy) -> int:
-        """How many parts a value has, as far as it is known."""
-        self.note(obj.node)
-        value = obj.node.meta.get("val")
-        return len(value) if isinstance(value, (tuple, Tensor)) else 1
-
-    def note(self, node: fx.Node) -> None:
-        """Leave on a node that is a parameter, or a view of one, what it would be, without memory."""
-        if "val" in node.meta:
-            return
-        node.meta["val"] = None
-        if node.op == "get_attr":
-            value: Any = self.root
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            if isinstance(value, Tensor):
-                node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        elif node.args and isinstance(node.args[0], fx.Node):
-            self.note(node.args[0])
-            run_of_shapes(node)
+def _matrices(module: nn.Module) -> list[str]:
+    """The names of the module's parameters that could be weights."""
+    return [name for name, p in module._parameters.items() if p is not None and p.ndim > 1 and is_plain(p)]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,12 +40,11 @@ from onelora_compile.adapting.weight_target import Target
 from onelora_compile.dynamo import private_api
 from onelora_compile.errors import OneLoRAWarning, StateError
 from onelora_compile.kinds import is_conv1d
+from onelora_compile.looking.one_at_a_time import LOOKING
 from onelora_compile.passes.graph.subgraphs import scopes
 from onelora_compile.passes.insert_updates import insert_rank1, insert_weight
 from onelora_compile.passes.sites.linear_site import LinearSite, match_linear
 from onelora_compile.printable import shortened
-
-_one_at_a_time = threading.RLock()
 
 Note = Callable[[fx.GraphModule, Sequence[Any], AdapterState], None]
 
@@ -87,7 +85,7 @@ class FirstCall:
             TargetError: there is nothing to adapt.
             StateError: another thread has adapted and trained a model since this call was captured.
         """
-        with _one_at_a_time:
+        with LOOKING:
             models = self.present()
             adapted: list[nn.Module] = []
             try:

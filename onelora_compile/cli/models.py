@@ -98,6 +98,9 @@ def fold(
     keep_ranges: Annotated[
         bool, typer.Option("--keep-ranges", help="Let quantised activations clip what vectors add.")
     ] = False,
+    fewer: Annotated[
+        bool, typer.Option("--allow-missing-uses", help="The file leaves out a part that uses a weight again.")
+    ] = False,
 ) -> FoldReport:
     """Put an adapter into the weights of an ONNX model, without PyTorch's model."""
     from onelora_compile.exporters import fold_onnx
@@ -111,6 +114,7 @@ def fold(
         on_unmatched="skip" if skip else "error",
         calibration=[load_arrays(path) for path in calibration] if calibration else None,
         on_saturation="allow" if keep_ranges else "error",
+        on_missing_uses="allow" if fewer else "error",
     )
 
 

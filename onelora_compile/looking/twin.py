@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-import io
 import random
 import sys
 import warnings
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from onelora_compile.looking.one_at_a_time import LOOKING, silent
 
 _OWN = ("torch", "builtins", "onelora_compile")
 _CONTAINERS = (list, dict, set, collections.deque)
@@ -58,28 +59,28 @@ def _hooks(name: str) -> bool:
 @contextlib.contextmanager
 def no_trace(module: nn.Module) -> Iterator[None]:
     """Inside the block the code of the module may run: afterwards what it may have changed is as it was."""
-    devices = sorted({t.device.index or 0 for t in (*module.parameters(), *module.buffers()) if t.is_cuda})
-    kept = [(home, _contents(home)) for home in _homes(module)]
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None else None
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            torch.random.fork_rng(devices),
-            torch.no_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-            torch.compiler.set_stance("force_eager"),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(state)
-        for home, contents in kept:
-            _restore(home, contents)
+    with LOOKING:
+        devices = sorted({t.device.index or 0 for t in (*module.parameters(), *module.buffers()) if t.is_cuda})
+        kept = [(home, _contents(home)) for home in _homes(module)]
+        python, numpy = random.getstate(), sys.modules.get("numpy")
+        state = numpy.random.get_state() if numpy is not None else None
+        try:
+            with (
+                warnings.catch_warnings(action="ignore"),
+                torch.random.fork_rng(devices),
+                torch.no_grad(),
+                torch.autocast("cpu", enabled=False),
+                torch.autocast("cuda", enabled=False),
+                torch.compiler.set_stance("force_eager"),
+                silent("stdout", "stderr"),
+            ):
+                yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(state)
+            for home, contents in kept:
+                _restore(home, contents)
 
 
 def _homes(module: nn.Module) -> list[Any]:

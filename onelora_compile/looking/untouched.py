@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.looking import undo
+from onelora_compile.looking.one_at_a_time import LOOKING
 
 # Code of these is not looked into: a forward changes none of its state, but for what is kept by name below.
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "onelora_compile"}
@@ -47,10 +48,14 @@ class Kept:
     Args:
         roots: modules, functions, arguments of a call.
         tensors: copy all tensors but parameters at once, for code whose operators can't be watched.
+        instead: makes what stands for an object of some class while the code runs.
     """
 
-    def __init__(self, *roots: Any, tensors: bool = False) -> None:
+    def __init__(
+        self, *roots: Any, tensors: bool = False, instead: Mapping[type, Callable[[Any], Any]] | None = None
+    ) -> None:
         self._copy_tensors = tensors
+        self._stand_ins = dict(instead or {})
         self._undo: list[undo.Undo] = []
         self._seen: dict[int, Any] = {}
         self._names: set[str] = set()
@@ -59,13 +64,15 @@ class Kept:
         self._empty: list[Any] = []
         self._left: list[Any] = [*roots, logging.Logger]  # where libraries put their `warning_once`
         self._new_names = {"forward"}  # named by no code of the user
-        while self._left:
-            self._visit(self._left.pop())
-            if not self._left:
-                self._mention()
+        with LOOKING:  # what another thread has changed for a while is not how it was
+            while self._left:
+                self._visit(self._left.pop())
+                if not self._left:
+                    self._mention()
 
     def __enter__(self) -> None:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(LOOKING)
             stack.callback(self.restore)
             stack.enter_context(undo.random_states())
             stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
@@ -161,6 +168,9 @@ class Kept:
                 self._binding(holder, name, bindings[name])
 
     def _binding(self, holder: Any, name: str, value: Any) -> None:
+        if (stand_in := self._stand_ins.get(type(value))) is not None:
+            self._undo.append(functools.partial(_assign, holder, name, value))
+            self._instead.append((holder, name, lambda: stand_in(value)))
         if isinstance(value, _CACHED) and not of_library(getattr(value, "__module__", None)):
             # Put back by itself: classes of libraries are not kept as a whole.
             self._undo.append(functools.partial(_assign, holder, name, value))

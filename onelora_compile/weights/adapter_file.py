@@ -6,7 +6,8 @@ Layout, format version 1
                 `<parameter or buffer name>`  as trained: modules_to_save, norms, batch-norm statistics
     metadata    format = "onelora", format_version = "1", config, fingerprints (JSON), producer; saved_fingerprints,
                 saved_aliases (JSON): of the base values of what is stored as trained, and the other names of tied ones;
-                older versions wrote neither
+                uses (JSON): how often one forward uses a weight, [at least, at most], where that may be more than once;
+                older versions wrote none of these
 A name is a vector's if and only if `fingerprints` holds it.
 """
 
@@ -67,6 +68,7 @@ class AdapterFile:
         bases: fingerprints of the values that `saved` had before training, of floating tensors; empty if an older
             version wrote the file.
         aliases: of trained parameters that are tied to others, the names of these.
+        uses: how often one forward of the model uses a weight, at least and at most, where that may be more than once.
     """
 
     config: OneLoRAConfig
@@ -76,6 +78,7 @@ class AdapterFile:
     producer: str
     bases: dict[str, Fingerprint] = dataclasses.field(default_factory=dict)
     aliases: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    uses: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -103,7 +106,7 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     targets = over_weights("fingerprint of the base", adapted_weights(root))
     prints = {name: fingerprint_of(target) for name, target in targets}
     tied = _tied(root, state)
-    file = AdapterFile(state.config, tensors, extra, prints, "", bases_of(state.originals), tied)
+    file = AdapterFile(state.config, tensors, extra, prints, "", bases_of(state.originals), tied, state.uses)
     with together(list(root.parameters()), Path(path)) as mine:
         if mine:
             with replacing(path) as beside:
@@ -137,6 +140,7 @@ def write_adapter(file: AdapterFile, path: PathLike) -> None:
         "fingerprints": json.dumps({name: one.to_json() for name, one in file.fingerprints.items()}),
         "saved_fingerprints": json.dumps({name: one.to_json() for name, one in file.bases.items()}),
         "saved_aliases": json.dumps(file.aliases),
+        "uses": json.dumps(file.uses),
     }
     save_file({name: tensor.contiguous() for name, tensor in file.tensors.items()}, path, metadata)
 
@@ -202,6 +206,7 @@ def read_adapter(path: PathLike) -> AdapterFile:
         bases = {name: Fingerprint.from_json(fields) for name, fields in raw.items()}
         raw = json.loads(metadata.get("saved_aliases", "{}"))
         aliases = {name: tuple(map(str, others)) for name, others in raw.items()}
+        uses = {name: (int(a), int(b)) for name, (a, b) in json.loads(metadata.get("uses", "{}")).items()}
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise AdapterFileError(f"{path}: damaged metadata: {error}") from error
     if missing := sorted(set(prints) - set(tensors)):
@@ -219,7 +224,7 @@ def read_adapter(path: PathLike) -> AdapterFile:
     saved = {name: tensor for name, tensor in tensors.items() if name not in prints}
     if strange := sorted(set(bases) - set(saved)):
         raise AdapterFileError(f"{path}: the file names trained tensors that it does not hold: {shortened(strange)}")
-    return AdapterFile(config, found, saved, prints, metadata.get("producer", "unknown"), bases, aliases)
+    return AdapterFile(config, found, saved, prints, metadata.get("producer", "unknown"), bases, aliases, uses)
 
 
 def attach_like(root: nn.Module, file: AdapterFile, path: PathLike) -> AdapterState:
@@ -243,7 +248,7 @@ def attach_like(root: nn.Module, file: AdapterFile, path: PathLike) -> AdapterSt
     except ValueError as error:
         raise AdapterFileError(f"{path} does not fit {type(root).__name__}: {error}") from error
     targets = {name: chosen.targets[name] for name in file.vectors}
-    attach_vectors(root, Selection(targets, chosen.saved, chosen.skipped, chosen.not_linear), file.config)
+    attach_vectors(root, Selection(targets, chosen.saved, chosen.skipped, chosen.not_linear, chosen.uses), file.config)
     return state_of(root, "load")
 
 

@@ -65,17 +65,13 @@ def other_uses(gm: fx.GraphModule, parameters: Collection[fx.Node] = ()) -> list
     return [use for node in gm.graph.nodes for use in _uses(gm, node, chains, made_of)]
 
 
-def other_reads(gm: fx.GraphModule) -> list[fx.Node]:
-    """The parameters whose values an op gets that is no contraction: a penalty, an element, a comparison."""
+def users(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Every op that gets the values of a parameter, with the node of that: linear ops, a penalty, a comparison."""
     chains = weight_chains(gm)
-    found = []
     for node in gm.graph.nodes:
-        if node.op not in ("call_function", "call_method") or node in chains or _tells_of_no_value(node):
-            continue
-        if op_name(node).removesuffix("_") in CONTRACTIONS:
-            continue
-        found += [chains[operand].root for operand in node.all_input_nodes if operand in chains]
-    return list(dict.fromkeys(found))
+        if node.op in ("call_function", "call_method") and node not in chains and not _tells_of_no_value(node):
+            roots = (chains[operand].root for operand in node.all_input_nodes if operand in chains)
+            yield from ((node, root) for root in dict.fromkeys(roots))
 
 
 def _uses(
@@ -112,8 +108,12 @@ def _made_of_parameters(gm: fx.GraphModule, parameters: Collection[fx.Node]) -> 
     return made_of
 
 
+def asks_for_no_value(name: str) -> bool:
+    """Whether a property or method of a tensor gives a shape, dtype or device, and nothing of its values."""
+    return name in _PROPERTIES or name in _METHODS
+
+
 def _tells_of_no_value(node: fx.Node) -> bool:
-    """A shape, dtype or device, of whatever."""
     if node.target is builtins.getattr:
         return node.args[1] in _PROPERTIES
     return node.op == "call_method" and node.target in _METHODS
