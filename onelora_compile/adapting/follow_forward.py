@@ -8,7 +8,6 @@ functions of `torch.jit.script`; each is one node.  What another thread does mea
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import dis
 import functools
@@ -25,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from onelora_compile.adapting.entries import Entry
 from onelora_compile.adapting.holders import Holders
+from onelora_compile.dynamo.private_api import inlined
 from onelora_compile.looking.one_at_a_time import silent
 from onelora_compile.passes.sites.other_uses import asks_for_no_value
 from onelora_compile.passes.sites.weight_path import run_of_shapes
@@ -82,7 +82,7 @@ def follow(
         shadow.__dict__[name] = dict(getattr(module, name))
     tracer, error = _Tracer(answer, holders, inside), ""
     try:
-        with silent("stdout", "stderr"), _inlined(), _Uses(tracer):  # what it prints is about values that it lacks
+        with silent("stdout", "stderr"), inlined(), _Uses(tracer):  # what it prints is about values that it lacks
             graph = tracer.trace(shadow)
     except Exception as failed:  # the user's code on values that it does not expect may raise anything
         error = f"{type(failed).__name__}: {failed}".partition("\n")[0]
@@ -114,13 +114,6 @@ def not_entered(function: Any) -> Callable[..., Any]:
         return found[0].tracer.create_proxy("call_function", output_of_a_script, args, kwargs)
 
     return call
-
-
-@contextlib.contextmanager
-def _inlined() -> Iterator[None]:
-    """What the code compiles by itself is followed as it is written."""
-    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
-        yield
 
 
 class _Value(fx.Proxy):

@@ -44,9 +44,10 @@ KEPT = (BOTH_WAYS, PAST)  # reasons that no other use of the weight takes away
 READ = "read besides by an op that is no linear one"
 GIVEN = "given to a function of torch.jit.script, which nothing can follow" + ASK
 SCRIPTED = "in a module of torch.jit.script, whose code nothing can be added to"
+NOT_TOLD = "whether it is the weight of a linear op can't be told"  # by adapt; a captured graph can
 NOT_FOLLOWED = (
-    "the forward of {kind} can't be followed without values ({error}), so whether it is the weight of a linear op "
-    "can't be told: name it, with its input axis, in target_parameters if it is"
+    f"the forward of {{kind}} can't be followed without values ({{error}}), so {NOT_TOLD}: name it, with its input "
+    "axis, in target_parameters if it is"
 )
 # `forward`: of a class, nn.Linear.forward(self.child, x), is no call of the child.
 _OF_PARAMETERS = {"weight", "_parameters", "parameters", "named_parameters", "get_parameter", "state_dict", "forward"}

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from onelora_compile.adapting.adapter import AdapterState, adapted_weights
 from onelora_compile.adapting.select_targets import ALL_LINEAR, named_modules
+from onelora_compile.adapting.trace_weight_uses import NOT_TOLD
 from onelora_compile.adapting.weight_target import vector_key
 from onelora_compile.errors import OneLoRAWarning
 from onelora_compile.passes.graph.subgraphs import Scope, scopes
@@ -36,8 +37,9 @@ def warn_about_the_rest(
     pairs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
     held = {node: names[id(value)] for node, value in pairs if id(value) in names}
     targets = adapted_weights(model)
-    left_out = {*state.skipped, *state.not_linear, *state.originals}
-    whole = [*(name for name, target in targets.items() if target.called), *state.skipped, *state.not_linear]
+    skipped = [name for name, why in state.skipped.items() if NOT_TOLD not in why]
+    left_out = {*skipped, *state.not_linear, *state.originals}
+    whole = [*(name for name, target in targets.items() if target.called), *skipped, *state.not_linear]
     reasons: dict[str, str] = {}
     places: dict[str, str] = {}
     for scope in scopes(gm):

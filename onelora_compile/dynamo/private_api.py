@@ -54,6 +54,11 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
+def inlined() -> contextlib.AbstractContextManager[None]:
+    """Inside the block a compiled function that `torch.fx` follows is followed as it is written."""
+    return torch._dynamo.config.patch(error_on_nested_fx_trace=False)  # type: ignore[no-any-return]
+
+
 def break_reason(gm: fx.GraphModule) -> str:
     """Why Dynamo ended this graph where it does, "" for the end of the frame."""
     reason = getattr(gm, "compile_subgraph_reason", None)
