@@ -293,7 +293,7 @@ class Opaque(nn.Module):
 
     def forward(self, x):
         x = self.fc(x)
-        scale = float(torch.zeros(len(x.shape)).numel())
+        scale = {x.shape: 2.0}[torch.Size([*x.shape])]  # a KeyError without values
         return (x @ self.w) * scale
 
 

@@ -263,7 +263,8 @@ class _Code:
     def _not_followed(self, module: nn.Module, error: str) -> Iterator[DirectRead]:
         """Whatever the code may read: parameters of the module, which are named, and weights of its linears."""
         why = NOT_FOLLOWED.format(kind=type(module).__name__, error=error)
-        yield from (DirectRead(module, name, None, why=why) for name in _matrices(module))
+        for holder in _with_lists(module):
+            yield from (DirectRead(holder, name, None, why=why) for name in _matrices(holder))
         named = names_in_reach(module, self._names)
         if _OF_PARAMETERS.isdisjoint(named):
             return
@@ -319,10 +320,11 @@ def _holds_more(module: nn.Module) -> bool:
 
 def _holds_weights(module: nn.Module) -> bool:
     """Whether the module has parameters of its own that could be weights, or a child that is a list of them."""
-    if of_torch(module):
-        return False
-    lists = [child for child in module.children() if isinstance(child, _CONTAINERS)]
-    return any(map(_matrices, (module, *lists)))
+    return not of_torch(module) and any(map(_matrices, _with_lists(module)))
+
+
+def _with_lists(module: nn.Module) -> list[nn.Module]:
+    return [module, *(child for child in module.children() if isinstance(child, _CONTAINERS))]
 
 
 def _matrices(module: nn.Module) -> list[str]:
