@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -71,7 +72,7 @@ def fresh():
 
 @pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
 def pytest_collection_modifyitems(config, items):
-    seen = Counter()
+    seen: Counter[tuple[str, Path]] = Counter()
     for item in items:
         step = THINNED.get(item.path.name)
         if step and hasattr(item, "callspec") and "slow" not in item.keywords:

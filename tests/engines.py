@@ -51,7 +51,7 @@ def exported(name, mode, dtype, folder, verify=False):
     model, inputs = MODELS[name]()
     fill_vectors(onelora.adapt(model), 0.05)
     path = folder / f"{name}-{mode}.onnx"
-    options = {}
+    options: dict[str, Any] = {}
     if mode == "bank":
         onelora.save_adapter(model, folder / "one.safetensors")
         fill_vectors(model, 0.05, seed=7)
@@ -96,7 +96,7 @@ def _linear(mode, dtype, scale):
     folder = Path(tempfile.mkdtemp(dir=_folder()))
     path = folder / f"linear-{mode}.onnx"
     x = torch.randn(4, 64)
-    options = {}
+    options: dict[str, Any] = {}
     if mode == "bank":
         onelora.save_adapter(model, folder / "linear.safetensors")
         options["bank"] = [folder / "linear.safetensors"]

@@ -165,10 +165,11 @@ def wrapped(g, x, level, opset):
         body = helper.make_graph(nodes, "body", going, [value("on", TensorProto.BOOL, []), inside], held)
         nodes = [helper.make_node("Loop", ["n", "flag"], ["ys"], body=body)]
         tensors = [numpy_helper.from_array(np.array(1), "n"), numpy_helper.from_array(np.array(True), "flag")]
-        nodes.append(helper.make_node("Squeeze", ["ys", "zero"] if opset >= 13 else ["ys"], ["y"],
-                                      **({} if opset >= 13 else {"axes": [0]})))  # fmt: skip
         if opset >= 13:
+            nodes.append(helper.make_node("Squeeze", ["ys", "zero"], ["y"]))
             tensors.append(numpy_helper.from_array(np.array([0]), "zero"))
+        else:
+            nodes.append(helper.make_node("Squeeze", ["ys"], ["y"], axes=[0]))
     else:
         imports = [helper.make_opsetid("", opset), helper.make_opsetid(MS, 1)]
         functions = [helper.make_function("own", "Layer", ["x", *g.arrays], ["o"], g.nodes, imports)]

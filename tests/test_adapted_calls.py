@@ -1,6 +1,7 @@
 """An adapted linear is called in any way that the linear was: shapes, dtypes, keywords, forwards of its own."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def test_works_before_and_after_to(order, dtype):
     expected_dtype = dtype if order == "adapt_then_to" or dtype == torch.float64 else torch.float32
     assert {v.dtype for v in onelora.vectors(model).values()} == {expected_dtype}
     fill_vectors(model, 0.5)
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    tolerance: dict[str, Any] = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(model(x), merged_copy(model)(x), **tolerance)
 
 

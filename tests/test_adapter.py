@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -176,11 +177,11 @@ def test_not_adapted_says_what_to_do(tmp_path):
 
 def test_not_a_module():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
-        onelora.adapt("model")
+        onelora.adapt("model")  # type: ignore[type-var]
 
 
 def test_a_compiled_model_is_accepted_everywhere(tmp_path):
-    model = torch.compile(zoo.MLP(), backend="eager")
+    model: Any = torch.compile(zoo.MLP(), backend="eager")
     x = torch.randn(5, 8)
     base = model(x).detach()
     assert onelora.adapt(model) is model
@@ -198,7 +199,8 @@ def test_a_compiled_model_is_accepted_everywhere(tmp_path):
 
 def test_a_compiled_submodule_leaves_no_trace_in_names():
     model = nn.Sequential(zoo.MLP(), nn.Linear(7, 2))
-    model[0] = torch.compile(model[0], backend="eager")
+    compiled: Any = torch.compile(model[0], backend="eager")
+    model[0] = compiled
     assert list(onelora.vectors(onelora.adapt(model))) == ["0.a", "0.b", "0.c", "1"]
     detached = onelora.detach(model)
     assert all(p.requires_grad for p in detached.parameters())

@@ -1,6 +1,7 @@
 """torch.compile(model, backend="onelora"): graphs, options, recompilation, what is private to a model."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_graph_breaks_give_several_adapted_graphs():
 def test_training_through_the_compiled_model_is_training_in_eager(inner):
     eager = onelora.adapt(zoo.MLP())
     twin = copy.deepcopy(eager)
-    compiled = torch.compile(twin, backend="onelora", options={"inner": inner})
+    compiled: Any = torch.compile(twin, backend="onelora", options={"inner": inner})
     x = torch.randn(5, 8)
     for model in (eager, compiled):
         optimizer = torch.optim.SGD(onelora.trainable_parameters(model), lr=0.002)
@@ -206,12 +207,17 @@ def test_bad_option_values(options, message):
         torch.compile(model, backend="onelora", options=options)(torch.randn(5, 8))
 
 
+def compiled_with(model, inner_options):
+    options: dict[str, Any] = {"inner_options": inner_options}
+    return torch.compile(model, backend="onelora", options=options)
+
+
 def test_inductor_options_and_mode_reach_inductor():
     model = fill_vectors(onelora.adapt(zoo.MLP()))
     x = torch.randn(5, 8)
     with pytest.raises(Exception, match="no_such_key"):
-        torch.compile(model, backend="onelora", options={"inner_options": {"no_such_key": 1}})(x)
-    compiled = torch.compile(model, backend="onelora", options={"inner_options": {"epilogue_fusion": False}})
+        compiled_with(model, {"no_such_key": 1})(x)
+    compiled = compiled_with(model, {"epilogue_fusion": False})
     torch.testing.assert_close(compiled(x), model(x))
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(model, backend="onelora", mode="reduce-overhead")(x), model(x))
@@ -285,13 +291,13 @@ def test_half_precision_base_and_autocast():
 
 
 def test_a_pass_that_fails_is_named(monkeypatch):
-    from onelora_compile.passes import run
+    from onelora_compile.passes import run, share_feature_sum
 
     def broken(gm):
         raise ValueError("boom")
 
     with pytest.raises(onelora.PassError, match=r"pass broken failed after \['share_feature_sum'\]: boom"):
-        run.run_passes(torch.fx.symbolic_trace(nn.Linear(2, 2)), [run.share_feature_sum, broken])
+        run.run_passes(torch.fx.symbolic_trace(nn.Linear(2, 2)), [share_feature_sum, broken])
 
 
 def test_the_backend_takes_a_graph_that_is_not_dynamos():
@@ -310,7 +316,7 @@ def test_an_adapted_model_works_with_any_other_backend(backend):
     x = torch.randn(5, 8)
     torch.testing.assert_close(compiled(x), merged_copy(model)(x))
     compiled(x).sum().backward()
-    assert all(v.grad.any() for v in onelora.vectors(model).values())
+    assert all(v.grad is not None and v.grad.any() for v in onelora.vectors(model).values())
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -324,7 +330,7 @@ def test_an_adapted_model_can_be_exported_by_hand(strict):
 
 def test_a_copy_of_the_compiled_model():
     model = fill_vectors(onelora.adapt(zoo.MLP()), 0.5)
-    compiled = torch.compile(model, backend="onelora", options={"inner": "eager"})
+    compiled: Any = torch.compile(model, backend="onelora", options={"inner": "eager"})
     x = torch.randn(5, 8)
     expected = compiled(x)
     twin = copy.deepcopy(compiled)

@@ -312,7 +312,7 @@ def test_two_models_in_one_step_have_their_own_vectors():
     assert torch.equal(out, expected)
     out.sum().backward()
     for model, seed in ((first, 1), (second, 2)):
-        assert all(vector.grad.any() for vector in onelora.vectors(model).values())
+        assert all(vector.grad is not None and vector.grad.any() for vector in onelora.vectors(model).values())
         fill_vectors(model, 0.5, seed)
     torch.testing.assert_close(fast(x), merged_copy(first)(x) + merged_copy(second)(x) ** 2)
     assert len(graphs.graphs) == 1

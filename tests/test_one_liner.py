@@ -3,6 +3,7 @@
 import copy
 import gc
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,8 @@ def test_a_dead_model_does_not_lend_its_graph_to_a_new_one(counter):
 def test_options_choose_the_config(counter):
     model = zoo.MLP()
     config = onelora.OneLoRAConfig(target_modules=["a"], modules_to_save=["c"])
-    compiled = torch.compile(model, backend="onelora", options={"inner": counter, "config": config})
+    options: dict[str, Any] = {"inner": counter, "config": config}
+    compiled = torch.compile(model, backend="onelora", options=options)
     first_call(compiled, torch.randn(5, 8))
     assert list(onelora.vectors(model)) == ["a"]
     assert model.c.weight.requires_grad
@@ -160,8 +162,9 @@ class Broken(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([BrokenBlock(), BrokenBlock()])
-        self.again = self.blocks[0].fc
+        first = BrokenBlock()
+        self.blocks = nn.ModuleList([first, BrokenBlock()])
+        self.again = first.fc
         self.tied = nn.Linear(8, 8)
         self.tied.weight = self.again.weight
 
@@ -298,7 +301,7 @@ def test_weights_that_are_read_are_adapted_at_the_first_call_and_guarded(counter
         for actual, expected in zip(run(x), merged_copy(module)(x), strict=True):
             torch.testing.assert_close(actual, expected)
     sum(out.sum() for out in compiled(x)).backward()
-    assert all(vector.grad.any() for vector in onelora.vectors(model).values())
+    assert all(vector.grad is not None and vector.grad.any() for vector in onelora.vectors(model).values())
 
 
 def test_nothing_to_adapt_is_an_error():

@@ -63,6 +63,8 @@ def test_trained_norms_are_the_remedy(how):
 @pytest.mark.parametrize("how", [eager, fast])
 def test_no_gradient_and_zero_gradients_are_told_apart(how):
     class Dead(zoo.MLP):
+        extra: nn.Module
+
         def forward(self, x):
             h = torch.relu(self.a(x))
             with torch.no_grad():

@@ -3,6 +3,7 @@
 import functools
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from onelora_compile.exporters.jetson.device import commands
 from onelora_compile.exporters.jetson.device.deployed import Deployed
 from onelora_compile.exporters.jetson.device.folder import BundleError, Folder
 from onelora_compile.exporters.jetson.device.options import Options
-from onelora_compile.exporters.onnx_file.metadata import float32
+from onelora_compile.exporters.onnx_file.metadata import digest, float32
 from onelora_compile.exporters.tensorrt.build import write_engine
-from onelora_compile.exporters.tensorrt.manifest import Manifest, digest
+from onelora_compile.exporters.tensorrt.manifest import Manifest
 from onelora_compile.testing import fill_vectors
 
 X = torch.linspace(-1, 1, 60).reshape(3, 20)
@@ -130,7 +131,7 @@ def is_function(path, seed):
     return found is not None and np.allclose(found, expected(seed), rtol=1e-5, atol=1e-5)
 
 
-WRITERS = {
+WRITERS: dict[str, tuple[Callable[..., None], str]] = {
     "save": (saved, "s.safetensors"),
     "fold": (folded, "out.onnx"),
     "fold into a file of mode input": (functools.partial(folded, base="input.onnx"), "out.onnx"),

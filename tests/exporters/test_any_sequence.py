@@ -5,6 +5,7 @@ import functools
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults import Fault, content
@@ -54,7 +55,14 @@ class Files(RuleBasedStateMachine):
         self.outer = Path(tempfile.mkdtemp())
         self.here = Path(shutil.copytree(source(), self.outer / "work"))
         (self.here / "link.onnx").symlink_to("out.onnx")
-        self.seeds = {**SEEDS, "m.onnx": 0, "twin.onnx": 0, "load.onnx": 1, "input.onnx": 1, "device": 1}
+        self.seeds: dict[str, int | None] = {
+            **SEEDS,
+            "m.onnx": 0,
+            "twin.onnx": 0,
+            "load.onnx": 1,
+            "input.onnx": 1,
+            "device": 1,
+        }
         # Weights of models that the user removed or replaced by hand, and those that another tool wrote.
         self.left = {"m.onnx.data"}
         self.foreign = (self.here / "m.onnx.data").read_bytes()
@@ -152,5 +160,5 @@ class Files(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("examples", [4, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_any_sequence_of_writers(examples):
-    options = {"deadline": None, "stateful_step_count": 12, "suppress_health_check": list(HealthCheck)}
+    options: dict[str, Any] = {"deadline": None, "stateful_step_count": 12, "suppress_health_check": list(HealthCheck)}
     run_state_machine_as_test(Files, settings=settings(max_examples=examples, **options))

@@ -1,6 +1,7 @@
 """A bank: the rows of one batch use different adapters; what it can not choose by row is refused by name."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from onelora_compile.testing import assert_parity, fill_vectors
 def test_rows_of_one_batch_use_different_adapters(tmp_path):
     case = Case("bert", tmp_path)
     shapes = {name: {0: "batch", 1: "tokens"} for name in case.inputs}
-    options = {"adapters": "bank", "bank": case.files, "dynamic_shapes": shapes}
+    options: dict[str, Any] = {"adapters": "bank", "bank": case.files, "dynamic_shapes": shapes}
     export_onnx(case.models[0], (), case.path, case.inputs, **options)
     ids = [1, -1, 0, 1]
     inputs = {k: torch.cat([v[:1]] * len(ids)) for k, v in case.inputs.items()}
@@ -43,7 +44,7 @@ def test_a_bank_refuses_what_it_can_not_choose_by_row(tmp_path):
 
     model = fill_vectors(onelora.adapt(Flat()), 0.1)
     onelora.save_adapter(model, tmp_path / "a.safetensors")
-    options = {"adapters": "bank", "bank": [tmp_path / "a.safetensors"]}
+    options: dict[str, Any] = {"adapters": "bank", "bank": [tmp_path / "a.safetensors"]}
     with pytest.raises(ExportError, match=r"'linear': its output \[6, 4\] has no axis of the batch size 2"):
         export_onnx(model, (torch.randn(2, 3, 6),), tmp_path / "m.onnx", **options)
     assert not (tmp_path / "m.onnx").exists()

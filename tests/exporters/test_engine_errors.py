@@ -251,7 +251,7 @@ def test_adapters_of_other_models(swappable, half, tmp_path):
 def test_vectors_that_a_tool_removed(swappable, tmp_path):
     model = ir.load(swappable)
     (vector,) = [value for value in model.graph.inputs if value.name in model.graph.initializers]
-    model.graph.initializers.pop(vector.name)
+    model.graph.initializers.pop(str(vector.name))
     ir.save(model, tmp_path / "m.onnx")
     with pytest.raises(onelora.AdapterFileError, match=r"has no initializers of these names"):
         build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", **RTX)

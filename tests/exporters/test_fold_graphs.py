@@ -1,5 +1,7 @@
 """fold_onnx over graphs that optimizers write of one linear: its forms, its zero points, bodies of If and Loop."""
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -17,7 +19,7 @@ def test_floating_zero_points_hold_the_vector(tmp_path):
     zero = rng.uniform(6, 9, (n, k // block)).astype(np.float32)
     weight = ((q - zero[..., None]) * scale[..., None]).reshape(n, k)
     packed = q[..., 0::2] | q[..., 1::2] << 4
-    attributes = {"K": k, "N": n, "bits": 4, "block_size": block}
+    attributes: dict[str, Any] = {"K": k, "N": n, "bits": 4, "block_size": block}
     node = onnx.helper.make_node(
         "MatMulNBits", ["x", "q", "s", "z"], ["y"], domain="com.microsoft", accuracy_level=1, **attributes
     )

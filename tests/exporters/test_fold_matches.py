@@ -1,6 +1,7 @@
 """fold_onnx: which weight is whose, and what belongs to no vector is refused."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import onnx
@@ -100,7 +101,12 @@ def test_a_vector_whose_layer_the_export_dropped_is_refused_by_name(tmp_path):
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes: dict[str, Any] = {
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
     base = perturb_norms(BertModel(BertConfig(**sizes, vocab_size=20))).eval()
     main, args = tools.wrapped(base, {"input_ids": torch.randint(0, 20, (2, 5))}, lambda out: out.last_hidden_state)
     path = tools.dynamo(main, args, tmp_path / "m.onnx")

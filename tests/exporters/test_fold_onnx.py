@@ -117,7 +117,7 @@ def test_trained_norms_and_heads_go_in_by_name(tmp_path):
     path = tools.dynamo(base, (x,), tmp_path / "m.onnx")
     model = fill_vectors(onelora.adapt(copy.deepcopy(base), onelora.OneLoRAConfig(train_norms=True)), 0.2)
     with torch.no_grad():
-        model[0].weight.add_(0.5)
+        model.get_parameter("0.weight").add_(0.5)
     onelora.save_adapter(model, tmp_path / "a.safetensors")
     report = fold_onnx(path, tmp_path / "a.safetensors", tmp_path / "out.onnx")
     assert set(report.replaced) == {"0.weight", "0.bias"}

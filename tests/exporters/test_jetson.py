@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 import onelora_compile as onelora
 from onelora_compile.cli import app
 from onelora_compile.exporters import bundle
+from onelora_compile.exporters.jetson import device
 from onelora_compile.exporters.jetson.releases import JETPACKS
 from onelora_compile.testing import fill_vectors
 from onelora_compile.weights.adapter_file import read_adapter
 
-DEVICE = Path(sys.modules["onelora_compile.exporters"].__file__).parent / "jetson" / "device"
+DEVICE = Path(device.__path__[0])
 
 
 def manifest_of(folder):
