@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.passes.lowerings.producer_consumer import ADD_RANK1_BY_MATMUL
@@ -185,44 +184,6 @@ def test_modules_to_save_do_not_add_graphs_when_disabled():
     assert len(counter.graphs) == 1
 
 
-def test_unknown_option_lists_the_valid_ones():
-    model = onelora.adapt(zoo.MLP())
-    with pytest.raises(Exception, match=r"no option 'iner'; it has config, inner, inner_options"):
-        torch.compile(model, backend="onelora", options={"iner": "eager"})(torch.randn(5, 8))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"inner": "onelora"}, "would call itself"),
-        ({"inner": "no_such_backend"}, "there is no such backend; known are .*inductor"),
-        ({"inner": 3}, "name of a backend or a callable"),
-        ({"config": {"target_modules": ["a"]}}, "must be a OneLoRAConfig"),
-        ({"inner_options": "max_autotune"}, "must be a dict"),
-    ],
-)
-def test_bad_option_values(options, message):
-    model = onelora.adapt(zoo.MLP())
-    with pytest.raises(Exception, match=message):
-        torch.compile(model, backend="onelora", options=options)(torch.randn(5, 8))
-
-
-def compiled_with(model, inner_options):
-    options: dict[str, Any] = {"inner_options": inner_options}
-    return torch.compile(model, backend="onelora", options=options)
-
-
-def test_inductor_options_and_mode_reach_inductor():
-    model = fill_vectors(onelora.adapt(zoo.MLP()))
-    x = torch.randn(5, 8)
-    with pytest.raises(Exception, match="no_such_key"):
-        compiled_with(model, {"no_such_key": 1})(x)
-    compiled = compiled_with(model, {"epilogue_fusion": False})
-    torch.testing.assert_close(compiled(x), model(x))
-    torch.compiler.reset()
-    torch.testing.assert_close(torch.compile(model, backend="onelora", mode="reduce-overhead")(x), model(x))
-
-
 def test_dynamos_own_graph_is_left_alone():
     # Dynamo generates code from its graph after the backend returned.
     seen = []
@@ -288,16 +249,6 @@ def test_half_precision_base_and_autocast():
     assert eager.dtype == fast.dtype == torch.bfloat16
     torch.testing.assert_close(fast, eager, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(eager.float(), merged_copy(model)(x), rtol=5e-2, atol=0.2)
-
-
-def test_a_pass_that_fails_is_named(monkeypatch):
-    from onelora_compile.passes import run, share_feature_sum
-
-    def broken(gm):
-        raise ValueError("boom")
-
-    with pytest.raises(onelora.PassError, match=r"pass broken failed after \['share_feature_sum'\]: boom"):
-        run.run_passes(torch.fx.symbolic_trace(nn.Linear(2, 2)), [share_feature_sum, broken])
 
 
 def test_the_backend_takes_a_graph_that_is_not_dynamos():
