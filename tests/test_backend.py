@@ -6,25 +6,11 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from counted_graphs import Counter, build
 
 import onelora_compile as onelora
 from onelora_compile.passes.lowerings.producer_consumer import ADD_RANK1_BY_MATMUL
 from onelora_compile.testing import fill_vectors, merged_copy
-
-
-class Counter:
-    """An inner backend that counts graphs and keeps them."""
-
-    def __init__(self):
-        self.graphs = []
-
-    def __call__(self, gm, example_inputs):
-        self.graphs.append(gm)
-        return gm
-
-
-def build(counter, model, **how):
-    return torch.compile(model, backend="onelora", options={"inner": counter}, **how)
 
 
 def targets(gm):

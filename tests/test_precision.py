@@ -176,7 +176,7 @@ def test_ways_to_compile(how):
 
 
 def test_dynamic_batch_and_length_of_every_form_of_reading():
-    from test_backend import Counter
+    from counted_graphs import Counter
 
     model = fill_vectors(onelora.adapt(Mixed()), 0.1)
     counter = Counter()

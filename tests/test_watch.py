@@ -87,7 +87,7 @@ def test_copies_and_pickles_are_free_of_it():
 
 
 def test_a_check_that_is_over_costs_no_compilation_and_keeps_nothing():
-    from test_backend import Counter
+    from counted_graphs import Counter
 
     from onelora_compile.adapting import dead_vectors
 

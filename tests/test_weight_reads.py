@@ -225,7 +225,7 @@ def test_other_uses_of_an_adapted_weight_see_it_too():
 
 
 def test_twenty_vectors_one_graph_and_disabled():
-    from test_backend import Counter
+    from counted_graphs import Counter
 
     model, x, _ = build("chunked")
     base = model(x)
