@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import models
-import numpy as np
 import onnx_ir as ir
 import torch
 from environment import save
@@ -36,7 +35,7 @@ def engines(name: str, dtype: torch.dtype, folder: Path) -> list[dict[str, Any]]
     base, inputs = models.build(name)
     inputs = {key: value.detach().to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
     shapes = {key: {0: "batch"} for key in inputs}
-    options = {"kwargs": inputs, "dynamic_shapes": shapes, "verify": False, "progress": False}
+    options: dict[str, Any] = {"kwargs": inputs, "dynamic_shapes": shapes, "verify": False, "progress": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base = base.to(dtype)
@@ -84,17 +83,19 @@ def plain(source: Path, out: Path, packed: bool) -> None:
     for value in own:
         graph.inputs.remove(value)
     if packed:
-        sizes = [int(np.prod(value.shape)) for value in own]
+        sizes = [value.const_value.size for value in own if value.const_value is not None]
         lengths = ir.tensor(sizes, dtype=ir.DataType.INT64, name="lengths")
-        held = ir.Value(name="lengths", shape=lengths.shape, type=ir.TensorType(lengths.dtype), const_value=lengths)
+        held = ir.Value(
+            name="lengths", shape=ir.Shape([len(sizes)]), type=ir.TensorType(lengths.dtype), const_value=lengths
+        )
         graph.initializers["lengths"] = held
         whole = ir.Value(name="vectors", shape=ir.Shape([sum(sizes)]), type=ir.TensorType(ir.DataType.FLOAT))
         graph.inputs.append(whole)
         split = ir.node("Split", [whole, held], {"axis": 0}, num_outputs=len(own))
         graph.insert_before(graph[0], split)
         for value, part in zip(own, split.outputs, strict=True):
-            del graph.initializers[value.name]
-            part.dtype, part.shape = value.dtype, value.shape
+            graph.initializers.pop(str(value.name))
+            part.type, part.shape = value.type, value.shape
             value.replace_all_uses_with(part)
     model.metadata_props.clear()
     ir.save(model, out)

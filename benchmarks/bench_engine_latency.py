@@ -32,12 +32,16 @@ BASE = "base"
 WAYS = {BASE: "fold", "fold": "fold", "input": "input", "refit": "input", "bank": "bank"}  # engine -> ONNX model
 
 
+def call(engine: EngineRunner, inputs: dict[str, Any]) -> None:
+    engine.run(inputs)
+
+
 def runners(name: str, folder: Path) -> tuple[dict[str, EngineRunner], list[Path], dict[str, Any]]:
     """The engines in float16, two adapters, and inputs."""
     base, inputs = models.build(name)
     half = {key: value.detach().half() if value.is_floating_point() else value for key, value in inputs.items()}
     files = [folder / "a.safetensors", folder / "b.safetensors"]
-    options = {"kwargs": half, "verify": False, "progress": False}
+    options: dict[str, Any] = {"kwargs": half, "verify": False, "progress": False}
     base = base.half()
     export_onnx(base, (), folder / "base.onnx", **options)
     adapted = onelora.adapt(base)
@@ -81,7 +85,7 @@ def main() -> None:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
             engines, files, inputs = runners(name, Path(folder))
-            times = interleaved({way: partial(one.run, inputs) for way, one in engines.items()}, arguments.rounds)
+            times = interleaved({way: partial(call, one, inputs) for way, one in engines.items()}, arguments.rounds)
             for way, (median, low, high) in ratios(times, BASE).items():
                 milliseconds = 1e3 * float(np.median(times[way]))
                 numbers = {"ratio": median, "ratio_p20": low, "ratio_p80": high, "ms": milliseconds}

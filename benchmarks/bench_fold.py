@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,8 +66,8 @@ def prepare(model: str, folder: Path) -> None:
     x = ir.Value(name="x", shape=ir.Shape([1, WIDTH]), type=ir.TensorType(ir.DataType.FLOAT))
     value, nodes, weights = x, [], []
     for number, layer in enumerate(layers):
-        tensor = ir.tensor(layer.weight.detach().numpy().T.copy(), name=f"w{number}")
-        weights.append(ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype)))
+        tensor = ir.tensor(layer.get_parameter("weight").detach().numpy().T.copy(), name=f"w{number}")
+        weights.append(ir.Value(name=tensor.name, shape=ir.Shape([WIDTH, WIDTH]), type=ir.TensorType(tensor.dtype)))
         weights[-1].const_value = tensor
         nodes.append(ir.node("MatMul", [value, weights[-1]]))
         value = nodes[-1].outputs[0]
@@ -75,7 +76,7 @@ def prepare(model: str, folder: Path) -> None:
     ir.save(ir.Model(graph, ir_version=9), folder / "base.onnx", external_data="base.onnx.data")
 
 
-def peft_model(base: nn.Module) -> nn.Module:
+def peft_model(base: nn.Module) -> Any:
     """The same selection under PEFT, by the map that is 1LoRA's."""
     import peft
 
@@ -101,7 +102,10 @@ def work(way: str, model: str, folder: Path) -> Callable[[], None]:
 
         from onelora_compile.exporters import fold_onnx
 
-        return lambda: fold_onnx(base, folder / "a.safetensors", out, progress=False) and None
+        def folded() -> None:
+            fold_onnx(base, folder / "a.safetensors", out, progress=False)
+
+        return folded
     if way.startswith("onnx.load"):
         import onnx
 

@@ -18,6 +18,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from environment import save
@@ -71,6 +72,8 @@ class Function(Composite):
 
 
 class Augmented(Composite):
+    wide: Tensor
+
     def __init__(self, n: int, m: int) -> None:
         super().__init__(n, m)
         self.register_buffer("wide", F.pad(self.weight, (0, PADDING)))
@@ -127,9 +130,11 @@ def linears(n: int, m: int) -> dict[str, nn.Module]:
 
 
 def _compiled(way: str, model: nn.Module) -> nn.Module:
+    backend: dict[str, Any] = {"backend": "onelora" if way == OWN else "inductor"}
     if way in LOWERINGS:
-        return torch.compile(model, backend="onelora", options={"lowering": way})
-    return torch.compile(model, backend="onelora" if way == OWN else "inductor")
+        backend = {"backend": "onelora", "options": {"lowering": way}}
+    compiled: Any = torch.compile(model, **backend)
+    return compiled
 
 
 def rates(rows: int, n: int, m: int, seconds: float) -> dict[str, float]:
@@ -185,10 +190,10 @@ def main() -> None:
     rows = []
     shapes = {"alone": GPU_SHAPES if CUDA else SHAPES}
     compiled = GPU_SHAPES if CUDA else COMPILED
-    jobs = [(place, *shape) for place in arguments.place for shape in shapes.get(place, compiled)]
+    jobs = [(place, shape) for place in arguments.place for shape in shapes.get(place, compiled)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for place, *shape in track(jobs, "linears"):
+        for place, shape in track(jobs, "linears"):
             times = interleaved(candidates(place, *shape, arguments.way), arguments.rounds, clock=clock)
             for way, (median, low, high) in ratios(times, BASE).items():
                 table.add_row(place, *map(str, shape), way, f"{median:.3f}", f"{low:.3f}", f"{high:.3f}")

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from environment import save
@@ -56,14 +58,14 @@ def with_trained_biases(base: nn.Module) -> nn.Module:
     return twin
 
 
-def measure(name: str, modes: Sequence[str], wanted: Sequence[str] | None) -> list[dict[str, object]]:
+def measure(name: str, modes: Sequence[str], wanted: Sequence[str] | None) -> list[dict[str, Any]]:
     """Rows of one model; the base is always among the methods."""
     base, inputs = build(name)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for mode in modes:
         numbers = {}
         torch._dynamo.reset()
-        candidates = methods(name, base)
+        candidates: dict[str, Any] = methods(name, base)
         if name == "dit":
             candidates[BIASES] = with_trained_biases(base)
         for method, model in candidates.items():
@@ -74,7 +76,7 @@ def measure(name: str, modes: Sequence[str], wanted: Sequence[str] | None) -> li
             run = step(model, inputs)
             for _ in range(2):
                 run()
-            kept = saved_bytes(lambda model=model: output(model, inputs))
+            kept = saved_bytes(functools.partial(output, model, inputs))
             model.zero_grad()
             next(iter(inputs.values())).grad = None
             numbers[method] = {"kept": kept, "peak": peak_bytes(run)}

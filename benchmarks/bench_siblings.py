@@ -7,8 +7,11 @@ the three frozen linears.  1LoRA shares the feature sum of the three in either f
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from environment import save
@@ -54,7 +57,7 @@ def main() -> None:
         for tokens, width in track(SHAPES, "shapes"):
             torch._dynamo.reset()
             torch.manual_seed(0)
-            models = {BASE: torch.compile(Attention(width, False))}
+            models: dict[str, Any] = {BASE: torch.compile(Attention(width, False))}
             models["frozen, one matmul"] = torch.compile(Attention(width, True))
             for way, together in (("1LoRA, three matmuls", False), ("1LoRA, one matmul", True)):
                 models[way] = torch.compile(onelora.adapt(Attention(width, together)), backend="onelora")
@@ -66,7 +69,9 @@ def main() -> None:
                 model.zero_grad()
                 model(x).backward(up)
 
-            steps = {way: (lambda model=model, step=step: step(model)) for way, model in models.items()}
+            steps: dict[str, Callable[[], None]] = {
+                way: functools.partial(step, model) for way, model in models.items()
+            }
             times = interleaved(steps, arguments.rounds, clock=time.thread_time)
             for way, (median, low, high) in ratios(times, BASE).items():
                 table.add_row(str(tokens), str(width), way, f"{median:.3f}", f"{low:.3f}", f"{high:.3f}")

@@ -64,7 +64,7 @@ def compiled(name: str) -> tuple[dict[str, nn.Module], models.Inputs]:
     torch._dynamo.reset()
     base, inputs = build(name)
     own = fill_vectors(onelora.adapt(copy.deepcopy(base)))
-    ways = {BASE: torch.compile(base), LOWERED: torch.compile(own, backend="onelora")}
+    ways: dict[str, Any] = {BASE: torch.compile(base), LOWERED: torch.compile(own, backend="onelora")}
     for spelling, function in SPELLINGS.items():
         ways[spelling] = torch.compile(copy.deepcopy(own), backend=backend(function))
     if name != "encoder":  # PEFT does not adapt weights that are read directly

@@ -9,6 +9,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from environment import save
@@ -28,7 +29,7 @@ def measure(
 ) -> list[dict[str, object]]:
     """Rows of one model, all in one process; the base is always among the methods."""
     base, inputs = build(name)
-    models = methods(name, base)
+    models: dict[str, Any] = methods(name, base)
     if wanted:
         models = {method: model for method, model in models.items() if method == BASE or method.split()[0] in wanted}
     rows: list[dict[str, object]] = []

@@ -28,7 +28,7 @@ def vit() -> tuple[nn.Module, Inputs]:
     """A vision transformer."""
     from transformers import ViTConfig, ViTModel
 
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
     config = ViTConfig(**sizes, intermediate_size=4 * WIDTH, image_size=128, patch_size=16)
     return ViTModel(config, add_pooling_layer=False), {"pixel_values": torch.randn(BATCH, 3, 128, 128)}
 
@@ -37,7 +37,7 @@ def bert() -> tuple[nn.Module, Inputs]:
     """A text encoder."""
     from transformers import BertConfig, BertModel
 
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
     config = BertConfig(**sizes, intermediate_size=4 * WIDTH, vocab_size=1000)
     return BertModel(config, add_pooling_layer=False), {"inputs_embeds": torch.randn(BATCH, TOKENS, WIDTH)}
 
@@ -46,7 +46,7 @@ def llama() -> tuple[nn.Module, Inputs]:
     """A text decoder with grouped queries, RoPE, SwiGLU and RMSNorm."""
     from transformers import LlamaConfig, LlamaModel
 
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
     config = LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=1024, vocab_size=1000, use_cache=False)
     return LlamaModel(config), {"inputs_embeds": torch.randn(BATCH, TOKENS, WIDTH)}
 
@@ -55,7 +55,7 @@ def dit() -> tuple[nn.Module, Inputs]:
     """A diffusion transformer with adaptive norms."""
     from diffusers import DiTTransformer2DModel
 
-    model = DiTTransformer2DModel(
+    model: Any = DiTTransformer2DModel(
         num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=4, num_layers=DEPTH, sample_size=16
     )
     labels = {"timestep": torch.randint(0, 1000, (BATCH,)), "class_labels": torch.randint(0, 1000, (BATCH,))}
@@ -94,7 +94,7 @@ def methods(name: str, base: nn.Module) -> dict[str, nn.Module]:
     own = onelora.adapt(copy.deepcopy(base))
     if name == "encoder":
         return {BASE: base, OWN: own}
-    targets = {"target_modules": list(onelora.vectors(own))}
+    targets: dict[str, Any] = {"target_modules": list(onelora.vectors(own))}
     configs = {
         "MiSS r=1 (PEFT)": peft.MissConfig(r=1, **targets),
         "LoRA r=1 (PEFT)": peft.LoraConfig(r=1, **targets),

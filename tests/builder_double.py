@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+from typing import Any
 
 import onnx
 
@@ -100,7 +101,8 @@ def builder_side(real, faults, checked):
         num_layers = 0  # nothing is known of them
 
         def __init__(self, flags):
-            self.flags, self.marked, self.model = flags, [], None
+            self.flags, self.marked = flags, []
+            self.model: Any = None  # until it is parsed
 
         def inputs(self):
             constants = {tensor.name for tensor in self.model.graph.initializer}  # an input with a default is one too

@@ -11,6 +11,8 @@ from pathlib import Path
 import tensorrt_double
 import torch
 import zoo
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import onelora_compile as onelora
 from onelora_compile.exporters import bundle, export_onnx
@@ -114,3 +116,22 @@ def call(folder, *args):
 def active(folder):
     """The name of the adapter in use."""
     return device(folder, "folder").Folder(str(folder)).state()["adapter"]["name"]
+
+
+def exported(model, args, path, **options):
+    export_onnx(model, args, path, **options)
+    return path
+
+
+def base_model():
+    torch.manual_seed(0)
+    return zoo.TinyViT()
+
+
+def changed(path, out, tensors=None, **metadata):
+    """A copy of an adapter file with other tensors or metadata."""
+    with safe_open(path, framework="pt") as file:
+        held = {name: file.get_tensor(name) for name in file.keys()}
+        known = file.metadata()
+    save_file({**held, **(tensors or {})}, out, {**known, **metadata})
+    return out

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -31,12 +32,15 @@ THINNED = {
     "test_first_call.py": 8,
     "test_fold_files.py": 2,
     "test_fold_forms.py": 6,
+    "test_fold_graphs.py": 5,
+    "test_fold_matches.py": 5,
     "test_fold_onnx.py": 5,
     "test_higher_order.py": 4,
     "test_insert_rank1.py": 8,
     "test_jetson.py": 5,
     "test_jetson_builds.py": 3,
     "test_jetson_double.py": 3,
+    "test_jetson_refusals.py": 5,
     "test_linears.py": 6,
     "test_modes.py": 8,
     "test_nothing_eaten.py": 3,
@@ -48,6 +52,7 @@ THINNED = {
     "test_quantized.py": 6,
     "test_rank1_matmul.py": 3,
     "test_saturation.py": 4,
+    "test_swaps.py": 8,
     "test_trained.py": 6,
     "test_training_loops.py": 4,
     "test_untouched.py": 4,
@@ -67,7 +72,7 @@ def fresh():
 
 @pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
 def pytest_collection_modifyitems(config, items):
-    seen = Counter()
+    seen: Counter[tuple[str, Path]] = Counter()
     for item in items:
         step = THINNED.get(item.path.name)
         if step and hasattr(item, "callspec") and "slow" not in item.keywords:

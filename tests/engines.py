@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +19,8 @@ import onelora_compile as onelora
 from onelora_compile.exporters import build_engine, export_onnx
 from onelora_compile.testing import fill_vectors
 
-RTX = {"flavour": "rtx", "target": "sm_86", "progress": False, "shapes": {"batch": (1, 4, 8)}}
+OPTIONS: dict[str, Any] = {"flavour": "rtx", "target": "sm_86", "progress": False}
+RTX: dict[str, Any] = {**OPTIONS, "shapes": {"batch": (1, 4, 8)}}
 
 TOKENS = {"input_ids": {0: "batch", 1: "tokens"}, "attention_mask": {0: "batch", 1: "tokens"}}
 SHAPES = {"batch": (1, 2, 8), "tokens": (4, 9, 32)}
@@ -49,7 +51,7 @@ def exported(name, mode, dtype, folder, verify=False):
     model, inputs = MODELS[name]()
     fill_vectors(onelora.adapt(model), 0.05)
     path = folder / f"{name}-{mode}.onnx"
-    options = {}
+    options: dict[str, Any] = {}
     if mode == "bank":
         onelora.save_adapter(model, folder / "one.safetensors")
         fill_vectors(model, 0.05, seed=7)
@@ -94,7 +96,7 @@ def _linear(mode, dtype, scale):
     folder = Path(tempfile.mkdtemp(dir=_folder()))
     path = folder / f"linear-{mode}.onnx"
     x = torch.randn(4, 64)
-    options = {}
+    options: dict[str, Any] = {}
     if mode == "bank":
         onelora.save_adapter(model, folder / "linear.safetensors")
         options["bank"] = [folder / "linear.safetensors"]
@@ -115,3 +117,13 @@ def build_modes(folder):
 def numbers(tensor, dtype):
     """A tensor as an array of the dtype that an engine stores."""
     return np.ascontiguousarray(tensor.detach().to(dtype).numpy())
+
+
+class Sequential(nn.Sequential):
+    def forward(self, input):
+        return super().forward(input)
+
+
+def linear_model():
+    torch.manual_seed(0)
+    return Sequential(nn.Linear(64, 48))

@@ -101,7 +101,7 @@ def _install():
             _current.check("os.fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
         return real(file)
 
-    fsync.fails = True
+    vars(fsync)["fails"] = True
     os.fsync = fsync
     sys.addaudithook(_audit)  # for good: a hook can't be taken away
 

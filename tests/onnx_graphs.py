@@ -1,6 +1,8 @@
 """Small ONNX graphs by hand, and adapters of their weights."""
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
 from torch import nn
 
@@ -18,3 +20,23 @@ def adapter_of(folder, *weights, scale=0.3):
     model = fill_vectors(onelora.adapt(nn.Sequential(*linears), onelora.OneLoRAConfig(target_modules=r"\d+")), scale)
     onelora.save_adapter(model, folder / "own.safetensors")
     return folder / "own.safetensors", [v.detach().double().numpy() for v in onelora.vectors(model).values()]
+
+
+def save_graph(path, nodes, arrays, x, y, opsets=()):
+    """A file of these nodes and arrays, with one input x and one output y, each (name, shape)."""
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info(x[0], onnx.TensorProto.FLOAT, x[1])],
+        [onnx.helper.make_tensor_value_info(y[0], onnx.TensorProto.FLOAT, y[1])],
+        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in arrays.items()],
+    )
+    imports = [onnx.helper.make_opsetid("", 18), *(onnx.helper.make_opsetid(*one) for one in opsets)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=imports, ir_version=9), path)
+    return path
+
+
+def session(path):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

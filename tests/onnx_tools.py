@@ -20,6 +20,8 @@ from onelora_compile.testing import fill_vectors
 class Main(nn.Module):
     """A model with one output."""
 
+    names: list[str]
+
     def __init__(self, model, output):
         super().__init__()
         self.model = model
@@ -201,7 +203,7 @@ def adapter(folder, weight, **config):
     """The file of an adapter of one linear "lin" with this weight, and its vector, float64."""
     module = nn.ModuleDict({"lin": nn.Linear(weight.shape[1], weight.shape[0])})
     with torch.no_grad():
-        module["lin"].weight.copy_(torch.from_numpy(weight))
+        module.get_parameter("lin.weight").copy_(torch.from_numpy(weight))
     torch.manual_seed(1)
     model = fill_vectors(onelora.adapt(module, onelora.OneLoRAConfig(**config)), 0.5)
     onelora.save_adapter(model, folder / "a.safetensors")

@@ -6,6 +6,7 @@ A case says from which opset on its form is valid, and below which one nothing c
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -71,7 +72,7 @@ def value(name, array):
 
 def changed():
     """Every standard operator that is new, or changed, since opset 18."""
-    history = {}
+    history: dict[str, Any] = {}
     for schema in defs.get_all_schemas_with_history():
         if (
             not schema.domain
@@ -109,7 +110,7 @@ def branch(op):
 
 def loop_body():
     nodes = [helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Gelu", ["v"], ["w"])]
-    types = (("i", 7, []), ("c", 9, []), ("v", 1, [3, 4]))
+    types: list[tuple[str, int, list[int]]] = [("i", 7, []), ("c", 9, []), ("v", 1, [3, 4])]
     inputs = [helper.make_tensor_value_info(*one) for one in types]
     return helper.make_graph(
         nodes,

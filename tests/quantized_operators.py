@@ -2,7 +2,8 @@
 
 import numpy as np
 from onnx import TensorProto, helper
-from quantized_graphs import IN, MS, OUT, ROWS, Built, C, Graph, quantized, weight_and_input, wrapped
+from quantized_graphs import IN, MS, OUT, ROWS, Built, C, weight_and_input, wrapped
+from quantized_storage import Graph, quantized
 
 LOW, HIGH = -128, 127
 STEP = np.float32(1 / 64)

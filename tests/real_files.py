@@ -137,7 +137,8 @@ def _numbers(model: onnx.ModelProto, known: Makers, name: str) -> np.ndarray:
         return numpy_helper.to_array(maker)
     given = [numpy_helper.from_array(_numbers(model, known, one), one) for one in maker.input]
     graph = helper.make_graph([maker], "g", [], [onnx.ValueInfoProto(name=name)], given)
-    return np.asarray(ReferenceEvaluator(helper.make_model(graph, opset_imports=model.opset_import)).run(None, {})[0])
+    (value,) = ReferenceEvaluator(helper.make_model(graph, opset_imports=model.opset_import)).run(None, {})
+    return np.asarray(value)
 
 
 def adapter_of(found: Mapping[str, list[Product]], scale: float) -> AdapterFile:

@@ -4,6 +4,7 @@ import base64
 import ctypes
 import json
 import types
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from builder_double import dtype_of, shape_of
 
 def runtime_side(real, faults, checked):
     """The classes and functions that a program calls itself, by name, and how to make `Weights`."""
-    places = {}
+    places: dict[int, tuple[Any, ...]] = {}
 
     class Runtime:
         def __init__(self, log):

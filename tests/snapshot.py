@@ -12,7 +12,8 @@ FLAT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.de
 
 def snapshot(*roots):
     """Lines `path: value` of all that the roots hold, with the default random states."""
-    lines, seen = [], {}
+    lines: list[str] = []
+    seen: dict[int, tuple[str, object]] = {}
     left = [(f"root{i}", root) for i, root in enumerate(roots)]
     while left:
         path, value = left.pop()
@@ -24,17 +25,19 @@ def snapshot(*roots):
             seen[id(value)] = (path, value)
             lines.append(f"{path}: {type(value).__name__}{_own(value)}")
             left += [(f"{path}.{name}", part) for name, part in _parts(value)]
-    states = [random.getstate(), numpy.random.get_state()[1:], torch.get_rng_state().tolist()]
+    states = [random.getstate(), numpy.random.get_state(legacy=False), torch.get_rng_state().tolist()]
     return [*lines, *(hashlib.sha1(repr(state).encode()).hexdigest() for state in states)]
 
 
 def _own(value):
     if isinstance(value, torch.Tensor):
         kept = value.detach().cpu()
-        numbers = None if kept.is_meta else hashlib.sha1(kept.contiguous().reshape(-1).view(torch.uint8).numpy())
+        numbers = (
+            None if kept.is_meta else hashlib.sha1(kept.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        )
         return f"{list(kept.shape)} {kept.dtype} {value.requires_grad} {numbers and numbers.hexdigest()}"
     if isinstance(value, (numpy.ndarray, torch.Generator, random.Random)):
-        state = getattr(value, "getstate", getattr(value, "get_state", getattr(value, "tolist", None)))()
+        state = getattr(value, next(one for one in ("getstate", "get_state", "tolist") if hasattr(value, one)))()
         return str(state.tolist() if isinstance(state, torch.Tensor) else state)
     if isinstance(value, numpy.random.Generator):
         return str(value.bit_generator.state)

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 RECORD = Path(__file__).with_name("tensorrt_names.json")
 # The wheels on PyPI nearest to what each JetPack ships; 8.5 is on no public index.
@@ -37,7 +38,7 @@ _ENUMS = (
 
 def names(module):
     """Of the module, of the classes and of the enums that an engine needs; of methods the numbers of arguments."""
-    found = {"module": sorted(name for name in dir(module) if not name.startswith("_"))}
+    found: dict[str, Any] = {"module": sorted(name for name in dir(module) if not name.startswith("_"))}
     for name in _ENUMS:
         if hasattr(module, name):
             found[name] = sorted(getattr(module, name).__members__)

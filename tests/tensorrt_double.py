@@ -10,6 +10,7 @@ should; it shows nothing about TensorRT's own behaviour.
 from __future__ import annotations
 
 import types
+from typing import Any
 
 from builder_double import builder_side
 from checked_calls import Checked, Signature
@@ -22,8 +23,8 @@ def module(real, **faults):
     Faults, in its attribute of that name: `build` makes the builder fail with that message, `missing` lets the refitter
     ask for the weights of that name too, `stream` is the stream that work must be on (7, that of cudart_double.py).
     """
-    calls = set()
-    made = types.ModuleType("tensorrt")
+    calls: set[str] = set()
+    made: Any = types.ModuleType("tensorrt")
     made.__dict__.update({name: getattr(real, name) for name in dir(real) if not name.startswith("__")})
     made.__version__ = real.__version__
     made.calls, made.faults = calls, faults

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from onelora_compile.cli import app, choices, main
 from onelora_compile.exporters import build_engine, bundle, export_onnx
 from onelora_compile.testing import fill_vectors
 
-COMMANDS = get_command(app).commands
+GROUP: Any = get_command(app)
+COMMANDS = GROUP.commands
 EXAMPLES = {
     line.strip(): name
     for name, command in COMMANDS.items()
@@ -73,7 +75,7 @@ def test_names_are_there_without_torch_and_with_it():
         said = python(f"import {first}; import {then}; print(hasattr(torch.ops.onelora, 'rank1_update'))")
         assert said == "True\n"
     with pytest.raises(AttributeError, match="has no attribute 'adopt'"):
-        onelora.adopt  # noqa: B018
+        onelora.adopt  # type: ignore[attr-defined]  # noqa: B018
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -80,9 +80,9 @@ def test_what_is_done_to_the_adapter_inside_a_block_lasts():
                 call(model)
         model.double()
     assert {value.dtype for value in model.state_dict().values()} == {torch.float64}
-    assert torch.equal(model.a.onelora_vector, after["a.onelora_vector"].double())
+    assert torch.equal(model.get_parameter("a.onelora_vector"), after["a.onelora_vector"].double())
     model.load_state_dict(before)
-    assert torch.equal(copy.deepcopy(model).a.onelora_vector, before["a.onelora_vector"].double())
+    assert torch.equal(copy.deepcopy(model).get_parameter("a.onelora_vector"), before["a.onelora_vector"].double())
 
 
 def test_disabled_blocks_of_two_threads_that_overlap():

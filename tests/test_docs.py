@@ -13,6 +13,7 @@ import re
 import shlex
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -27,7 +28,7 @@ BLOCK = re.compile(
     re.M | re.S,
 )
 RANKS = [None, "slow", "gpu"]  # a program holds the blocks of the lower ones
-COMMANDS = typer.main.get_command(app)
+COMMANDS: Any = typer.main.get_command(app)
 
 
 def programs():

@@ -168,6 +168,8 @@ def test_fold_inside_higher_order_ops(name, tmp_path):
 
 def test_a_weight_that_is_shared_into_a_higher_order_op_is_refused(tmp_path):
     class Shared(Cond):
+        tied: torch.Tensor
+
         def forward(self, x):
             h = torch.relu(self.a(x))
             return super().forward(x) + h @ self.tied.T

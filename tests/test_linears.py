@@ -2,6 +2,7 @@
 
 import copy
 import random
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -149,14 +150,15 @@ def test_export_is_the_same_function(name, mode, tmp_path):
     np.testing.assert_allclose(out, model(x).detach().numpy(), rtol=1e-3, atol=1e-3)
 
 
-CALLS = []
+CALLS: list[Any] = []
 
 
 class Leaky(nn.Linear):
     """A forward that leaves traces wherever code can."""
 
     calls = 0
-    seen = {}
+    seen: dict[str, Any] = {}
+    steps: torch.Tensor
 
     def __init__(self):
         super().__init__(IN, OUT)
@@ -180,12 +182,12 @@ def test_a_probe_leaves_no_trace(training, capsys):
     model = Model(Leaky()).train(training)
     model.own.register_forward_hook(lambda *args: CALLS.append("hook"))
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    randoms = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    randoms = torch.random.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)["state"]["key"].copy()
     onelora.adapt(model)
     onelora.detach(model)
     assert torch.equal(torch.random.get_rng_state(), randoms[0])
     assert random.getstate() == randoms[1]
-    assert (np.random.get_state()[1] == randoms[2]).all()
+    assert (np.random.get_state(legacy=False)["state"]["key"] == randoms[2]).all()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert (Leaky.calls, Leaky.seen, CALLS) == (0, {}, [])
     assert model.own.config == {"sizes": [1]}

@@ -1,6 +1,7 @@
 """What autograd keeps for backward: an adapted model may keep at most 1 % more than its frozen base."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_saved_bytes_are_those_of_the_frozen_base(how):
     base = zoo.TinyViT(width=192, depth=4, heads=3).train().requires_grad_(False)
     inputs = {"x": torch.randn(8, 16, 12)}
     adapted = onelora.adapt(copy.deepcopy(base))
-    models = {"base": base, "adapted": adapted}
+    models: dict[str, Any] = {"base": base, "adapted": adapted}
     if how != "eager":
         models["base"] = torch.compile(base, backend=how)
         models["adapted"] = torch.compile(adapted, backend="onelora", options={"inner": how})

@@ -1,6 +1,7 @@
 """merge: one rounding, reported; only the adapted use of a weight changes."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -44,14 +45,15 @@ def test_one_rounding_to_the_stored_dtype(dtype):
 
 
 def test_the_report_shows_what_bfloat16_swallows():
-    model = nn.Sequential(nn.Linear(256, 64))
-    nn.init.normal_(model[0].weight, std=0.02)
+    linear = nn.Linear(256, 64)
+    model = nn.Sequential(linear)
+    nn.init.normal_(linear.weight, std=0.02)
     model.bfloat16()
     fill_vectors(onelora.adapt(model), 1e-4)
-    weight = model[0].weight.detach().clone()
+    weight = linear.weight.detach().clone()
     update = onelora.vectors(model)["0"].detach().clone()
     report = onelora.merge(model)
-    unchanged = (model[0].weight == weight)[update != 0].double().mean().item()
+    unchanged = (linear.weight == weight)[update != 0].double().mean().item()
     assert 0.05 < unchanged < 1
     assert report.losses["0"].unchanged == pytest.approx(unchanged)
     assert report.worst == report.losses["0"].relative > 0.05
@@ -120,7 +122,7 @@ def test_a_parametrized_weight_is_refused():
 
 def test_merged_compiled_model_is_captured_again():
     model = fill_vectors(onelora.adapt(zoo.MLP()), 0.5)
-    compiled = torch.compile(model, backend="onelora", options={"inner": "eager"})
+    compiled: Any = torch.compile(model, backend="onelora", options={"inner": "eager"})
     x = torch.randn(5, 8)
     expected = compiled(x).detach()
     onelora.merge(compiled)

@@ -24,7 +24,8 @@ def quantize(model, how):
     from torchao.quantization.granularity import PerGroup
 
     # The int4 formats with kernels of their own need a GPU; this one runs everywhere.
-    int4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    four_bits = torch.int4  # type: ignore[attr-defined]  # torch makes it at run time
+    int4 = IntxWeightOnlyConfig(weight_dtype=four_bits, granularity=PerGroup(32))
     quantize_(model, Int8WeightOnlyConfig() if how == "int8" else int4)
     return model
 
@@ -73,6 +74,8 @@ def test_torchao_weight_only(how, order, tmp_path):
 
 class Packed(nn.Module):
     """What quantisation libraries make: in_features and out_features, integer weights in buffers, no nn.Linear."""
+
+    bias: torch.Tensor
 
     def __init__(self, linear):
         super().__init__()

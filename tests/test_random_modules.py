@@ -1,6 +1,7 @@
 """Random modules composed of linear forms, views, shared weights and dtypes: eager = compiled = reference."""
 
 import copy
+from typing import Any
 
 import torch
 from hypothesis import given, settings
@@ -97,10 +98,10 @@ def test_eager_compiled_and_reference_agree(first, plan, tied, dtype, seed):
     torch.manual_seed(seed)
     net = Net(first, plan)
     if tied:  # two modules share one weight, with a vector each
-        alike = {}
-        for step in net.steps:
-            if step.kind == "module":
-                step.fc.weight = alike.setdefault((step.n, step.m), step.fc.weight)
+        alike: dict[tuple[int, int], nn.Parameter] = {}
+        modules: list[Any] = [step for step in net.steps if step.kind == "module"]
+        for step in modules:
+            step.fc.weight = alike.setdefault((step.n, step.m), step.fc.weight)
     net = net.to(dtype)
     x = torch.randn(2, 3, first).to(dtype)
     base, weights = net(x), copy.deepcopy(net.state_dict())

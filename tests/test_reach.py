@@ -68,7 +68,7 @@ class Child(nn.Module):
 TABLE = {"a": [helper]}
 Helpers.table["helper"] = helper
 MODULE = types.ModuleType("a_module_of_helpers")
-MODULE.go = helper
+vars(MODULE)["go"] = helper
 
 # How a forward gets at the weight of `b`, which it never calls.
 READS = {

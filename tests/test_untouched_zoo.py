@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ SMALL = {
     "patch_size": 8,
     "num_labels": 3,
 }
-OTHER = {
+OTHER: dict[str, dict[str, Any]] = {
     "DistilBert": {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
     "GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2},
     "Swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "patch_size": 2},

@@ -63,6 +63,8 @@ def test_trained_norms_are_the_remedy(how):
 @pytest.mark.parametrize("how", [eager, fast])
 def test_no_gradient_and_zero_gradients_are_told_apart(how):
     class Dead(zoo.MLP):
+        extra: nn.Module
+
         def forward(self, x):
             h = torch.relu(self.a(x))
             with torch.no_grad():
@@ -85,7 +87,7 @@ def test_copies_and_pickles_are_free_of_it():
 
 
 def test_a_check_that_is_over_costs_no_compilation_and_keeps_nothing():
-    from test_backend import Counter
+    from counted_graphs import Counter
 
     from onelora_compile.adapting import dead_vectors
 

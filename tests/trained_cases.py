@@ -6,6 +6,7 @@ import functools
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ import onelora_compile as onelora
 from onelora_compile.exporters import export_onnx
 
 # What an adapter trains besides vectors; "dropped" is a head whose bias of zeros exporters leave out.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "vectors": {},
     "head": {"modules_to_save": ["classifier"]},
     "norms": {"train_norms": True},
@@ -30,7 +31,8 @@ class Pooled(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.norm = nn.Linear(8, 16), nn.LayerNorm(16)
-        self.b, self.last = nn.Linear(16, 16), nn.LayerNorm(16)
+        self.b = nn.Linear(16, 16)
+        self.last: nn.Module = nn.LayerNorm(16)
         self.classifier = nn.Linear(16, 3)
 
     def tokens(self, x):
@@ -75,7 +77,7 @@ def inputs(name):
 
 def base_of(name, variant):
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model: Any = MODELS[name]().eval()
     if variant == "dropped":
         for module in model.classifier.modules():
             if isinstance(module, nn.Linear):
@@ -89,14 +91,14 @@ def base_of(name, variant):
 
 def trained(name, variant, seed):
     """An adapted model after some training."""
-    config = {"modules_to_save": [], **VARIANTS[variant]}
+    config: dict[str, Any] = {"modules_to_save": [], **VARIANTS[variant]}
     if name == "images" and config["modules_to_save"]:
         config["modules_to_save"] = ["classifier.0", "classifier.2"]
     model = onelora.adapt(base_of(name, variant), onelora.OneLoRAConfig(**config))
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in onelora.trainable_parameters(model):
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(0.1 * torch.randn_like(parameter))
         if name == "images":
             model.batch_norm.running_mean.normal_()
             model.batch_norm.running_var.uniform_(0.5, 2)

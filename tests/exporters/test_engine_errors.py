@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from engines import OPTIONS, RTX
 from torch import nn
 
 import onelora_compile as onelora
@@ -20,7 +21,6 @@ from onelora_compile.testing import fill_vectors
 
 pytest.importorskip("tensorrt_rtx_bindings")
 
-RTX = {"flavour": "rtx", "target": "sm_86", "progress": False}
 BATCH = {"shapes": {"batch": (1, 4, 8)}}
 
 
@@ -41,7 +41,7 @@ def swappable(tmp_path_factory):
 
 def refused(error, match, onnx_path, tmp_path, **options):
     with pytest.raises(error, match=match):
-        build_engine(onnx_path, tmp_path / "m.engine", **RTX | options)
+        build_engine(onnx_path, tmp_path / "m.engine", **OPTIONS | options)
     assert os.listdir(tmp_path) == []
 
 
@@ -69,7 +69,7 @@ def test_shapes(shapes, match, half, tmp_path):
 def test_missing_shapes_name_every_input(tmp_path):
     bank, _ = engines.linear(tmp_path, "bank")
     with pytest.raises(onelora.ConfigError, match=r"missing for input \[batch, 64\], adapter_ids \[batch\]"):
-        build_engine(bank, tmp_path / "m.engine", **RTX)
+        build_engine(bank, tmp_path / "m.engine", **OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -145,13 +145,13 @@ def test_refit_is_built_with_distinct_vectors(tmp_path):
     x = torch.randn(4, 64)
     export_onnx(model, (x,), tmp_path / "zero.onnx", adapters="input", verify=False)
     with pytest.raises(onelora.StateError, match=r"the vector of '[01]' in .* is zero: .* give adapter="):
-        build_engine(tmp_path / "zero.onnx", tmp_path / "m.engine", adapters="refit", **RTX)
+        build_engine(tmp_path / "zero.onnx", tmp_path / "m.engine", adapters="refit", **OPTIONS)
     with torch.no_grad():
         for vector in onelora.vectors(model).values():
             vector.fill_(0.5)
     export_onnx(model, (x,), tmp_path / "equal.onnx", adapters="input", verify=False)
     with pytest.raises(onelora.StateError, match=r"'[01]' in .* is equal to that of '[01]'"):
-        build_engine(tmp_path / "equal.onnx", tmp_path / "m.engine", adapters="refit", **RTX)
+        build_engine(tmp_path / "equal.onnx", tmp_path / "m.engine", adapters="refit", **OPTIONS)
 
 
 def save(path, nodes, inputs, arrays=(), opset=17):
@@ -173,7 +173,7 @@ def test_an_operator_that_tensorrt_does_not_have(tmp_path):
     )
     match = r"node the node \(Frobnicate\): .*no such operator.*Export with a lower opset_version="
     with pytest.raises(onelora.ExportError, match=match):
-        build_engine(path, tmp_path / "m.engine", **RTX)
+        build_engine(path, tmp_path / "m.engine", **OPTIONS)
 
 
 def test_mixed_dtypes(tmp_path):
@@ -181,7 +181,7 @@ def test_mixed_dtypes(tmp_path):
     nodes = [onnx.helper.make_node("Mul", ["x", "w"], ["y"])]
     path = save(tmp_path / "m.onnx", nodes, [("x", 1, [2, 3])], [("w", weight)])
     with pytest.raises(onelora.ExportError, match=r"must agree in the ONNX.*dtype=torch.float16"):
-        build_engine(path, tmp_path / "m.engine", **RTX)
+        build_engine(path, tmp_path / "m.engine", **OPTIONS)
 
 
 def test_a_bias_that_is_quantised(tmp_path):
@@ -192,7 +192,7 @@ def test_a_bias_that_is_quantised(tmp_path):
     arrays = [("b", np.ones(3, np.int32)), ("s", np.float32(0.1))]
     path = save(tmp_path / "m.onnx", nodes, [("x", 1, [2, 3])], arrays)
     with pytest.raises(onelora.ExportError, match=r"'QuantizeBias': False"):
-        build_engine(path, tmp_path / "m.engine", **RTX)
+        build_engine(path, tmp_path / "m.engine", **OPTIONS)
 
 
 def test_float8_for_a_gpu_without_it(tmp_path):
@@ -208,20 +208,20 @@ def test_float8_for_a_gpu_without_it(tmp_path):
     model.graph.initializer.append(zero)
     onnx.save(model, path)
     with pytest.raises(onelora.ExportError, match=r"fp8 needs SM 8.9"):
-        build_engine(path, tmp_path / "m.engine", **RTX)
-    assert build_engine(path, tmp_path / "m.engine", **RTX | {"target": "sm_89"}).bytes
+        build_engine(path, tmp_path / "m.engine", **OPTIONS)
+    assert build_engine(path, tmp_path / "m.engine", **OPTIONS | {"target": "sm_89"}).bytes
 
 
 def test_files(half, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
-        build_engine(tmp_path / "no.onnx", tmp_path / "m.engine", **RTX)
+        build_engine(tmp_path / "no.onnx", tmp_path / "m.engine", **OPTIONS)
     (tmp_path / "bad.onnx").write_bytes(b"\x08\x07nonsense")
     with pytest.raises(onelora.ExportError, match="not an ONNX model"):
-        build_engine(tmp_path / "bad.onnx", tmp_path / "m.engine", **RTX)
+        build_engine(tmp_path / "bad.onnx", tmp_path / "m.engine", **OPTIONS)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        build_engine(half, tmp_path / "no" / "m.engine", **RTX, **BATCH)
+        build_engine(half, tmp_path / "no" / "m.engine", **RTX)
     with pytest.raises(IsADirectoryError, match="is a folder"):
-        build_engine(half, tmp_path, **RTX, **BATCH)
+        build_engine(half, tmp_path, **RTX)
 
 
 def test_weights_that_are_missing(tmp_path):
@@ -229,7 +229,7 @@ def test_weights_that_are_missing(tmp_path):
     export_onnx(nn.Linear(64, 48), (torch.randn(4, 64),), tmp_path / "m.onnx", external_data=True)
     (tmp_path / "m.onnx.data").unlink()
     with pytest.raises(FileNotFoundError, match=r"m\.onnx\.data with its weights is missing"):
-        build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", **RTX)
+        build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", **OPTIONS)
 
 
 def test_adapters_of_other_models(swappable, half, tmp_path):
@@ -238,7 +238,7 @@ def test_adapters_of_other_models(swappable, half, tmp_path):
     onelora.save_adapter(other, tmp_path / "other.safetensors")
     named = fill_vectors(onelora.adapt(nn.ModuleDict({"x": nn.Linear(64, 48)})), 0.3)
     onelora.save_adapter(named, tmp_path / "named.safetensors")
-    options = {**RTX, **BATCH}
+    options = {**RTX}
     with pytest.raises(onelora.BaseMismatchError, match="another base"):
         build_engine(swappable, tmp_path / "m.engine", adapter=tmp_path / "other.safetensors", **options)
     with pytest.raises(onelora.AdapterFileError, match="has no place for vectors of the adapter: x"):
@@ -251,55 +251,18 @@ def test_adapters_of_other_models(swappable, half, tmp_path):
 def test_vectors_that_a_tool_removed(swappable, tmp_path):
     model = ir.load(swappable)
     (vector,) = [value for value in model.graph.inputs if value.name in model.graph.initializers]
-    model.graph.initializers.pop(vector.name)
+    model.graph.initializers.pop(str(vector.name))
     ir.save(model, tmp_path / "m.onnx")
     with pytest.raises(onelora.AdapterFileError, match=r"has no initializers of these names"):
-        build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", **RTX, **BATCH)
+        build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", **RTX)
 
 
 def test_a_failed_build_leaves_the_old_engine(half, tmp_path):
-    build_engine(half, tmp_path / "m.engine", **RTX, **BATCH)
+    build_engine(half, tmp_path / "m.engine", **RTX)
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     with pytest.raises(onelora.ConfigError):
-        build_engine(half, tmp_path / "m.engine", **RTX)
+        build_engine(half, tmp_path / "m.engine", **OPTIONS)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
-
-
-def test_no_tensorrt_at_all(half, tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setattr(library, "_api", library._api.__wrapped__)
-    for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(onelora.MissingExtraError, match=r"pip install 'onelora-compile\[tensorrt-rtx\]'"):
-        build_engine(half, tmp_path / "m.engine", progress=False)
-    with pytest.raises(onelora.MissingExtraError, match=r"TensorRT comes from NVIDIA's package index"):
-        build_engine(half, tmp_path / "m.engine", flavour="tensorrt", progress=False)
-
-
-@pytest.mark.parametrize(
-    ("source", "match"),
-    [
-        ("", r"has no builder and no ONNX parser: it is another package of that name"),
-        ("raise OSError('libnvdla_compiler.so: cannot open')", r"does not load: libnvdla_compiler.so"),
-        ("import no_such_library", r"tensorrt: No module named 'no_such_library'"),
-    ],
-)
-def test_a_tensorrt_that_does_not_load(source, match, tmp_path, monkeypatch):
-    import sys
-
-    (tmp_path / "tensorrt.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(sys.modules, "tensorrt", None)  # so that it is as before afterwards
-    monkeypatch.delitem(sys.modules, "tensorrt")
-    with pytest.raises(onelora.MissingExtraError, match=match):
-        library.find_api("tensorrt")
-
-
-def test_a_jetson_is_told_of_system_site_packages(monkeypatch):
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    with pytest.raises(onelora.MissingExtraError, match="--system-site-packages"):
-        library.find_api("tensorrt")
 
 
 def test_ctrl_c_stops_the_builder(half, tmp_path, monkeypatch):
@@ -310,7 +273,7 @@ def test_ctrl_c_stops_the_builder(half, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Count, "step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        build_engine(half, tmp_path / "m.engine", **RTX, **BATCH)
+        build_engine(half, tmp_path / "m.engine", **RTX)
     assert os.listdir(tmp_path) == []
 
 
@@ -320,7 +283,7 @@ def test_the_bar_shows_the_builders_phases(half, tmp_path, monkeypatch):
     seen, steps = [], []
     monkeypatch.setattr(Count, "start", lambda self, stage, total: seen.append((stage, total)))
     monkeypatch.setattr(Count, "step", lambda self: steps.append(1))
-    build_engine(half, tmp_path / "m.engine", **RTX, **BATCH)
+    build_engine(half, tmp_path / "m.engine", **RTX)
     assert len(seen) >= 2
     assert all(total > 0 for _, total in seen)
     assert steps

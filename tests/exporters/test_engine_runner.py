@@ -12,6 +12,7 @@ import onnx_ir
 import pytest
 import tensorrt_double
 import torch
+from engines import RTX
 from torch import nn
 
 import onelora_compile as onelora
@@ -22,9 +23,6 @@ from onelora_compile.exporters.tensorrt.manifest import Manifest
 from onelora_compile.testing import fill_vectors
 
 tensorrt_rtx_bindings = pytest.importorskip("tensorrt_rtx_bindings")
-
-RTX = {"flavour": "rtx", "target": "sm_86", "progress": False, "shapes": {"batch": (1, 4, 8)}}
-
 
 # ONNX Runtime in the place of the engine: what is fed, where it lies and what is read, on the CPU.
 

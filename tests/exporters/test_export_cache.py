@@ -1,5 +1,7 @@
 """Decoders with a cache: its tensors are inputs and outputs of the file, for any length of the past."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -16,7 +18,12 @@ SHAPES = {
 
 
 def llama():
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     config = LlamaConfig(vocab_size=50, num_hidden_layers=2, bos_token_id=0, eos_token_id=1, **sizes)
     return LlamaForCausalLM(config).eval()
 

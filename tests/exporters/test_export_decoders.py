@@ -1,6 +1,7 @@
 """Decoders with each kind of cache: in every mode, with no past, with a window, beside an encoder."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,8 @@ def names(prefix):
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_a_dynamic_cache_of_any_length(make, mode, tmp_path):
     model = adapted(make)
-    given, more = step(model, 2, 3, 2), {}
+    given = step(model, 2, 3, 2)
+    more: dict[str, Any] = {}
     held = copy.deepcopy(given["past_key_values"])
     if mode == "bank":
         onelora.save_adapter(model, tmp_path / "a.safetensors")
@@ -145,8 +147,8 @@ def test_a_first_call_and_one_token_at_a_time(tmp_path):
         assert verify(runner, model, (), {"input_ids": tokens(*size), "use_cache": True}).passed
     shapes = {"*": "batch", "past_key_values": {2: "past"}}
     export_onnx(model, (), tmp_path / "m.onnx", step(model, 1, 3, 1, mask=False), dynamic_shapes=shapes)
-    for size in ((1, 4, 1), (3, 7, 1)):
-        assert verify(tmp_path / "m.onnx", model, (), step(model, *size, mask=False)).passed
+    for lengths in ((1, 4, 1), (3, 7, 1)):
+        assert verify(tmp_path / "m.onnx", model, (), step(model, *lengths, mask=False)).passed
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """export_onnx where what runs depends on gradients: attention has kernels for training with another layout."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +36,13 @@ def attention():
 def sam():
     from transformers import SamVisionConfig, SamVisionModel
 
-    sizes = {"hidden_size": 32, "output_channels": 16, "mlp_dim": 64, "image_size": 32, "patch_size": 4}
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "window_size": 3, "global_attn_indexes": [1]}
+    sizes: dict[str, Any] = {"hidden_size": 32, "output_channels": 16, "mlp_dim": 64, "image_size": 32, "patch_size": 4}
+    layers: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "window_size": 3,
+        "global_attn_indexes": [1],
+    }
     return SamVisionModel(SamVisionConfig(**sizes, **layers, num_pos_feats=8)).eval(), torch.randn(1, 3, 32, 32)
 
 
@@ -50,4 +56,5 @@ def test_a_model_exports_also_where_its_base_is_trained(made, mode, tmp_path):
     model = base if mode == "base" else fill_vectors(onelora.adapt(copy.deepcopy(base)))
     model.requires_grad_(True)
     report = export_onnx(model, (x,), tmp_path / "a.onnx", adapters="fold" if mode == "base" else mode)
+    assert report.error is not None
     assert report.error < 1e-5

@@ -3,12 +3,13 @@
 import collections
 import copy
 import dataclasses
+from typing import Any
 
 import onnx
 import pytest
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 import onelora_compile as onelora
 from onelora_compile.errors import ConfigError, ExportError
@@ -69,7 +70,7 @@ class Model(nn.Module):
 class Taking(Model):
     """The same, of one argument that holds both."""
 
-    def forward(self, pair):
+    def forward(self, pair):  # type: ignore[override]
         x, y = pair.values() if isinstance(pair, dict) else (pair.x, pair.y) if isinstance(pair, Pair) else pair
         return super().forward(x, y)
 
@@ -171,7 +172,7 @@ def test_names_that_were_asked_for(mode, tmp_path):
     assert verify(runner, model, x).passed
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too few": ({"input_names": ["a"]}, "1 names; the model has 2 inputs: x, y"),
     "too many": ({"output_names": ["a", "b", "c"]}, "3 names; the model has 2 outputs: output_0, output_1"),
     "one string": ({"input_names": "a"}, "1 names; the model has 2 inputs"),

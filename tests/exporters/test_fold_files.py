@@ -198,8 +198,8 @@ def damaged(data, content):
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_bytes_are_a_clear_error_or_do_no_harm(which, small, data):
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         model, adapter, out = folder / "m.onnx", folder / "a.safetensors", folder / "out.onnx"
         model.write_bytes(damaged(data, small.base.read_bytes()) if which == "model" else small.base.read_bytes())
         adapter.write_bytes(
@@ -221,7 +221,8 @@ def test_thousands_of_tensors(tmp_path):
     make, nodes, arrays = onnx.helper.make_node, [], {}
     for number, linear in enumerate(base):
         nodes.append(make("Gemm", [f"x{number}", f"w{number}", f"c{number}"], [f"x{number + 1}"], transB=1))
-        arrays[f"w{number}"], arrays[f"c{number}"] = linear.weight.detach().numpy(), linear.bias.detach().numpy()
+        held = {name: value.detach().numpy() for name, value in linear.named_parameters()}
+        arrays[f"w{number}"], arrays[f"c{number}"] = held["weight"], held["bias"]
     info = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
         nodes,

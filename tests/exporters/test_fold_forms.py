@@ -5,6 +5,7 @@ Each file is exact against float64 afterwards, or refused by the vector's name.
 
 import itertools
 import threading
+from typing import Any
 
 import numpy as np
 import onnx
@@ -55,7 +56,7 @@ def operators():
     yield "MatMul left", make("MatMul", ["m", "x"], ["y"]), same, turn, turn, 1
     for a, b, alpha in itertools.product((0, 1), (0, 1), (1.0, 0.25)):
         for op, domain in (("Gemm", ""), ("FusedMatMul", "com.microsoft")):
-            extra = {"transA": a, "transB": b, "alpha": alpha}
+            extra: dict[str, Any] = {"transA": a, "transB": b, "alpha": alpha}
             right = make(op, ["x", "m"], ["y"], domain=domain, **extra)
             yield f"{op} right {a}{b} {alpha}", right, same if b else turn, turn if a else same, same, alpha
             left = make(op, ["m", "x"], ["y"], domain=domain, **extra)

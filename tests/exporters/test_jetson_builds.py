@@ -67,7 +67,7 @@ def test_load_in_half_precision_leaves_neither_the_weight_nor_the_vector(tmp_pat
     bundle(tmp_path / "m.onnx", tmp_path / "b")
     assert build(tmp_path / "b") == 0
     content = plans(tmp_path / "b")[0].read_bytes()
-    weight = model.blocks[0].qkv.weight.detach().half()
+    weight = model.get_parameter("blocks.0.qkv.weight").detach().half()
     vector = onelora.vectors(model)["blocks.0.qkv"].detach()
 
     def held(matrix):

@@ -32,11 +32,11 @@ def test_numbers_that_would_change_are_refused(tmp_path):
     tensors = bundles.device(bundles.fresh("fold", tmp_path), "tensors")
     wide = tensors.Tensor.of(np.array([1, 2**40]))
     assert tensors.Tensor.of(np.array([1, 7])).to("int32").values() == [1, 7]
-    for value, dtype in ((wide, "int32"), (tensors.Tensor.of(np.float32([1e10])), "float16")):
+    for value, dtype in ((wide, "int32"), (tensors.Tensor.of(np.array([1e10], np.float32)), "float16")):
         with pytest.raises(tensors.TensorError, match="do not fit"):
             value.to(dtype)
     with pytest.raises(tensors.TensorError, match="would be cut"):
-        tensors.Tensor.of(np.float32([1.5])).to("int64")
+        tensors.Tensor.of(np.array([1.5], np.float32)).to("int64")
 
 
 def test_quantiles(tmp_path):

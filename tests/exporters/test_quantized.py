@@ -12,6 +12,7 @@ import quantized_graphs as graphs
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import adapter_of
 from quantized_operators import OPERATORS, build_operator
+from quantized_storage import STORAGE, Graph, quantized
 
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters import fold_onnx
@@ -50,8 +51,8 @@ def errors(built, adapter, folder):
 def cases():
     """Every product with every storage at its oldest opset, and at another one and another level in turn."""
     others = itertools.cycle(itertools.product(graphs.LEVELS, (11, 12, 13, 14, 17, 18, 19, 20, 21, 22, 23)))
-    for product, storage in itertools.product(graphs.PRODUCTS, graphs.STORAGE):
-        oldest = max(graphs.PRODUCTS[product].oldest, graphs.STORAGE[storage][1])
+    for product, storage in itertools.product(graphs.PRODUCTS, STORAGE):
+        oldest = max(graphs.PRODUCTS[product].oldest, STORAGE[storage][1])
         yield product, storage, "main", oldest
         level, opset = next(others)
         yield product, storage, level, max(opset, oldest)
@@ -93,9 +94,9 @@ def test_operators_that_compute_with_integers(name, level, opset, adapter, tmp_p
 def test_a_tied_weight_is_one_function_whether_quantised_or_not(kind, square, first, adapter, tmp_path):
     rng = np.random.default_rng(3)
     weight = rng.normal(size=(8, 8 if square else 6)).astype(np.float32)
-    q, scale, zero, exact = graphs.quantized(weight, None, -127, 127, True, np.int8)
+    q, scale, zero, exact = quantized(weight, None, -127, 127, True, np.int8)
     path, vector = tools.adapter(tmp_path, weight)  # of every linear: a nameless op is no other one's
-    g = graphs.Graph(13)
+    g = Graph(13)
     if kind == "int8":
         value = g.add("DequantizeLinear", g.hold(q), g.hold(scale), g.hold(zero))
     else:
@@ -114,31 +115,31 @@ def test_a_tied_weight_is_one_function_whether_quantised_or_not(kind, square, fi
 
 
 def fused_attention(weight):
-    g = graphs.Graph(17)
-    q, scale, zero, _ = graphs.quantized(weight, None, -127, 127, True, np.int8)
+    g = Graph(17)
+    q, scale, zero, _ = quantized(weight, None, -127, 127, True, np.int8)
     x, x_scale, x_zero = g.add("DynamicQuantizeLinear", "x", outputs=3)
     held = [g.hold(q), g.hold(np.zeros(weight.shape[1], np.float32)), x_scale, g.hold(scale), "", x_zero, g.hold(zero)]
     return g, g.add("QAttention", x, *held, domain=graphs.MS, num_heads=2)
 
 
 def fused_activation(weight):
-    g = graphs.Graph(17)
-    q, scale, zero, _ = graphs.quantized(weight.T[:, :, None, None], None, -127, 127, True, np.int8)
+    g = Graph(17)
+    q, scale, zero, _ = quantized(weight.T[:, :, None, None], None, -127, 127, True, np.int8)
     value = g.add("DequantizeLinear", g.hold(q), g.hold(scale), g.hold(zero))
     image = g.add("Unsqueeze", g.add("Transpose", "x", perm=[0, 2, 1]), g.hold(np.array([3])))
     return g, g.add("FusedConv", image, value, domain=graphs.MS, activation="Relu", kernel_shape=[1, 1])
 
 
 def fused_gelu(weight):
-    g = graphs.Graph(17)
-    q, scale, zero, _ = graphs.quantized(weight, None, -127, 127, True, np.int8)
+    g = Graph(17)
+    q, scale, zero, _ = quantized(weight, None, -127, 127, True, np.int8)
     value = g.add("DequantizeLinear", g.hold(q), g.hold(scale), g.hold(zero))
     return g, g.add("GemmFastGelu", "x", value, domain=graphs.MS)
 
 
 def unscaled(weight):
-    g = graphs.Graph(17)
-    q, _, zero, _ = graphs.quantized(weight, None, -127, 127, True, np.int8)
+    g = Graph(17)
+    q, _, zero, _ = quantized(weight, None, -127, 127, True, np.int8)
     x, _, x_zero = g.add("DynamicQuantizeLinear", "x", outputs=3)
     return g, g.add("Cast", g.add("MatMulInteger", x, g.hold(q), x_zero, g.hold(zero)), to=TensorProto.FLOAT)
 

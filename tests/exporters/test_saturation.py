@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import numpy as np
 import onnx
@@ -219,7 +220,7 @@ def test_integers_that_leave_the_model_keep_their_range(tmp_path):
     x, _, _ = computed(path, vector)
     with pytest.raises(ExportError, match=r"can't be widened: 'k' \(its integers are an output of the model\), clips"):
         fold_onnx(path, adapter, tmp_path / "out.onnx", progress=False, calibration={"x": x})
-    how = {"calibration": {"x": x}, "on_saturation": "allow"}
+    how: dict[str, Any] = {"calibration": {"x": x}, "on_saturation": "allow"}
     report = fold_onnx(path, adapter, tmp_path / "out.onnx", progress=False, **how)
     assert list(report.saturation.clipping) == ["k"]
     assert "can't be widened and clip up to" in str(report.saturation)
@@ -241,7 +242,7 @@ def test_a_range_inside_a_body_is_not_measured(tmp_path):
     x, _, _ = computed(path, vector)
     with pytest.raises(ExportError, match=r"can't be widened: 'l' \(it is inside a body\)"):
         fold_onnx(path, adapter, tmp_path / "out.onnx", progress=False, calibration={"x": x})
-    how = {"calibration": {"x": x}, "on_saturation": "allow"}
+    how: dict[str, Any] = {"calibration": {"x": x}, "on_saturation": "allow"}
     report = fold_onnx(path, adapter, tmp_path / "out.onnx", progress=False, **how)
     assert report.saturation.quantizers == ("l",)
     assert "nothing was measured" in str(report.saturation)

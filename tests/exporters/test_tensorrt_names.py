@@ -8,6 +8,7 @@ import pytest
 import tensorrt_bindings
 
 import onelora_compile.exporters as exporters
+from onelora_compile.exporters.jetson.device.core.library import Messages
 from onelora_compile.exporters.tensorrt import library, precision
 
 RECORD = json.loads(tensorrt_bindings.RECORD.read_text())
@@ -157,7 +158,7 @@ class Recorded:
 
 def api_of(version):
     flavour = "rtx" if version == tensorrt_bindings.RTX else "tensorrt"
-    return library.Api(flavour, Recorded(version), None, library.Messages())
+    return library.Api(flavour, Recorded(version), None, Messages())
 
 
 def half_model(tmp_path):
@@ -165,7 +166,7 @@ def half_model(tmp_path):
 
     weight = ir.tensor([[1.0, 2.0]], dtype=ir.DataType.FLOAT16, name="w")
     x = ir.Value(name="x", shape=ir.Shape([2, 1]), type=ir.TensorType(ir.DataType.FLOAT16))
-    w = ir.Value(name="w", shape=weight.shape, type=ir.TensorType(weight.dtype), const_value=weight)
+    w = ir.Value(name="w", shape=ir.Shape([1, 2]), type=ir.TensorType(weight.dtype), const_value=weight)
     node = ir.node("MatMul", [x, w])
     graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[w], opset_imports={"": 18})
     return ir.Model(graph, ir_version=9)

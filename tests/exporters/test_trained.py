@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from contextlib import AbstractContextManager
 
 import numpy as np
 import onnx
@@ -65,6 +66,7 @@ def test_an_adapter_is_folded_into_every_mode(name, variant, mode, tmp_path):
     path, files, x = exported(name, variant, mode), adapters(name, variant), inputs(name)
     fold = lambda: fold_onnx(path, files / "b.safetensors", tmp_path / "out.onnx", progress=False)  # noqa: E731
     moved = name == "images"  # its batch norm's statistics travel too, and are merged into the convolution of the base
+    refused: AbstractContextManager[object]
     if mode == "fold":
         refused = pytest.raises(BaseMismatchError, match="holds an adapter already")
     elif mode == "bank" and (variant != "vectors" or moved):
@@ -150,7 +152,7 @@ def test_one_of_two_norms_that_share_a_constant(tmp_path):
     model = onelora.adapt(cases.base_of("pooled", "vectors"), onelora.OneLoRAConfig(modules_to_save=["last"]))
     with torch.no_grad():
         for parameter in onelora.trainable_parameters(model):
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     onelora.save_adapter(model, tmp_path / "a.safetensors")
     fold_onnx(path, tmp_path / "a.safetensors", tmp_path / "out.onnx", progress=False)
     want = model.eval()(x).detach().numpy()
@@ -182,7 +184,7 @@ def test_a_tied_head_is_replaced_at_both_ends(tmp_path):
     model = onelora.adapt(base, config)
     with torch.no_grad():
         for parameter in onelora.trainable_parameters(model):
-            parameter += torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter))
     onelora.save_adapter(model, tmp_path / "a.safetensors")
     assert onelora.read_adapter(tmp_path / "a.safetensors").aliases == {"head.weight": ("embed.weight",)}
     fold_onnx(tmp_path / "base.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx", progress=False)
@@ -264,7 +266,7 @@ def test_what_was_folded_one_after_the_other_is_named(tmp_path):
     second = onelora.adapt(first, onelora.OneLoRAConfig(modules_to_save=["classifier"], exclude_modules=["a"]))
     with torch.no_grad():
         for parameter in onelora.trainable_parameters(second):
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     onelora.save_adapter(second, tmp_path / "second.safetensors")
     out, x = tmp_path / "out.onnx", inputs("pooled")
     fold_onnx(exported("pooled", "vectors", "base"), tmp_path / "first.safetensors", out, progress=False)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import trained_cases as cases
+from engines import OPTIONS
 from trained_cases import adapters, expected, exported, inputs
 
 import onelora_compile as onelora
@@ -46,7 +47,7 @@ def test_the_graph_of_an_engine(name, variant, source, engine, tmp_path):
 def build(name, variant, mode, out, **options):
     pytest.importorskip("tensorrt_rtx_bindings")
     path = exported(name, variant, mode)
-    common = {"flavour": "rtx", "target": "sm_86", "shapes": {"batch": (1, 2, 4)}, "progress": False}
+    common = {**OPTIONS, "shapes": {"batch": (1, 2, 4)}}
     return build_engine(path, out, **common, **options).manifest
 
 

@@ -50,7 +50,7 @@ def usage(kernel, folder):
     file = folder / "kernel.cubin"
     file.write_bytes(kernel.asm["cubin"])
     text = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (int(re.findall(rf"{what}:(\d+)", text)[0]) for what in ("REG", "STACK", "LOCAL"))
     return registers, stack + local
 
 

@@ -55,9 +55,7 @@ def test_a_compiled_model(lowering):
     compiled = torch.compile(model, backend="onelora", options=options)
     actual = gradients(compiled(x).square().sum(), onelora.vectors(model))
     twin = merged_copy(model, torch.float64)
-    for layer in (twin[0], twin[2]):
-        layer.weight.requires_grad_()
-    plain = {"0": twin[0].weight, "2": twin[2].weight}
+    plain = {name: twin.get_parameter(f"{name}.weight").requires_grad_() for name in ("0", "2")}
     exact = gradients(twin(x.detach().double()).square().sum(), plain)
     for name, value in actual.items():
         assert_parity(value, exact[name].sum(1), exact[name].sum(1).float(), name, floor=64)

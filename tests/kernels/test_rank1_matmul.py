@@ -136,7 +136,8 @@ def test_a_compiled_model_with_the_lowering_forced(pool, dtype, dynamic):
 
         def linear(name, x):
             base = getattr(model, name)
-            weight, bias = (None if one is None else one.detach().to(dtype) for one in (base.weight, base.bias))
+            weight = base.weight.detach().to(dtype)
+            bias = None if base.bias is None else base.bias.detach().to(dtype)
             s = x.to(wide).sum(-1, keepdim=True)
             return (F.linear(x, weight, bias).to(wide) + s * vectors[name]).to(dtype)
 

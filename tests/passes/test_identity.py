@@ -130,6 +130,7 @@ def test_arguments_by_the_names_of_the_schema(function, args, kwargs, expected):
     held = {node.name: node for node in nodes}
     given = {name: held.get(value, value) for name, value in kwargs.items()}
     found = arguments(own.call_function(function, tuple(held[name] for name in args), given))
+    assert found is not None
     assert {name: found[name] for name in expected} == {n: held.get(v, v) for n, v in expected.items()}
 
 

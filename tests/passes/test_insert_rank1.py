@@ -3,7 +3,7 @@
 import forms
 import pytest
 import torch
-from test_first_call import HARD
+from hard_models import HARD
 from torch import fx, nn
 
 import onelora_compile as onelora

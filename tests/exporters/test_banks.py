@@ -1,0 +1,74 @@
+"""A bank: the rows of one batch use different adapters; what it can not choose by row is refused by name."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mode_cases import Case
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.errors import ExportError
+from onelora_compile.exporters import OnnxRunner, export_onnx
+from onelora_compile.testing import assert_parity, fill_vectors
+
+
+def test_rows_of_one_batch_use_different_adapters(tmp_path):
+    case = Case("bert", tmp_path)
+    shapes = {name: {0: "batch", 1: "tokens"} for name in case.inputs}
+    options: dict[str, Any] = {"adapters": "bank", "bank": case.files, "dynamic_shapes": shapes}
+    export_onnx(case.models[0], (), case.path, case.inputs, **options)
+    ids = [1, -1, 0, 1]
+    inputs = {k: torch.cat([v[:1]] * len(ids)) for k, v in case.inputs.items()}
+    runner = OnnxRunner(case.path)
+    outputs = runner.run({k: v.numpy() for k, v in inputs.items()}, adapter_ids=ids)[0]
+    by_id = {-1: case.base, 0: case.models[0], 1: case.models[1]}
+    for row, number in enumerate(ids):
+        reference, plain = case.expected(by_id[number], torch.float32)
+        assert_parity(torch.from_numpy(outputs[row : row + 1]), reference[:1], plain[:1], factor=4, floor=32)
+    for wrong in ([2, 0, 0, 0], [-2, 0, 0, 0]):
+        with pytest.raises(ExportError, match="are not all between -1"):
+            runner.run({k: v.numpy() for k, v in inputs.items()}, adapter_ids=wrong)
+
+
+def test_a_bank_refuses_what_it_can_not_choose_by_row(tmp_path):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.linear(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    model = fill_vectors(onelora.adapt(Flat()), 0.1)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    options: dict[str, Any] = {"adapters": "bank", "bank": [tmp_path / "a.safetensors"]}
+    with pytest.raises(ExportError, match=r"'linear': its output \[6, 4\] has no axis of the batch size 2"):
+        export_onnx(model, (torch.randn(2, 3, 6),), tmp_path / "m.onnx", **options)
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_bank_of_a_model_that_is_not_adapted_and_of_adapters_of_different_layers(tmp_path):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(4, 6)
+    expected, files = [base(x)], []
+    for seed, targets in enumerate((["2"], ["0", "2"], ["0"])):
+        config = onelora.OneLoRAConfig(target_modules=targets)
+        model = fill_vectors(onelora.adapt(copy.deepcopy(base), config), 0.5, seed=seed)
+        files.append(tmp_path / f"{seed}.safetensors")
+        onelora.save_adapter(model, files[-1])
+        expected.append(model(x))
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in base.parameters()]
+    report = export_onnx(base, (x,), tmp_path / "m.onnx", adapters="bank", bank=files)
+    assert report.vectors == 2
+    assert {name: value.tolist() for name, value in base.state_dict().items()} == {
+        k: v.tolist() for k, v in before.items()
+    }
+    assert [parameter.requires_grad for parameter in base.parameters()] == flags
+    assert onelora.vectors(base) == {}
+    outputs = OnnxRunner(tmp_path / "m.onnx").run([x.numpy()], adapter_ids=[-1, 0, 1, 2])[0]
+    for row, one in enumerate(expected):
+        np.testing.assert_allclose(outputs[row], one[row].detach().numpy(), rtol=1e-5, atol=1e-5)

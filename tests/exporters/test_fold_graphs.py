@@ -1,0 +1,127 @@
+"""fold_onnx over graphs that optimizers write of one linear: its forms, its zero points, bodies of If and Loop."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx_graphs import adapter_of, save_graph, session
+
+from onelora_compile.exporters import fold_onnx
+
+
+def test_floating_zero_points_hold_the_vector(tmp_path):
+    rng = np.random.default_rng(0)
+    n, k, block = 8, 64, 16
+    q = rng.integers(0, 16, (n, k // block, block), dtype=np.uint8)
+    scale = rng.uniform(0.01, 0.1, (n, k // block)).astype(np.float32)
+    zero = rng.uniform(6, 9, (n, k // block)).astype(np.float32)
+    weight = ((q - zero[..., None]) * scale[..., None]).reshape(n, k)
+    packed = q[..., 0::2] | q[..., 1::2] << 4
+    attributes: dict[str, Any] = {"K": k, "N": n, "bits": 4, "block_size": block}
+    node = onnx.helper.make_node(
+        "MatMulNBits", ["x", "q", "s", "z"], ["y"], domain="com.microsoft", accuracy_level=1, **attributes
+    )
+    arrays = {"q": packed, "s": scale.flatten(), "z": zero.flatten()}
+    save_graph(tmp_path / "m.onnx", [node], arrays, ("x", [3, k]), ("y", [3, n]), [("com.microsoft", 1)])
+    adapter, (vector,) = adapter_of(tmp_path, weight)
+    report = fold_onnx(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
+    assert [one.how for one in report.folded.values()] == ["zero points"]
+    assert len(onnx.load(tmp_path / "out.onnx").graph.node) == 1
+    x = rng.normal(size=(3, k)).astype(np.float32)
+    expected = x.astype(np.float64) @ (weight.astype(np.float64) + vector[:, None]).T
+    actual = session(tmp_path / "out.onnx").run(None, {"x": x})[0]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def matmul_forms(weight):
+    """One linear, y = x Wᵀ times the factor, in the forms that optimizers give it."""
+    make = onnx.helper.make_node
+    yield "Gemm transB", [make("Gemm", ["x", "w"], ["y"], transB=1)], {"w": weight}, 1.0
+    yield "Gemm", [make("Gemm", ["x", "w"], ["y"])], {"w": weight.T.copy()}, 1.0
+    yield "Gemm alpha", [make("Gemm", ["x", "w"], ["y"], transB=1, alpha=0.5)], {"w": weight}, 0.5
+    yield "MatMul", [make("MatMul", ["x", "w"], ["y"])], {"w": weight.T.copy()}, 1.0
+    nodes = [make("Transpose", ["w"], ["t"], perm=[1, 0]), make("MatMul", ["x", "t"], ["y"])]
+    yield "Transpose", nodes, {"w": weight}, 1.0
+    nodes = [make("Identity", ["w"], ["i"]), make("MatMul", ["x", "i"], ["y"])]
+    yield "Identity", nodes, {"w": weight.T.copy()}, 1.0
+    fused = make("FusedMatMul", ["x", "w"], ["y"], domain="com.microsoft", transB=1, alpha=2.0)
+    yield "FusedMatMul", [fused], {"w": weight}, 2.0
+    yield "scaled", [make("MatMul", ["x", "w"], ["y"])], {"w": 0.25 * weight.T}, 0.25
+    constant = make("Constant", [], ["w"], value=onnx.numpy_helper.from_array(weight.T.copy()))
+    yield "Constant", [constant, make("MatMul", ["x", "w"], ["y"])], {}, 1.0
+    half = weight.T.astype(np.float16)
+    yield "Cast", [make("Cast", ["w"], ["c"], to=1), make("MatMul", ["x", "c"], ["y"])], {"w": half}, 1.0
+    half = weight.T.astype(ml_dtypes.bfloat16)
+    yield "bfloat16", [make("Cast", ["w"], ["c"], to=1), make("MatMul", ["x", "c"], ["y"])], {"w": half}, 1.0
+
+
+WEIGHT = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("nodes", "arrays", "factor"), [pytest.param(*f[1:], id=f[0]) for f in matmul_forms(WEIGHT)])
+def test_forms_of_a_linear(nodes, arrays, factor, tmp_path):
+    arrays = {name: np.ascontiguousarray(value, dtype=value.dtype) for name, value in arrays.items()}
+    opsets = [("com.microsoft", 1)]
+    save_graph(tmp_path / "m.onnx", nodes, arrays, ("x", [3, 7]), ("y", [3, 5]), opsets)
+    adapter, (vector,) = adapter_of(tmp_path, WEIGHT)
+    fold_onnx(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
+    x = np.random.default_rng(1).normal(size=(3, 7)).astype(np.float32)
+    exact = factor * x.astype(np.float64) @ (WEIGHT.astype(np.float64) + vector[:, None]).T
+    tolerance = {2: 1e-2, 4: 1e-5}[min((v.dtype.itemsize for v in arrays.values()), default=4)]
+    if any(v.dtype == ml_dtypes.bfloat16 for v in arrays.values()):
+        tolerance = 5e-2
+    np.testing.assert_allclose(
+        session(tmp_path / "out.onnx").run(None, {"x": x})[0], exact, rtol=tolerance, atol=tolerance
+    )
+
+
+def branches(then_weight, else_weight):
+    """If(flag): x W1 else x W2, whose weights are outside (shared) or inside the bodies."""
+    make = onnx.helper.make_node
+    info = onnx.helper.make_tensor_value_info("o", onnx.TensorProto.FLOAT, [2, 6])
+
+    def body(weight, name):
+        held = [] if isinstance(weight, str) else [onnx.numpy_helper.from_array(weight, name)]
+        node = make("MatMul", ["x", weight if isinstance(weight, str) else name], ["o"])
+        return onnx.helper.make_graph([node], name, [], [info], held)
+
+    return make("If", ["flag"], ["y"], then_branch=body(then_weight, "t"), else_branch=body(else_weight, "e"))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_weights_of_bodies(inside, tmp_path):
+    weight = np.random.default_rng(3).normal(size=(6, 6)).astype(np.float32)
+    other = np.random.default_rng(4).normal(size=(6, 6)).astype(np.float32)
+    node = branches(weight.T.copy() if inside else "w", other.T.copy())
+    arrays = {"flag": np.asarray(True)} | ({} if inside else {"w": weight.T.copy()})
+    save_graph(tmp_path / "m.onnx", [node], arrays, ("x", [2, 6]), ("y", [2, 6]))
+    adapter, (vector,) = adapter_of(tmp_path, weight)
+    fold_onnx(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
+    x = np.random.default_rng(1).normal(size=(2, 6)).astype(np.float32)
+    expected = x @ (weight.T + vector)
+    np.testing.assert_allclose(session(tmp_path / "out.onnx").run(None, {"x": x})[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_weights_of_loops(inside, tmp_path):
+    weight = np.random.default_rng(3).normal(size=(6, 6)).astype(np.float32)
+    make, info, kind = onnx.helper.make_node, onnx.helper.make_tensor_value_info, onnx.TensorProto
+    stored = onnx.numpy_helper.from_array(0.3 * weight.T, "w")
+    body = onnx.helper.make_graph(
+        [make("MatMul", ["h", "w"], ["o"]), make("Identity", ["go"], ["on"])],
+        "body",
+        [info("i", kind.INT64, []), info("go", kind.BOOL, []), info("h", kind.FLOAT, [2, 6])],
+        [info("on", kind.BOOL, []), info("o", kind.FLOAT, [2, 6])],
+        [stored] if inside else [],
+    )
+    arrays = {"n": np.asarray(3), "yes": np.asarray(True)} | ({} if inside else {"w": 0.3 * weight.T})
+    node = make("Loop", ["n", "yes", "x"], ["y"], body=body)
+    save_graph(tmp_path / "m.onnx", [node], arrays, ("x", [2, 6]), ("y", [2, 6]))
+    adapter, (vector,) = adapter_of(tmp_path, 0.3 * weight)
+    fold_onnx(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
+    x = np.random.default_rng(1).normal(size=(2, 6)).astype(np.float32)
+    expected = x @ np.linalg.matrix_power(0.3 * weight.T + vector, 3)
+    actual = session(tmp_path / "out.onnx").run(None, {"x": x})[0]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
