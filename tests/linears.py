@@ -7,6 +7,7 @@ if it returns something else than one output for an input, and the input axes of
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 
 IN, OUT = 8, 6
 
@@ -78,6 +79,26 @@ def scaled_conv1d():
     return Own(OUT, IN)
 
 
+def pruned_bias():
+    """Its bias is a plain tensor, computed before each call."""
+    with torch.no_grad():  # what autograd made could not be copied
+        return prune.random_unstructured(nn.Linear(IN, OUT), "bias", 0.5)
+
+
+def parametrized_bias():
+    made = nn.Linear(IN, OUT)
+    parametrize.register_parametrization(made, "bias", nn.Tanh())
+    return made
+
+
+def tensor_bias():
+    made = nn.Linear(IN, OUT)
+    bias = made.bias.detach()
+    del made.bias
+    made.bias = bias
+    return made
+
+
 def zeros():
     made = linear(lambda self, x: base(self, x) * 3)()
     nn.init.zeros_(made.weight)
@@ -93,6 +114,9 @@ LINEARS = {
     "rows": (linear(lambda self, x: base(self, x.reshape(-1, IN)).view(*x.shape[:-1], OUT)), "weight", (1,)),
     "argument_without_effect": (linear(lambda self, x, scale=1.0, flag=False: base(self, x)), "weight", (1,)),
     "other_bias": (linear(lambda self, x: F.linear(x, self.weight) + self.bias.relu()), "weight", (1,)),
+    "pruned_bias": (pruned_bias, "weight", (1,)),
+    "parametrized_bias": (parametrized_bias, "weight", (1,)),
+    "tensor_bias": (tensor_bias, "weight", (1,)),
     "transposed": (linear(lambda self, x: x @ self.weight, sizes=(OUT, IN)), "weight", (0,)),
     "own_lora": (
         linear(lambda self, x: base(self, x) + x @ self.a * 0.5, with_parameter("a", IN, OUT)),

@@ -24,7 +24,7 @@ NOT_EXPORTED = {"fake_quantised"}
 FOLDED = {"cached", "argument_none"}
 
 
-CORE = {"functional", "scaled", "activated", "bit_linear", "argument_none", "property"}
+CORE = {"functional", "pruned_bias", "scaled", "activated", "bit_linear", "argument_none", "property"}
 
 
 def long(names):
@@ -96,6 +96,19 @@ def test_one_that_is_w_x_merges(name):
     expected = model(x)
     onelora.merge(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute self.own.bias was assigned during export:UserWarning")
+@pytest.mark.parametrize("mode", ["fold", "input"])
+@pytest.mark.parametrize("name", ["pruned_bias", "parametrized_bias", "tensor_bias"])
+def test_export_of_a_bias_that_is_no_parameter(name, mode, tmp_path):
+    model, x = built(name)
+    fill_vectors(onelora.adapt(model), 0.3)
+    expected, bias = model(x), model.own.bias
+    export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode)
+    assert torch.equal(model.own.bias, bias)
+    (out,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(out, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OUTPUT)
