@@ -5,9 +5,10 @@ import random
 
 import numpy as np
 import onnxruntime
+import paths
 import pytest
 import torch
-from linears import IN, LINEARS, OUT, linear
+from linears import IN, LINEARS, OUT, base, linear
 from torch import nn
 
 import onelora_compile as onelora
@@ -243,6 +244,37 @@ def test_weights_on_the_meta_device_are_told_too():
     assert adapted_weights(onelora.adapt(model))["own"].dims is None
     assert adapted_weights(onelora.adapt(plain))["own"].dims == (1,)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+class Empty(nn.Module):
+    """Linears without outputs and without inputs, beside one that has both."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.full, self.none, self.nothing = kind(IN, OUT), kind(IN, 0), kind(0, OUT)
+
+    def forward(self, x):
+        return self.full(x) + self.nothing(self.none(x))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
+@pytest.mark.parametrize("own", [False, True])
+def test_of_width_zero_on_every_path(own, tmp_path):
+    kind = type("Own", (nn.Linear,), {"forward": lambda self, x: base(self, x)}) if own else nn.Linear
+    model, x = Empty(kind), torch.randn(5, IN)
+    paths.check_model(model, {"x": x}, grad=True)
+    assert {name: len(vector) for name, vector in onelora.vectors(model).items()} == {
+        "full": OUT,
+        "none": 0,
+        "nothing": OUT,
+    }
+    expected = model(x)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(onelora.load_adapter(copy.deepcopy(model), tmp_path / "a.safetensors")(x), expected)
+    for mode in ("fold", "input", "load"):
+        export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode)
+    onelora.merge(model)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_under_autocast_and_in_half_precision():

@@ -111,7 +111,7 @@ def _axes_of(module: nn.Module, usual: tuple[int, ...]) -> tuple[tuple[int, ...]
 def _inputs(x: Tensor) -> Iterator[Tensor]:
     """Inputs of other ranks, sizes and dtypes, made of the rows of x."""
     for shape, size, dtype in _INPUTS:
-        rows = x.reshape(-1, x.shape[-1])[: prod(shape)]
+        rows = x.flatten(0, -2)[: prod(shape)]
         if len(rows) == prod(shape):
             yield (rows * size).reshape(*shape, -1).to(dtype or x.dtype)
 
