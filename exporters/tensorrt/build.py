@@ -32,6 +32,7 @@ from onelora_compile.exporters.tensorrt.options import (
 from onelora_compile.exporters.tensorrt.precision import precision_notes, precision_text, typing_of
 from onelora_compile.exporters.tensorrt.profiles import profiles_of
 from onelora_compile.exporters.tensorrt.vectors import Prepared, hash_files, prepared
+from onelora_compile.file_names import as_path
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.progress import counting
 from onelora_compile.table import Table
@@ -152,11 +153,12 @@ def build_engine(
         MissingExtraError: no TensorRT is installed.
         OSError: a file can't be read or written.
     """
-    onnx, engine = Path(onnx), Path(engine)
+    onnx, engine = as_path(onnx, "onnx"), as_path(engine, "engine")
     check_writable(engine)  # now, not after minutes of building
     read = [onnx, adapter, *data_files(onnx)]
     refuse_overwriting_engine(engine, [*read, timing_cache])
     if timing_cache is not None:
+        timing_cache = as_path(timing_cache, "timing_cache")
         refuse_overwriting(timing_cache, [one for one in read if isinstance(one, str | os.PathLike)], "timing_cache")
     targets = targets_of(target)
     api = find_api(flavour, cross=bool(targets))
