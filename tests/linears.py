@@ -123,6 +123,16 @@ LINEARS = {
         "weight",
         (1,),
     ),
+    "residual": (linear(lambda self, x: x + base(self, x), sizes=(IN, IN)), "weight", (1,)),
+    "residual_of_rows": (
+        linear(lambda self, x: base(self, x.reshape(-1, IN)).view(x.shape) - x * 0.5, sizes=(IN, IN)),
+        "weight",
+        (1,),
+    ),
+    "negative": (linear(lambda self, x: -F.linear(-x, self.weight)), "weight", (1,)),
+    "read_twice": (linear(lambda self, x: base(self, x) + F.linear(x, self.weight).relu()), "output", None),
+    "used_twice": (linear(lambda self, x: (y := base(self, x)) + y.relu()), "output", None),
+    "doubled": (linear(lambda self, x: (y := base(self, x)) + y), "output", None),
     "scaled": (linear(lambda self, x: base(self, x) * 0.5), "output", None),
     "scaled_by_a_buffer_of_ones": (
         linear(lambda self, x: base(self, x) * self.scale, with_buffer("scale", torch.ones(1))),

@@ -22,10 +22,20 @@ WEIGHT = [name for name, (_, what, _) in LINEARS.items() if what == "weight"]
 # Their ops have no ONNX translation, or are none of tracing's: exported by nobody.
 NOT_EXPORTED = {"fake_quantised"}
 # What the exported call computes is W x + c, by a constant that the file holds: it folds, and is right.
-FOLDED = {"cached", "argument_none"}
+FOLDED = {"cached", "argument_none", "read_twice"}
 
 
-CORE = {"functional", "pruned_bias", "scaled", "activated", "bit_linear", "argument_none", "property"}
+CORE = {
+    "functional",
+    "pruned_bias",
+    "residual",
+    "used_twice",
+    "scaled",
+    "activated",
+    "bit_linear",
+    "argument_none",
+    "property",
+}
 
 
 def long(names):
@@ -110,6 +120,40 @@ def test_export_of_a_bias_that_is_no_parameter(name, mode, tmp_path):
     assert torch.equal(model.own.bias, bias)
     (out,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": x.numpy()})
     np.testing.assert_allclose(out, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute self.own.bias was assigned during export:UserWarning")
+@pytest.mark.parametrize("mode", ["fold", "load"])
+@pytest.mark.parametrize("name", long([name for name in WEIGHT if name != "negative"]))
+def test_export_folds_one_that_is_w_x(name, mode, tmp_path):
+    model, x = built(name)
+    fill_vectors(onelora.adapt(model), 0.3)
+    report = export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode)
+    assert report.vectors == 2
+    (out,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(out, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_export_says_that_merge_may_take_what_it_can_not_fold(tmp_path):
+    model, x = built("negative")
+    fill_vectors(onelora.adapt(model), 0.3)
+    expected = model(x)
+    with pytest.raises(onelora.PassError, match=r"'own': .* if onelora.merge takes a copy of the model, export that"):
+        export_onnx(model, (x,), tmp_path / "m.onnx")
+    onelora.merge(model)
+    torch.testing.assert_close(model(x), expected)
+    export_onnx(model, (x,), tmp_path / "m.onnx")
+
+
+def test_export_folds_a_residual_whose_weight_another_linear_has_too(tmp_path):
+    model, x = built("residual")
+    model.plain = nn.Linear(IN, IN)
+    model.plain.weight = model.own.weight
+    model.forward = lambda x: model.own(model.first(x)) * model.plain(model.first(x))
+    fill_vectors(onelora.adapt(model, onelora.OneLoRAConfig(exclude_modules=["plain"])), 0.3)
+    export_onnx(model, (x,), tmp_path / "m.onnx")
+    (out,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(out, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OUTPUT)
