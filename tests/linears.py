@@ -4,9 +4,12 @@ name -> (build, what: "weight" if a call is W x + c by the parameter `weight`, "
 if it returns something else than one output for an input, and the input axes of the weight)
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 
 IN, OUT = 8, 6
 
@@ -74,6 +77,26 @@ def scaled_conv1d():
     return Own(OUT, IN)
 
 
+def pruned_bias():
+    """Its bias is a plain tensor, computed before each call."""
+    with torch.no_grad():  # what autograd made could not be copied
+        return prune.random_unstructured(nn.Linear(IN, OUT), "bias", 0.5)
+
+
+def parametrized_bias():
+    made = nn.Linear(IN, OUT)
+    parametrize.register_parametrization(made, "bias", nn.Tanh())
+    return made
+
+
+def tensor_bias():
+    made: Any = nn.Linear(IN, OUT)
+    bias = made.bias.detach()
+    del made.bias
+    made.bias = bias
+    return made
+
+
 def zeros():
     made = linear(lambda self, x: base(self, x) * 3)()
     nn.init.zeros_(made.weight)
@@ -89,12 +112,25 @@ LINEARS = {
     "rows": (linear(lambda self, x: base(self, x.reshape(-1, IN)).view(*x.shape[:-1], OUT)), "weight", (1,)),
     "argument_without_effect": (linear(lambda self, x, scale=1.0, flag=False: base(self, x)), "weight", (1,)),
     "other_bias": (linear(lambda self, x: F.linear(x, self.weight) + self.bias.relu()), "weight", (1,)),
+    "pruned_bias": (pruned_bias, "weight", (1,)),
+    "parametrized_bias": (parametrized_bias, "weight", (1,)),
+    "tensor_bias": (tensor_bias, "weight", (1,)),
     "transposed": (linear(lambda self, x: x @ self.weight, sizes=(OUT, IN)), "weight", (0,)),
     "own_lora": (
         linear(lambda self, x: base(self, x) + x @ self.a * 0.5, with_parameter("a", IN, OUT)),
         "weight",
         (1,),
     ),
+    "residual": (linear(lambda self, x: x + base(self, x), sizes=(IN, IN)), "weight", (1,)),
+    "residual_of_rows": (
+        linear(lambda self, x: base(self, x.reshape(-1, IN)).view(x.shape) - x * 0.5, sizes=(IN, IN)),
+        "weight",
+        (1,),
+    ),
+    "negative": (linear(lambda self, x: -F.linear(-x, self.weight)), "weight", (1,)),
+    "read_twice": (linear(lambda self, x: base(self, x) + F.linear(x, self.weight).relu()), "output", None),
+    "used_twice": (linear(lambda self, x: (y := base(self, x)) + y.relu()), "output", None),
+    "doubled": (linear(lambda self, x: (y := base(self, x)) + y), "output", None),
     "scaled": (linear(lambda self, x: base(self, x) * 0.5), "output", None),
     "scaled_by_a_buffer_of_ones": (
         linear(lambda self, x: base(self, x) * self.scale, with_buffer("scale", torch.ones(1))),

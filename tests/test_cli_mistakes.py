@@ -39,6 +39,8 @@ def wrong_shape(): return model(), (torch.randn(2, 5),)
 def wrong_dtype(): return model(), (torch.randint(0, 2, (2, 4)),)
 def wrong_name(): return model(), (), {"inputs": torch.randn(2, 4)}
 def too_many(): return model(), (torch.randn(2, 4), torch.randn(2, 4))
+async def later(): return make()
+def generator(): yield make()
 constant = 3
 """
 
@@ -56,6 +58,8 @@ FUNCTIONS = {
     "mymodels:needs": "is called without arguments: missing a required argument: 'width'",
     "mymodels:nothing": "must return (model, args) or (model, args, kwargs), not None",
     "mymodels:number": "not of type int",
+    "mymodels:later": "is an async function, which nothing awaits here",
+    "mymodels:generator": "not of type generator",
     "mymodels:four": "not of type tuple of 4",
     "mymodels:only_model": "not of type Sequential",
     "mymodels:no_module": "its model is of type str",
@@ -140,6 +144,7 @@ VALUES = [
     (("bundle", "base.onnx", "-o", "out"), "--size batch=1,8,32"),
     (("engine", "base.onnx", "-o", "out.engine", "--size", "x=1x2,3,4"), "different numbers of axes"),
     (("bench", "mymodels:make", "--rounds", "1"), "at least 2 are needed"),
+    (("fold", "base.onnx", "a.safetensors", "-o", "out.onnx", "--calibration", "wrong.npz"), "names ['weights']; the"),
     (("convert", "a.safetensors", "-o", "out.txt"), "the ending names the format"),
 ]
 
@@ -161,6 +166,7 @@ def prepared(tmp_path_factory):
     onelora.save_adapter(fill_vectors(onelora.adapt(model)), folder / "a.safetensors")
     export_onnx(model, (x,), folder / "input.onnx", adapters="input", dynamic_shapes=dynamic)
     np.savez(folder / "x.npz", input=x.numpy())
+    np.savez(folder / "wrong.npz", weights=x.numpy())
     np.savez(folder / "objects.npz", input=np.array([{}, None], dtype=object))
     for name, whole in (("half.npz", "x.npz"), ("half.onnx", "input.onnx"), ("half.safetensors", "a.safetensors")):
         content = (folder / whole).read_bytes()

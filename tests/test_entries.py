@@ -76,6 +76,8 @@ def the_call_of_a_linear(model):
 
 
 class Reference(nn.Module):
+    parent: "Model"
+
     def __init__(self, model):
         super().__init__()
         self.siblings = [model.block.b]

@@ -3,6 +3,7 @@ valid.  What must hold for all of them is `paths.check_model`."""
 
 import copy
 import gc
+import pickle
 
 import paths
 import pytest
@@ -119,6 +120,20 @@ def test_a_fresh_model_is_adapted_after_another_of_its_class_was_detached(how, c
     _, messages = paths.first_call(lambda: compiled(model)(x))
     assert len(messages) == 1
     assert len(onelora.vectors(model)) == 3
+
+
+@pytest.mark.parametrize("how", ["detach", "merge"])
+def test_copies_and_pickles_of_a_model_without_its_vectors_are_plain_and_not_adapted_again(how):
+    model, names = zoo.MLP(), set(vars(zoo.MLP()))
+    getattr(onelora, how)(fill_vectors(onelora.adapt(model), 0.5))
+    written, x = pickle.dumps(model), torch.randn(5, 8)
+    assert b"onelora_compile" not in written  # it is read where this package is not installed
+    for one in (copy.deepcopy(model), pickle.loads(written)):
+        assert set(vars(one)) - names == {"_onelora_state"}
+        out, messages = paths.first_call(lambda one=one: paths.compiled(one)[0](x))
+        assert messages == []
+        assert torch.equal(out, model(x))
+        assert len(onelora.vectors(onelora.adapt(one))) == 3
 
 
 def test_a_refused_file_leaves_a_model_that_its_first_call_adapts(tmp_path):

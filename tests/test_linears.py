@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import paths
 import pytest
 import torch
-from linears import IN, LINEARS, OUT, linear
+from linears import IN, LINEARS, OUT, base, linear
 from torch import nn
 
 import onelora_compile as onelora
@@ -22,10 +23,20 @@ WEIGHT = [name for name, (_, what, _) in LINEARS.items() if what == "weight"]
 # Their ops have no ONNX translation, or are none of tracing's: exported by nobody.
 NOT_EXPORTED = {"fake_quantised"}
 # What the exported call computes is W x + c, by a constant that the file holds: it folds, and is right.
-FOLDED = {"cached", "argument_none"}
+FOLDED = {"cached", "argument_none", "read_twice"}
 
 
-CORE = {"functional", "scaled", "activated", "bit_linear", "argument_none", "property"}
+CORE = {
+    "functional",
+    "pruned_bias",
+    "residual",
+    "used_twice",
+    "scaled",
+    "activated",
+    "bit_linear",
+    "argument_none",
+    "property",
+}
 
 
 def long(names):
@@ -97,6 +108,53 @@ def test_one_that_is_w_x_merges(name):
     expected = model(x)
     onelora.merge(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute self.own.bias was assigned during export:UserWarning")
+@pytest.mark.parametrize("mode", ["fold", "input"])
+@pytest.mark.parametrize("name", ["pruned_bias", "parametrized_bias", "tensor_bias"])
+def test_export_of_a_bias_that_is_no_parameter(name, mode, tmp_path):
+    model, x = built(name)
+    fill_vectors(onelora.adapt(model), 0.3)
+    expected, bias = model(x), model.own.bias
+    export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode)
+    assert torch.equal(model.own.bias, bias)
+    (out,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(out, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute self.own.bias was assigned during export:UserWarning")
+@pytest.mark.parametrize("mode", ["fold", "load"])
+@pytest.mark.parametrize("name", long([name for name in WEIGHT if name != "negative"]))
+def test_export_folds_one_that_is_w_x(name, mode, tmp_path):
+    model, x = built(name)
+    fill_vectors(onelora.adapt(model), 0.3)
+    report = export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode)
+    assert report.vectors == 2
+    (out,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(out, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_export_says_that_merge_may_take_what_it_can_not_fold(tmp_path):
+    model, x = built("negative")
+    fill_vectors(onelora.adapt(model), 0.3)
+    expected = model(x)
+    with pytest.raises(onelora.PassError, match=r"'own': .* if onelora.merge takes a copy of the model, export that"):
+        export_onnx(model, (x,), tmp_path / "m.onnx")
+    onelora.merge(model)
+    torch.testing.assert_close(model(x), expected)
+    export_onnx(model, (x,), tmp_path / "m.onnx")
+
+
+def test_export_folds_a_residual_whose_weight_another_linear_has_too(tmp_path):
+    model, x = built("residual")
+    model.plain = nn.Linear(IN, IN)
+    model.plain.weight = model.own.weight
+    model.forward = lambda x: model.own(model.first(x)) * model.plain(model.first(x))
+    fill_vectors(onelora.adapt(model, onelora.OneLoRAConfig(exclude_modules=["plain"])), 0.3)
+    export_onnx(model, (x,), tmp_path / "m.onnx")
+    (out,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(out, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OUTPUT)
@@ -232,6 +290,37 @@ def test_weights_on_the_meta_device_are_told_too():
     assert adapted_weights(onelora.adapt(model))["own"].dims is None
     assert adapted_weights(onelora.adapt(plain))["own"].dims == (1,)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+class Empty(nn.Module):
+    """Linears without outputs and without inputs, beside one that has both."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.full, self.none, self.nothing = kind(IN, OUT), kind(IN, 0), kind(0, OUT)
+
+    def forward(self, x):
+        return self.full(x) + self.nothing(self.none(x))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
+@pytest.mark.parametrize("own", [False, True])
+def test_of_width_zero_on_every_path(own, tmp_path):
+    kind = type("Own", (nn.Linear,), {"forward": lambda self, x: base(self, x)}) if own else nn.Linear
+    model, x = Empty(kind), torch.randn(5, IN)
+    paths.check_model(model, {"x": x}, grad=True)
+    assert {name: len(vector) for name, vector in onelora.vectors(model).items()} == {
+        "full": OUT,
+        "none": 0,
+        "nothing": OUT,
+    }
+    expected = model(x)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(onelora.load_adapter(copy.deepcopy(model), tmp_path / "a.safetensors")(x), expected)
+    for mode in ("fold", "input", "load"):
+        export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode)
+    onelora.merge(model)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_under_autocast_and_in_half_precision():

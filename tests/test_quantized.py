@@ -72,6 +72,45 @@ def test_torchao_weight_only(how, order, tmp_path):
     assert torch.equal(onelora.detach(model)(x), base(x))
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16], ids=str)
+def test_torch_ao_dynamic(dtype, tmp_path):
+    from torch.ao.quantization import quantize_dynamic
+
+    torch.manual_seed(0)
+    original = Net().eval()
+    base, x = quantize_dynamic(original, {nn.Linear}, dtype=dtype), torch.randn(7, 64)
+    trained = fill_vectors(onelora.adapt(copy.deepcopy(original)), 0.05)
+    onelora.save_adapter(trained, tmp_path / "a.safetensors")
+    model = onelora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")
+    assert onelora.summary(model).sites == [("a", 64, 128), ("b", 128, 64)]
+    assert "the base has 0 base parameters" in str(onelora.summary(model))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).double(), updated(base, model, x), rtol=1e-4, atol=1e-4)
+        fast = torch.compile(model, backend="onelora", options={"inner": "aot_eager"})
+        torch.testing.assert_close(fast(x), model(x))
+        assert (model(x) - trained(x)).abs().max() < 0.05 * trained(x).abs().max()
+        with onelora.disabled(model):
+            assert torch.equal(model(x), base(x))
+    with pytest.raises(onelora.MergeError, match="quantised or packed"):
+        onelora.merge(model)
+    assert torch.equal(onelora.detach(model)(x), base(x))
+    assert type(model.a) is type(base.a)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+def test_what_torch_ao_quantises_and_is_no_linear_of_floats_is_left_out_with_the_reason():
+    import torch.ao.nn.intrinsic.quantized.dynamic as fused
+    import torch.ao.nn.quantized as quantized
+
+    model = onelora.adapt(nn.Sequential(nn.Linear(8, 8), quantized.Linear(8, 8), fused.LinearReLU(8, 3)))
+    reasons = onelora.summary(model).skipped
+    assert reasons["1"].startswith("it has in_features and out_features, but a call with one tensor failed: Could not")
+    assert len(reasons["1"]) < 200
+    assert reasons["2"] == "it has in_features and out_features, but its output is not linear in its input"
+
+
 class Packed(nn.Module):
     """What quantisation libraries make: in_features and out_features, integer weights in buffers, no nn.Linear."""
 

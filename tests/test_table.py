@@ -117,10 +117,12 @@ def test_reports_group_equal_layers():
 
 
 def test_a_report_as_data():
-    one = Verification([Parity(math.nan, math.inf, 1e-4, "y")], {"x": (2, 3)})
+    one = Verification([Parity(math.nan, math.inf, 1e-4, "y", 6)], {"x": (2, 3)})
     found = one.to_dict()
     assert found == {
-        "parities": [{"absolute": None, "relative": None, "tolerance": 1e-4, "output": "y", "passed": False}],
+        "parities": [
+            {"absolute": None, "relative": None, "tolerance": 1e-4, "output": "y", "entries": 6, "passed": False}
+        ],
         "inputs": {"x": [2, 3]},
         "passed": False,
     }

@@ -115,6 +115,51 @@ def test_experts_that_no_token_chose_are_not_dead():
     assert first_backward(model, x[:1]) == []
 
 
+class Segment(torch.autograd.Function):
+    """Recomputes a part of the model in its backward, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.save_for_backward(x)
+        ctx.module = module
+        return module(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.module(x), gradient)
+        return x.grad, None
+
+
+def segments(model):
+    return lambda x: Segment.apply(Segment.apply(model.a(x), model.b), model.c)
+
+
+@pytest.mark.parametrize("run", [eager, segments])
+def test_gradients_of_the_inputs_alone_say_nothing_of_vectors(run):
+    model, x = perturb_norms(onelora.adapt(Normed())), torch.randn(5, 8, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.autograd.grad(run(model)(x).square().sum(), x)
+        run(model)(x).square().sum().backward()
+
+
+def test_a_backward_to_some_inputs_leaves_the_verdict_to_the_next():
+    model, x = onelora.adapt(Normed()), torch.randn(5, 8, requires_grad=True)
+    vectors = onelora.vectors(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x).square().sum().backward(inputs=[vectors["c"]])
+        model(x).square().sum().backward(inputs=vectors["a"])
+        model(x).square().sum().backward(inputs=[x])
+    with pytest.warns(onelora.OneLoRAWarning, match="no more than a constant bias"):
+        model(x).square().sum().backward(inputs=list(vectors.values()))
+    one = onelora.adapt(nn.Sequential(nn.Linear(8, 3)))
+    with pytest.warns(onelora.OneLoRAWarning, match="exact zeros"):
+        (one(x) * 0).sum().backward(inputs=onelora.vectors(one)["0"])
+
+
 def test_a_part_of_a_norm_s_output_is_no_constant_input():
     class Heads(nn.Module):
         def __init__(self):

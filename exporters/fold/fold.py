@@ -28,6 +28,7 @@ from onelora_compile.exporters.onnx_runtime.one_thread import one_thread
 from onelora_compile.exporters.quantized.beside_matmul import Branches, into_zero_points
 from onelora_compile.exporters.quantized.pairs import open_operators
 from onelora_compile.exporters.quantized.ranges import ON_SATURATION, settle_ranges
+from onelora_compile.file_names import as_path
 from onelora_compile.printable import shortened
 from onelora_compile.progress import counting
 from onelora_compile.version import __version__
@@ -97,7 +98,7 @@ def fold_onnx(
     if on_missing_uses not in ON_MISSING_USES:
         raise ConfigError(f"on_missing_uses={on_missing_uses!r} is not one of {', '.join(map(repr, ON_MISSING_USES))}")
     start = time.perf_counter()
-    base, out = Path(base), Path(out)
+    base, out = as_path(base, "base"), as_path(out, "out")
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
     model = load_model(base)
     held = Metadata.from_props(model.metadata_props, str(base))

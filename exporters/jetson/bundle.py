@@ -42,6 +42,7 @@ from onelora_compile.exporters.onnx_file.trained import other_values
 from onelora_compile.exporters.onnx_runtime.convert_adapter import adapter_of
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
 from onelora_compile.exporters.tensorrt.profiles import Profile
+from onelora_compile.file_names import as_path, as_paths
 from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.progress import steps
 from onelora_compile.table import Table
@@ -146,11 +147,12 @@ def bundle(
         BaseMismatchError: an adapter that was trained on another base.
         OSError: the folder can't be written; nothing is left then.
     """
-    start, target, source = time.perf_counter(), jetpack_of(jetpack), Path(onnx)
+    start, target = time.perf_counter(), jetpack_of(jetpack)
+    source, out, adapters = as_path(onnx, "onnx"), as_path(out, "out"), as_paths(adapters, "adapters")
     _check_choices(target, weak_fp16, workspace_mib, optimization_level)
     refuse_overwriting(out, [source, *adapters])
-    check_free(Path(out))
-    with steps(f"bundle {Path(out).name}", 4, progress) as step, replacing_folder(Path(out)) as folder:
+    check_free(out)
+    with steps(f"bundle {out.name}", 4, progress) as step, replacing_folder(out) as folder:
         step("fit the model")
         fitted = fit(source, target, swap)
         profile = profile_of(fitted.model, shapes)
@@ -177,7 +179,7 @@ def bundle(
         checks = _checked(folder, fitted) if selftest else []
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return BundleReport(
-        folder=Path(out),
+        folder=out,
         bytes=size,
         jetpack=target.version,
         tensorrt=target.tensorrt,
@@ -198,7 +200,7 @@ def _check_choices(jetpack: JetPack, weak_fp16: bool, workspace_mib: int, optimi
         raise ConfigError("workspace_mib must be at least 1, optimization_level 0 to 5")
 
 
-def _adapter_files(fitted: Fitted, adapters: Sequence[PathLike], source: Path) -> dict[str, Path]:
+def _adapter_files(fitted: Fitted, adapters: Sequence[Path], source: Path) -> dict[str, Path]:
     """The adapter files to pack by name, each checked against the model."""
     if adapters and not fitted.traits.takes_files:
         raise StateError(
@@ -206,7 +208,7 @@ def _adapter_files(fitted: Fitted, adapters: Sequence[PathLike], source: Path) -
             "or 'load', or put one into its weights with fold_onnx and bundle that"
         )
     found: dict[str, Path] = {}
-    for path in map(Path, adapters):
+    for path in adapters:
         file, name = read_adapter(path), path.name.removesuffix(".safetensors")
         fitted.metadata.check_fits(file, str(source))
         if name in found or name in ("base", "default") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):

@@ -45,7 +45,7 @@ def reference_cases(
 
 
 def _run(runner: OnnxRunner, inputs: Mapping[str, np.ndarray], swaps: Swaps) -> dict[str, Tensor]:
-    tensors = {f"inputs/{name}": Tensor.of(value) for name, value in inputs.items()}
+    tensors, entries = {f"inputs/{name}": Tensor.of(value) for name, value in inputs.items()}, 0
     for adapter, swap in swaps.items():
         if isinstance(swap, (int, Path)):
             chosen = runner.with_adapter(swap)
@@ -58,6 +58,9 @@ def _run(runner: OnnxRunner, inputs: Mapping[str, np.ndarray], swaps: Swaps) -> 
                     "inputs= of the kind that the model was made for, or selftest=False"
                 )
             tensors[f"outputs/{adapter}/{name}"] = Tensor.of(np.asarray(value))
+            entries += value.size
+    if not entries:
+        raise ExportError("every output is empty on the reference inputs: give inputs= with rows, or selftest=False")
     return tensors
 
 

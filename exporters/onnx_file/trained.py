@@ -89,7 +89,7 @@ def other_values(
     found = {}
     for name, shape in metadata.vectors.items():
         if (base := metadata.fingerprints.get(name)) is not None:
-            size = 0.2 * base.norm / (base.shape[0] * base.shape[1]) ** 0.5
+            size = 0.2 * base.norm / max(1, base.shape[0] * base.shape[1]) ** 0.5
             values = generator.normal(0, size or 1.0, shape)
         else:  # a variance stays positive
             size = float(np.sqrt(np.mean(np.square(now[name])))) or 1.0

@@ -20,6 +20,7 @@ from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.errors import AdapterFileError, ConfigError, require
 from onelora_compile.exporters.onnx_file.load import load_model
 from onelora_compile.exporters.onnx_file.metadata import Metadata, float32
+from onelora_compile.file_names import as_path
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
 
@@ -46,12 +47,12 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
         AdapterFileError: a damaged source, or one with other vectors than the model.
         BaseMismatchError: the adapter was trained on another base than the model.
     """
-    source, out = Path(source), Path(out)
+    source, out = as_path(source, "source"), as_path(out, "out")
     for path in (source, out):
         if path.suffix not in _FORMATS:
             raise ConfigError(f"{path}: the ending names the format, one of {', '.join(_FORMATS)}")
     refuse_overwriting(out, [source, *([] if like is None else [like])])
-    model = None if like is None else _metadata(Path(like))
+    model = None if like is None else _metadata(as_path(like, "like"))
     needs = ".vectors" in (source.suffix, out.suffix) or (
         source.suffix != ".safetensors" and out.suffix == ".safetensors"
     )

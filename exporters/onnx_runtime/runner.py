@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from onelora_compile.errors import ExportError, OneLoRAError, StateError, requir
 from onelora_compile.exporters.jetson.device.core.modes import IDS
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata, bank_id
+from onelora_compile.file_names import as_path
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class OnnxRunner:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         options: Callable[[], onnxruntime.SessionOptions] | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = as_path(path, "path")
         self._providers = list(providers)
         self._options = options
         self._vectors: dict[str, np.ndarray] = {}

@@ -37,12 +37,14 @@ class Parity:
         relative: the same over the largest magnitude in its output; the worst output counts.
         tolerance: what `relative` may be for the outputs' dtype.
         output: the name of the worst output.
+        entries: how many numbers of it were compared; 0 of an output that is empty on these inputs.
     """
 
     absolute: float
     relative: float
     tolerance: float
     output: str
+    entries: int
 
     @property
     def passed(self) -> bool:
@@ -72,7 +74,7 @@ class Verification(Printable):
         for column in ("output", "max difference", "relative", "allowed", ""):
             table.add_column(column)
         for one in self.parities:
-            verdict = "passed" if one.passed else "FAILED"
+            verdict = "FAILED" if not one.passed else "passed" if one.entries else "empty, nothing compared"
             table.add_row(one.output, f"{one.absolute:.1e}", f"{one.relative:.1e}", f"{one.tolerance:.0e}", verdict)
         return table
 
@@ -100,7 +102,7 @@ def verify(
 
     Raises:
         ConfigError: sizes of what the artifact does not have, or that do not fit it.
-        ExportError: a file can't be run, or the two have other inputs or outputs.
+        ExportError: a file can't be run, the two have other inputs or outputs, or every output is empty.
     """
     runner = artifact if isinstance(artifact, OnnxRunner) else OnnxRunner(artifact)
     if inputs is None and kwargs is None:
@@ -291,7 +293,7 @@ def compare_all(expected: Sequence[Tensor], actual: Sequence[Tensor], names: Seq
     """The parity of every output.
 
     Raises:
-        ExportError: another number of outputs, or an output of another shape.
+        ExportError: another number of outputs, an output of another shape, or no entry in any, which proves nothing.
     """
     if len(expected) != len(actual):
         raise ExportError(f"the ONNX model has {len(actual)} outputs {list(names)}, the model {len(expected)}")
@@ -302,6 +304,11 @@ def compare_all(expected: Sequence[Tensor], actual: Sequence[Tensor], names: Seq
         found.append(_compare_one(name, want.detach().cpu(), got))
     if not found:
         raise ExportError("the model has no tensor among its outputs, so there is nothing to compare")
+    if not any(parity.entries for parity in found):
+        raise ExportError(
+            f"every output is empty on these inputs ({list(names)}, the first {list(expected[0].shape)}), so nothing "
+            "was compared: give inputs with rows"
+        )
     return found
 
 
@@ -319,7 +326,7 @@ def _compare_one(name: str, want: Tensor, got: Tensor) -> Parity:
     absolute = float(difference.max()) if difference.numel() else 0.0
     finite = wide[wide.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 0.0
-    return Parity(absolute, absolute / max(scale, 1e-12) if absolute else 0.0, tolerance, name)
+    return Parity(absolute, absolute / max(scale, 1e-12) if absolute else 0.0, tolerance, name, want.numel())
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

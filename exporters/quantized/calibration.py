@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import onnx_ir
 
 
+NO_INPUTS = "calibration= holds no inputs"
+
+
 @dataclasses.dataclass
 class Seen:
     """The activations of one quantiser over all inputs.
@@ -61,7 +64,7 @@ def measure(
         ExportError: ONNX Runtime can't run the twin.
     """
     twin, probes, zeroed = _twin(model, quantizers, vectors)
-    names = [value.name or "" for value in model.graph.inputs if value.name not in model.graph.initializers]
+    names = _input_names(model)
     seen = [Seen() for _ in quantizers]
     runs = 0
     with tempfile.TemporaryDirectory(prefix="onelora-") as folder:
@@ -74,8 +77,22 @@ def measure(
                 _look(one, quantizer, value, base)
             runs += 1
     if not runs:
-        raise ConfigError("calibration= holds no inputs")
+        raise ConfigError(NO_INPUTS)
     return seen, runs
+
+
+def check_fits(inputs: Any, model: onnx_ir.Model) -> None:
+    """Check the inputs by number and name, and run none.
+
+    Raises:
+        ConfigError: there are none, or they do not fit the model's.
+    """
+    if not sum(1 for _ in _feeds(inputs, _input_names(model))):
+        raise ConfigError(NO_INPUTS)
+
+
+def _input_names(model: onnx_ir.Model) -> list[str]:
+    return [value.name or "" for value in model.graph.inputs if value.name not in model.graph.initializers]
 
 
 def _look(seen: Seen, quantizer: Quantizer, value: np.ndarray, base: np.ndarray) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.quantized.beside_matmul import Branches
-from onelora_compile.exporters.quantized.calibration import Seen, measure
+from onelora_compile.exporters.quantized.calibration import Seen, check_fits, measure
 from onelora_compile.exporters.quantized.saturation import Quantizer, Saturation, Widened, quantizers_behind, refusal
 from onelora_compile.exporters.quantized.widen import needed, widen
 from onelora_compile.printable import shortened
@@ -43,11 +43,13 @@ def settle_ranges(
     """
     found = quantizers_behind(changed, model, branches.constants)
     names = tuple(one.name for one in found)
+    open_ones = [one for one in found if one.held is not None and one.node.graph is model.graph]
+    if calibration is not None and not open_ones:
+        check_fits(calibration, model)  # also where nothing is measured, as a mistake would show in the next model
     if not found or calibration is None:
         if found and on_saturation == "error":
             raise refusal(found)
         return Saturation(names, 0, {}, {})
-    open_ones = [one for one in found if one.held is not None and one.node.graph is model.graph]
     hidden = [one for one in found if one not in open_ones]
     if hidden and on_saturation == "error":
         raise _stuck({f"{one.name!r} ({one.fixed})": None for one in hidden})

@@ -32,11 +32,18 @@ from onelora_compile.exporters.tensorrt.options import (
 from onelora_compile.exporters.tensorrt.precision import precision_notes, precision_text, typing_of
 from onelora_compile.exporters.tensorrt.profiles import profiles_of
 from onelora_compile.exporters.tensorrt.vectors import Prepared, hash_files, prepared
+from onelora_compile.file_names import as_path
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.progress import counting
 from onelora_compile.table import Table
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
-from onelora_compile.weights.atomic_write import check_writable, refuse_overwriting, replacing_all
+from onelora_compile.weights.atomic_write import (
+    ADAPTER,
+    check_writable,
+    refuse_ending,
+    refuse_overwriting,
+    replacing_all,
+)
 from onelora_compile.weights.merge import FoldLoss
 
 PathLike = str | os.PathLike[str]
@@ -152,12 +159,14 @@ def build_engine(
         MissingExtraError: no TensorRT is installed.
         OSError: a file can't be read or written.
     """
-    onnx, engine = Path(onnx), Path(engine)
+    onnx, engine = as_path(onnx, "onnx"), as_path(engine, "engine")
     check_writable(engine)  # now, not after minutes of building
     read = [onnx, adapter, *data_files(onnx)]
     refuse_overwriting_engine(engine, [*read, timing_cache])
     if timing_cache is not None:
+        timing_cache = as_path(timing_cache, "timing_cache")
         refuse_overwriting(timing_cache, [one for one in read if isinstance(one, str | os.PathLike)], "timing_cache")
+        _refuse_other_kinds(timing_cache, "timing_cache")
     targets = targets_of(target)
     api = find_api(flavour, cross=bool(targets))
     check_targets(api, targets)
@@ -257,10 +266,19 @@ def write_engine(
 
 
 def refuse_overwriting_engine(engine: Path, inputs: Sequence[Any]) -> None:
-    """Check that an engine, and what is written beside it, is none of the inputs; what is no path is skipped."""
+    """Check that an engine, and what is written beside it, is none of the inputs; what is no path is skipped.
+
+    Nor is it named like a file of another kind.
+    """
     read = [one for one in inputs if isinstance(one, str | os.PathLike)]
     for written in (engine, manifest_path(engine), engine.with_name(f"{engine.name}.safetensors")):
         refuse_overwriting(written, read, "engine")
+    _refuse_other_kinds(engine, "engine")
+
+
+def _refuse_other_kinds(path: Path, what: str) -> None:
+    refuse_ending(path, ADAPTER, "an adapter", what)
+    refuse_ending(path, ".onnx", "an ONNX model", what)
 
 
 def _tensors(count: int, get: Any) -> tuple[Tensor, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from onelora_compile.exporters.tensorrt.library import find_api
 from onelora_compile.exporters.tensorrt.manifest import Manifest, Tensor
 from onelora_compile.exporters.tensorrt.messages import engine_error, in_our_words
 from onelora_compile.exporters.tensorrt.refit import load_engine, refit_loaded, vectors_for
+from onelora_compile.file_names import as_path
 
 
 class EngineRunner:
@@ -54,7 +54,7 @@ class EngineRunner:
     def __init__(
         self, path: str | os.PathLike[str], adapter: Adapter | int = None, profile: int = 0, memory: str = "auto"
     ) -> None:
-        self.path = Path(path)
+        self.path = as_path(path, "path")
         self.manifest = Manifest.read(self.path)
         self.manifest.check_file(self.path)
         self._api = find_api(self.manifest.flavour)

@@ -38,6 +38,7 @@ from onelora_compile.exporters.opsets.lower import lower_opset
 from onelora_compile.exporters.to_onnx.capture import Frozen, Place, freeze
 from onelora_compile.exporters.to_onnx.operators import translations
 from onelora_compile.exporters.to_onnx.place_vectors import Vectors, place_vectors
+from onelora_compile.file_names import as_path, as_paths
 from onelora_compile.looking.one_at_a_time import silent
 from onelora_compile.passes.exported.fold_vectors import vector_of
 from onelora_compile.printable import Printable, bytes_text, shortened
@@ -178,6 +179,7 @@ def export_onnx(
     """
     if adapters not in EXPORTED:
         raise ConfigError(f"adapters={adapters!r} is not one of {', '.join(map(repr, EXPORTED))}")
+    path, bank = as_path(path, "path"), as_paths(bank, "bank")
     if bool(bank) != MODES[adapters].feeds_ids:
         raise ConfigError("adapters='bank' needs bank=[files], and only that takes it")
     if opset_version is not None and opset_version < OLDEST:
@@ -189,7 +191,7 @@ def export_onnx(
     require("onnxscript", "onnx", "export to ONNX")
     if verify:
         require("onnxruntime", "onnx", "verify the export (or pass verify=False)")
-    root, path, start = unwrap(model), Path(path), time.perf_counter()
+    root, start = unwrap(model), time.perf_counter()
     refuse_disabled(root, "export")
     if mode is not FOLD and not bank and not adapted_weights(root):
         raise StateError(f"adapters={adapters!r} needs an adapted model: call adapt or load_adapter before")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 
 from onelora_compile.adapting import eager_linear
 from onelora_compile.adapting.dead_vectors import observe
+from onelora_compile.errors import StateError
 from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
 from onelora_compile.sharded import is_fsdp_shard
 
+_FUSION = "torch.nn.utils.fusion"
 VECTOR = "onelora_vector"  # the parameter's name on the module, and so the ending of its key in state_dict
 
 
@@ -60,8 +63,26 @@ class Adapted(nn.Module):
                 zeros = torch.zeros(vector.shape, dtype=vector.dtype, device=weight.device)
                 self._parameters[name] = nn.Parameter(zeros, vector.requires_grad)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Asked by `torch.jit.script`, whose own words would be of a type annotation."""
+        raise StateError(
+            f"torch.jit.script can't compile the forward of an adapted module ({type(self).__name__}): "
+            "call onelora.merge on a copy of the model and script that, or take torch.jit.trace"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the base class: the subclass is made at run time and can't be imported by name."""
+        """Copy and pickle by the base class: the subclass is made at run time and can't be imported by name.
+
+        Raises:
+            StateError: the copy is one into which PyTorch fuses a norm. It writes to the weight and the bias of the
+                copy, and leaves the vector as it was for the weight before: another function, without a word.
+        """
+        caller = sys._getframe().f_back  # copy.deepcopy
+        if caller and caller.f_back and caller.f_back.f_globals.get("__name__") == _FUSION:
+            raise StateError(
+                f"{_FUSION} can't fuse a norm into an adapted module ({type(self).__name__}), as it knows no vector: "
+                "fuse before onelora.adapt, or after onelora.merge"
+            )
         reduced: Any = super().__reduce_ex__(protocol)
         function, args, *rest = reduced
         if args[:1] == (type(self),):
@@ -145,7 +166,14 @@ def _reader(parameter: str, dims: tuple[int, ...]) -> Any:
         # FSDP looks its shards up by attribute, and would take W + vector 1ᵀ for W.
         if type(weight).__name__ == "DTensor" and is_fsdp_shard(self, parameter):
             return weight
-        return ADAPTED_WEIGHT(weight, self._parameters[vector], axes)
+        held = getattr(self, vector)  # not of _parameters, where torch.fx does not see it
+        if isinstance(held, torch.fx.Proxy):
+            raise StateError(
+                f"torch.fx.symbolic_trace can't follow {type(self).__name__}, which reads its weight {parameter!r}: "
+                "its sum with the vector would be a constant of the graph; take torch.export, or call onelora.merge on "
+                "a copy of the model and trace that"
+            )
+        return ADAPTED_WEIGHT(weight, held, axes)
 
     return read
 

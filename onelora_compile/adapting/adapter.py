@@ -118,7 +118,8 @@ def detach(model: Model) -> Model:
     """Remove the vectors: the model is the base again, bit for bit.
 
     Also restores what modules_to_save, train_norms and batch-norm statistics changed, and which parameters
-    require a gradient.
+    require a gradient. One attribute stays, `_onelora_state = None`: it keeps the next compiled call from adapting the
+    model, its copies and its pickles again, which nothing beside the model could.
 
     Returns:
         The same object.
@@ -153,6 +154,7 @@ def release(root: nn.Module, state: AdapterState) -> None:
         if (flag := state.requires_grad.get(clean_name(name))) is not None:
             parameter.requires_grad_(flag)
     # The mark stays: a model whose vectors were removed on purpose is not adapted again by its next compiled call.
+    # On the model and not in a set of this package: copies and pickles of the model have it too.
     setattr(root, STATE, None)
 
 

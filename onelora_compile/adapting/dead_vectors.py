@@ -16,12 +16,11 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from onelora_compile.errors import OneLoRAWarning
@@ -31,6 +30,9 @@ from onelora_compile.printable import shortened
 
 # Spread of the sums over the size of what is summed, below which they count as one number: rounding of the dtype.
 _CONSTANT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 3e-3}
+# What calls the backward of an autograd function; what `Tensor.backward` calls.
+_FUNCTION = torch.autograd.function.BackwardCFunction.apply.__code__
+_BACKWARD = torch.autograd.backward.__code__
 _THROUGH = {"dropout", "view", "reshape", "contiguous", "to", "float", "half", "bfloat16", "flatten", "unflatten"}
 
 
@@ -100,6 +102,8 @@ def watch(
 
     def first(vector: Tensor) -> None:
         del vector
+        if _leaves_out(ref() for ref in held.values()):
+            return
         if len(handles) == len(held):
             # Runs when this backward is over; what DistributedDataParallel and FSDP use. torch/autograd/variable.py
             torch.autograd.Variable._execution_engine.queue_callback(finish)
@@ -141,13 +145,30 @@ def _after_constant_norm(node: fx.Node, value_of: Callable[[fx.Node], Tensor | N
 
 
 def _inside_another_backward() -> bool:
-    """Reentrant checkpointing runs a backward for each segment: what has no gradient yet may still get one."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "backward" and frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-            return True
-        frame = frame.f_back
+    """Reentrant checkpointing and reversible layers run a backward for each segment, in that of a function of autograd.
+
+    What has no gradient yet may still get one; if the backward around it is a `torch.autograd.grad`, elsewhere.
+    """
+    return any(frame.f_code is _FUNCTION for frame in _frames())
+
+
+def _leaves_out(vectors: Iterable[nn.Parameter | None]) -> bool:
+    """Whether the backward that runs was asked for gradients of some `inputs` alone, and a vector is none of these."""
+    for frame in _frames():
+        if frame.f_code is _BACKWARD:
+            if (inputs := frame.f_locals.get("inputs")) is None:
+                return False
+            asked = {id(one) for one in ([inputs] if isinstance(inputs, Tensor) else inputs)}
+            return any(id(vector) not in asked for vector in vectors if vector is not None)
     return False
+
+
+def _frames() -> Iterator[FrameType]:
+    """The calls around this one, from the innermost on; on a GPU those of its thread, which ends at the engine."""
+    frame = sys._getframe().f_back
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _is_constant(seen: _Seen) -> bool:

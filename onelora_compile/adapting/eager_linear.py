@@ -25,17 +25,20 @@ from torch.nn import functional as F
 
 _DTYPES = (torch.float32, torch.float64)  # half precision sums in float32, so its matmuls would need copies of g
 _PLAIN = (Tensor, nn.Parameter)
+_PARAMETERS = {"weight", "bias"}  # of an ordinary nn.Linear, which without a bias has None there
 
 
 def takes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], vector: Tensor) -> bool:
     """Whether `adapted_linear` computes this call: an ordinary, frozen nn.Linear in one dtype, outside any tracing.
 
     Subclasses of tensors (DTensor, fake and quantised ones), transforms of torch.func, autocast, a weight that is
-    trained too, an overridden forward: all False.
+    trained too, an overridden forward, a weight or a bias that is no parameter (pruned, computed): all False.
     """
     if len(args) != 1 or kwargs or getattr(module, "_onelora_base", None) is not nn.Linear:
         return False
-    x, weight, bias = args[0], module._parameters.get("weight"), module._parameters.get("bias")
+    if not _PARAMETERS <= module._parameters.keys():
+        return False
+    x, weight, bias = args[0], module._parameters["weight"], module._parameters["bias"]
     if type(x) is not Tensor or type(weight) not in _PLAIN or weight is None or x.ndim < 1:
         return False
     tensors = (weight, vector) if bias is None else (weight, vector, bias)

@@ -31,6 +31,7 @@ _INPUTS: tuple[tuple[tuple[int, ...], float, torch.dtype | None], ...] = (
     *((shape, 1.0, None) for shape in ((), (1, 1), (1, 8), (8, 1), (2, 4), (4, 2), (2, 2, 2), (1, 2, 2, 2))),
     ((8,), 1.0, torch.bfloat16),
 )
+_PACKED = "LinearPackedParams"  # of torch.ao.nn.quantized and torch.ao.nn.sparse.quantized
 _BLOCK = 65521  # numbers that are drawn for a large weight, which repeats them: a prime, so that no two rows agree
 
 # Moved axes fit by chance where sizes are equal, which no probe covers; where the weight is read it is right anyway.
@@ -111,7 +112,7 @@ def _axes_of(module: nn.Module, usual: tuple[int, ...]) -> tuple[tuple[int, ...]
 def _inputs(x: Tensor) -> Iterator[Tensor]:
     """Inputs of other ranks, sizes and dtypes, made of the rows of x."""
     for shape, size, dtype in _INPUTS:
-        rows = x.reshape(-1, x.shape[-1])[: prod(shape)]
+        rows = x.flatten(0, -2)[: prod(shape)]
         if len(rows) == prod(shape):
             yield (rows * size).reshape(*shape, -1).to(dtype or x.dtype)
 
@@ -165,7 +166,7 @@ def _why_no_call(module: nn.Module, error: Exception) -> str:
     try:
         y = effect(module, x)
     except Exception:
-        return f"it has the sizes of a linear, but a call with one tensor failed: {error}"
+        return f"it has the sizes of a linear, but a call with one tensor failed: {_sentence(error)}"
     right = y.shape == (_ROWS, _size(module, "out_features"))
     return "" if right else OTHER_OUTPUT.format(found=_shape(y), given=_shape(x))
 
@@ -222,6 +223,11 @@ def _shape(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
+def _sentence(error: Exception) -> str:
+    """The first sentence of an error; PyTorch goes on with a page of backends where an operator is missing."""
+    return str(error).partition("\n")[0].partition(". ")[0]
+
+
 def _random_like(tensor: Tensor) -> Tensor:
     """Other numbers of the same kind, in float32: what holds for them holds whatever the numbers are."""
     if not tensor.is_floating_point() or not is_plain(tensor):
@@ -259,7 +265,7 @@ def linear_like(module: nn.Module) -> tuple[tuple[int, ...] | None, str]:
     try:
         y, mixed = effect(module, x), effect(module, mix @ x)
     except Exception as error:  # a module of an unknown class may raise anything
-        return None, f"it has in_features and out_features, but a call with one tensor failed: {error}"
+        return None, f"it has in_features and out_features, but a call with one tensor failed: {_sentence(error)}"
     if y.shape != (_ROWS, out_features):
         return None, f"it has in_features and out_features, but returns {list(y.shape)} for {list(x.shape)}"
     if not _close(mixed, mix.double() @ y, _AFFINE):
@@ -272,10 +278,13 @@ def linear_like(module: nn.Module) -> tuple[tuple[int, ...] | None, str]:
 
 
 def may_be_linear(module: nn.Module) -> bool:
-    """Whether `linear_like` should be asked: sizes of a linear on a module of another class, without children."""
+    """Whether `linear_like` should be asked: sizes of a linear on a module of another class, without children.
+
+    What torch.ao quantises keeps its weight in a child.
+    """
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     named = all(isinstance(size, int) and size > 0 for size in sizes)
-    return named and not is_linear(module) and next(module.children(), None) is None
+    return named and not is_linear(module) and all(type(child).__name__ == _PACKED for child in module.children())
 
 
 def effect(module: nn.Module, x: Tensor) -> Tensor:

@@ -74,10 +74,10 @@ class Target:
         rest = [axis for axis in range(weight.ndim) if axis not in self.dims]
         lined = whole(weight.detach()).permute(*rest, *self.dims)  # [*out, *in]
         if len(rest) == 1:
-            yield lined.reshape(lined.shape[0], -1)
+            yield lined.flatten(1)
         else:
             for expert in lined:
-                yield expert.reshape(prod(expert.shape[: len(rest) - 1]), -1)
+                yield expert.reshape(prod(expert.shape[: len(rest) - 1]), self.in_features)
 
 
 def vector_key(module_name: str, parameter: str) -> str:

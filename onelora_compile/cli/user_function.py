@@ -121,9 +121,13 @@ def _called(target: str, function: Callable[..., Any]) -> Any:
     except ValueError:  # some built-in functions have no signature
         pass
     try:
-        return function()
+        made = function()
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{target!r} raised {described(error)}") from error
+    if inspect.iscoroutine(made):
+        made.close()  # else Python says on standard error that nobody awaited it
+        raise ConfigError(f"{target!r} is an async function, which nothing awaits here; it must return {FORM}")
+    return made
 
 
 def _checked(target: str, made: Any) -> Loaded:

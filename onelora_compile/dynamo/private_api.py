@@ -56,7 +56,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 def inlined() -> contextlib.AbstractContextManager[None]:
     """Inside the block a compiled function that `torch.fx` follows is followed as it is written."""
-    return torch._dynamo.config.patch(error_on_nested_fx_trace=False)  # type: ignore[no-any-return]
+    return torch._dynamo.config.patch(error_on_nested_fx_trace=False)
 
 
 def break_reason(gm: fx.GraphModule) -> str:

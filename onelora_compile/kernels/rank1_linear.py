@@ -9,6 +9,7 @@ which keep it whole.  Autograd saves the feature sum, the weight and the vector.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -110,6 +111,11 @@ class _nothing:
     def __exit__(self, *args: object) -> None: ...
 
 
+def _rows(x: Tensor) -> Tensor:
+    """All axes but the last as one; a last axis of size 0 leaves nothing to infer it from."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 @torch.library.custom_op("onelora::rank1_linear", mutates_args=())
 def rank1_linear(x: Tensor, weight: Tensor, bias: Tensor | None, vector: Tensor) -> tuple[Tensor, Tensor]:
     """The output of an adapted linear, and the feature sum of its input.
@@ -117,7 +123,7 @@ def rank1_linear(x: Tensor, weight: Tensor, bias: Tensor | None, vector: Tensor)
     Shapes: x [*, in_features], weight [out_features, in_features], bias and vector [out_features]
     -> [*, out_features], [*, 1].  Dtype: x and weight the same; the sum is float32.
     """
-    y, rows, _ = rank1_matmul(x.reshape(-1, x.shape[-1]), weight.T, bias, column=vector)
+    y, rows, _ = rank1_matmul(_rows(x), weight.T, bias, column=vector)
     return y.view(*x.shape[:-1], weight.shape[0]), rows.view(*x.shape[:-1], 1)
 
 
@@ -128,7 +134,7 @@ def rank1_linear_backward(g: Tensor, s: Tensor, weight: Tensor, vector: Tensor) 
     Shapes: g [*, out_features], s [*, 1], weight [out_features, in_features], vector [out_features]
     -> [*, in_features], [out_features].
     """
-    grad_x, _, down = rank1_matmul(g.reshape(-1, g.shape[-1]), weight, row=vector, left=s.reshape(-1))
+    grad_x, _, down = rank1_matmul(_rows(g), weight, row=vector, left=s.reshape(-1))
     assert down is not None
     return grad_x.view(*g.shape[:-1], weight.shape[1]), down
 
@@ -157,14 +163,14 @@ def _backward(ctx: Any, g: Tensor | None, of_sum: Tensor | None) -> tuple[Tensor
     needs = ctx.needs_input_grad
     grad_x = grad_weight = grad_bias = grad_vector = None
     if g is not None:
-        rows = g.reshape(-1, g.shape[-1])
+        rows = _rows(g)
         if needs[0]:
             grad_x, down = torch.ops.onelora.rank1_linear_backward(g, s, weight, vector)
             grad_vector = down.to(vector.dtype)
         elif needs[3]:
             grad_vector = (rows * s.reshape(-1, 1)).sum(0).to(vector.dtype)
         if x:
-            grad_weight = rows.T @ x[0].reshape(-1, x[0].shape[-1])
+            grad_weight = rows.T @ _rows(x[0])
         if needs[2]:
             grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     if of_sum is not None and needs[0]:

@@ -49,7 +49,8 @@ class Summary(Printable):
         for name, sizes in grouped(((name, sizes) for name, *sizes in self.sites), alike=tuple).items():
             table.add_row(name, *map(str, sizes[0]))
         lines = [f"{len(self.sites)} vectors, {self.vector_parameters:,} numbers, {bytes_text(self.vector_bytes)}: "]
-        lines[0] += f"{self.share:.3%} of {self.base_parameters:,} base parameters"
+        share = f"{self.share:.3%} of " if self.base_parameters else "the base has "  # packed, it has none
+        lines[0] += f"{share}{self.base_parameters:,} base parameters"
         if self.other_parameters:
             lines.append(f"trained besides: {self.other_parameters:,} numbers (modules_to_save, train_norms)")
         if self.output_only:

@@ -42,6 +42,7 @@ from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.select_targets import Selection, available_targets, clean_name, select
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.errors import AdapterFileError, BaseMismatchError, ConfigError
+from onelora_compile.file_names import as_path
 from onelora_compile.printable import shortened
 from onelora_compile.progress import over_weights
 from onelora_compile.sharded import together, whole, write_whole
@@ -188,7 +189,7 @@ def read_adapter(path: PathLike) -> AdapterFile:
         AdapterFileError: not an adapter file, damaged, of a newer format version, or with NaN or infinity.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if not path.is_file():
         raise FileNotFoundError(f"there is no adapter file {path}")
     try:

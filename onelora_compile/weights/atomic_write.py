@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from onelora_compile.errors import ConfigError
+from onelora_compile.file_names import as_path
 
 if sys.platform != "win32":
     import fcntl
@@ -31,8 +32,9 @@ def refuse_overwriting(out: PathLike, inputs: Iterable[PathLike], what: str = "o
         what: how the call names `out`.
 
     Raises:
-        ConfigError: it is one of them, or holds one as a folder.
+        ConfigError: it is one of them, or holds one as a folder, or is no name of a file.
     """
+    as_path(out, what)
     for one in map(Path, inputs):
         if not one.exists():
             continue
@@ -47,9 +49,9 @@ def refuse_ending(out: PathLike, ending: str, kind: str, what: str = "out") -> N
     """Check that a file is not named like one of another kind, which would be lost if it is there.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: it is, or is no name of a file.
     """
-    if Path(os.fspath(out)).suffix.lower() == ending:
+    if as_path(out, what).suffix.lower() == ending:
         raise ConfigError(f"{what}={str(out)!r}: a file that ends in {ending} is {kind}: give another name")
 
 

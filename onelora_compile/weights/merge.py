@@ -75,8 +75,8 @@ def merge(model: nn.Module) -> MergeReport:
 
     In place and final. Computed in float32 from the weight as it is (float64 for float64) and rounded once to its
     dtype. A weight that something else reads too (a tied embedding, another module) is untied first, so that only
-    the adapted use changes. What modules_to_save and train_norms trained stays. All weights are computed before
-    the first is written, so a failure leaves the model as it was.
+    the adapted use changes. What modules_to_save and train_norms trained stays, and so does a mark, see `detach`. All
+    weights are computed before the first is written, so a failure leaves the model as it was.
 
     Raises:
         StateError: the model is not adapted or sharded over processes, or a `disabled` block is open.

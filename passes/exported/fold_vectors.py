@@ -1,7 +1,8 @@
 """Fold the vectors of an exported program into its weights; the updates and the vectors disappear.
 
-    rank1_update(linear(x, W, c), x, b)   ->   linear(x, W + b 1ᵀ, c)
-    adapted_weight(W, b)                  ->   W + b 1ᵀ, as a parameter
+    rank1_update(linear(x, W, c), x, b)       ->   linear(x, W + b 1ᵀ, c)
+    rank1_update(linear(x, W, c) + r, x, b)   ->   linear(x, W + b 1ᵀ, c) + r      (a linear with a residual of its own)
+    adapted_weight(W, b)                      ->   W + b 1ᵀ, as a parameter
 
 Cases: (1) all uses of W carry the same vector: its value is replaced under its own name; (2) W has another use (a
 tied embedding, a module with another vector): each adapted use gets a weight of its own, the others keep W;
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -37,7 +38,8 @@ from onelora_compile.weights.merge import FoldLoss, fold_weight
 
 OUTPUT_ONLY = (
     "the module computes something else than W x + c (it scales, quantises or activates), so the vector, which adds to "
-    "its output, can't go into its weight; export with adapters='input' or 'bank', or leave it out with exclude_modules"
+    "its output, can't go into its weight; export with adapters='input' or 'bank', leave it out with exclude_modules, "
+    "or, if onelora.merge takes a copy of the model, export that"
 )
 _SAME_FEATURES = {
     "view",
@@ -176,8 +178,7 @@ class _Folder:
     def _uses(self, scope: Scope) -> list[tuple[tuple[fx.Node, fx.Node], _Use]]:
         """The adapted uses of weights in one graph, by weight and vector as inputs of the outermost graph."""
         uses = []
-        parameters = [node for node, outer in scope.outer.items() if self._is_stored(outer)]
-        for site in match_linear(scope.gm, parameters):
+        for site in self._sites(scope):
             if site.update is None:
                 continue
             vector = scope.outer.get(operands(site.update)[2])
@@ -205,6 +206,29 @@ class _Folder:
                 raise PassError(f"{node.name}: its weight is computed in the graph, so the vector can't be folded")
             uses.append(((scope.outer[own], scope.outer[held]), _Use(scope, node, node, own, tuple(axes))))
         return uses
+
+    def _sites(self, scope: Scope) -> list[LinearSite]:
+        """The linear sites of one graph, each with its update, also where that is behind a sum."""
+        parameters = [node for node, outer in scope.outer.items() if self._is_stored(outer)]
+        sites = {site.node: site for site in match_linear(scope.gm, parameters)}
+        direct = {site.update for site in sites.values()}
+        for update in rank1_updates(scope.gm.graph):
+            if update in direct:
+                continue
+            for site in (sites[node] for node in _addends(operands(update)[0]) if node in sites):
+                if site.update is None and self._is_own(scope, site, update):
+                    sites[site.node] = dataclasses.replace(site, update=update)
+                    break
+        return list(sites.values())
+
+    def _is_own(self, scope: Scope, site: LinearSite, update: fx.Node) -> bool:
+        """Whether the weight of a site is that of the module whose vector the update adds; a tied one has two names."""
+        vector = scope.outer.get(operands(update)[2])
+        weight = scope.outer.get(site.chain.root) if site.chain is not None else None
+        if vector is None or weight is None or not self._is_stored(weight):
+            return False
+        held = self.program.state_dict
+        return held.get(f"{self._module(vector)}.weight".removeprefix(".")) is held[self._target(weight)]
 
     def _fold_group(self, weight: fx.Node, vector: fx.Node, uses: list[_Use]) -> None:
         value, loss = self._value(weight, vector, uses[0].dims)
@@ -309,6 +333,29 @@ def _is_output_of(site: LinearSite) -> bool:
     assert site.update is not None
     plain = site.kind in ("linear", "matmul") and not site.fixed
     return plain and _source(operands(site.update)[1]) is _source(site.x) and not _is_scaled(site)
+
+
+def _addends(y: fx.Node) -> Iterator[fx.Node]:
+    """What is added up to y and used for nothing else; seen through what changes neither features nor numbers."""
+    name = op_name(y)
+    parts = y.args[:1] if name in _SAME_FEATURES or name == "sub" else y.args[:2] if name == "add" else ()
+    if not parts or y.kwargs.get("alpha", 1) != 1:
+        yield y
+        return
+    for part in parts:
+        if isinstance(part, fx.Node) and _is_used_once(part) and _features(part) == _features(y):
+            yield from _addends(part)
+
+
+def _is_used_once(node: fx.Node) -> bool:
+    """Whether one argument of one op is the node; what checks its dtype does not count."""
+    readers = [user for user in node.users if op_name(user) != "_assert_tensor_metadata"]
+    return len(readers) == 1 and [*readers[0].args].count(node) == 1
+
+
+def _features(node: fx.Node) -> int | None:
+    value = example(node)
+    return value.shape[-1] if value is not None and value.ndim and value.is_floating_point() else None
 
 
 def _is_scaled(site: LinearSite) -> bool:

@@ -52,7 +52,7 @@ class _AddRank1(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_s = (g * vector).sum(-1, keepdim=True)  # in the kernel that produces g
         if ctx.needs_input_grad[2]:
-            grad_vector = (s.reshape(1, -1) @ g.reshape(-1, g.shape[-1])).view(-1)
+            grad_vector = (s.reshape(1, -1) @ g.reshape(s.numel(), g.shape[-1])).view(-1)
         return g if ctx.needs_input_grad[0] else None, grad_s, grad_vector
 
     @staticmethod

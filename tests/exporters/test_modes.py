@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -12,7 +13,7 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.errors import ExportError
-from onelora_compile.exporters import OnnxRunner, export_onnx, fold_onnx, verify
+from onelora_compile.exporters import OnnxRunner, bundle, export_onnx, fold_onnx, verify
 from onelora_compile.testing import fill_vectors
 
 DEFAULT = [(name, mode, "float32") for name in ("vit", "bert", "gpt2") for mode in MODES]
@@ -165,3 +166,35 @@ def test_verify_compares_any_two(tmp_path):
     assert "FAILED" in str(failed)
     with pytest.raises(ExportError, match=r"takes 2 inputs .*; 1 were given"):
         verify(folded, case.path, [case.inputs["input_ids"]])
+
+
+class Two(torch.nn.Module):
+    """An output for each row, and one that is empty for rows of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y, y.relu()[:, :0]
+
+
+def test_a_comparison_of_nothing_is_no_pass(tmp_path):
+    model: Any = Two().eval()
+    x, batch = torch.randn(2, 4), ({0: "batch"},)
+    export_onnx(model, (x,), tmp_path / "m.onnx", dynamic_shapes=batch)
+    found = verify(tmp_path / "m.onnx", model, (x,))
+    assert found.passed
+    assert [one.entries for one in found.parities] == [6, 0]
+    assert "empty, nothing compared" in str(found)
+    for reference in (model, tmp_path / "m.onnx"):
+        with pytest.raises(ExportError, match=r"every output is empty on these inputs .*the first \[0, 3\]"):
+            verify(tmp_path / "m.onnx", reference, (x[:0],))
+    model.forward = lambda x: model.linear(x)[:, :0]
+    with pytest.raises(ExportError, match="so nothing was compared: give inputs with rows"):
+        export_onnx(model, (x,), tmp_path / "none.onnx")
+    assert not (tmp_path / "none.onnx").exists()
+    export_onnx(model, (x,), tmp_path / "none.onnx", verify=False)
+    with pytest.raises(ExportError, match="every output is empty on the reference inputs"):
+        bundle(tmp_path / "none.onnx", tmp_path / "folder")

@@ -18,7 +18,7 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.errors import ConfigError
-from onelora_compile.exporters import bundle, convert_adapter, export_onnx, fold_onnx
+from onelora_compile.exporters import build_engine, bundle, convert_adapter, export_onnx, fold_onnx, refit_engine
 from onelora_compile.testing import fill_vectors
 
 X = torch.randn(2, 24)
@@ -114,8 +114,6 @@ def test_a_pipe_stays_a_pipe(here, name, kind):
 
 
 def test_an_engine_is_none_of_its_inputs(here):
-    from onelora_compile.exporters import build_engine, refit_engine
-
     base, a = here / "base.onnx", here / "a.safetensors"
     beside = a.rename(here / "m.engine.safetensors")
     for call in (
@@ -246,12 +244,17 @@ def test_a_folder_is_replaced_only_if_it_is_a_bundle_and_nothing_else(here):
         lambda here: onelora.save_adapter(adapted(), here / "kept.onnx"),
         lambda here: fold_onnx(here / "base.onnx", here / "a.safetensors", here / "kept.safetensors", progress=False),
         lambda here: export_onnx(adapted(), (X,), here / "kept.safetensors", progress=False),
+        lambda here: convert_adapter(here / "a.safetensors", here / "kept.onnx", like=here / "load.onnx"),
+        lambda here: build_engine(here / "base.onnx", here / "kept.onnx", progress=False),
+        lambda here: build_engine(here / "base.onnx", here / "kept.safetensors", progress=False),
+        lambda here: build_engine(here / "base.onnx", here / "m.engine", timing_cache=here / "kept.onnx"),
+        lambda here: refit_engine(here / "m.engine", here / "a.safetensors", out=here / "kept.safetensors"),
     ],
-    ids=["save", "fold", "export"],
+    ids=["save", "fold", "export", "convert", "engine", "engine, adapter", "timing cache", "refit"],
 )
 def test_no_file_gets_the_name_of_another_kind(here, write):
     for name in ("kept.onnx", "kept.safetensors"):
         (here / name).write_bytes(b"somebody's")
-    with pytest.raises(ConfigError, match="give another name"):
+    with pytest.raises(ConfigError, match=r"give another name|the ending names the format"):
         write(here)
     assert all((here / name).read_bytes() == b"somebody's" for name in ("kept.onnx", "kept.safetensors"))

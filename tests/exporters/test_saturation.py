@@ -13,8 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import adapter_of
 from quantized_models import SHAPES, Case, Layers, Reader
 
+import onelora_compile as onelora
 from onelora_compile.errors import ConfigError, ExportError
-from onelora_compile.exporters import fold_onnx
+from onelora_compile.exporters import export_onnx, fold_onnx
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -91,6 +92,19 @@ def test_all_forms_of_calibration_inputs_are_one(case):
     with pytest.raises(ConfigError, match="on_saturation"):
         fold_onnx(path, one.adapter, out, on_saturation="skip", progress=False)
     assert out.read_bytes() == before
+
+
+def test_calibration_inputs_are_checked_where_nothing_is_quantised_too(tmp_path):
+    model, x = torch.nn.Linear(4, 3), torch.randn(2, 4)
+    export_onnx(model, (x,), tmp_path / "base.onnx", progress=False)
+    onelora.save_adapter(onelora.adapt(torch.nn.Sequential(model)), tmp_path / "a.safetensors")
+    files = (tmp_path / "base.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx")
+    for wrong in ([], [{"weights": x}], [(x, x)], Reader([{"weights": x}])):
+        with pytest.raises(ConfigError, match="calibration"):
+            fold_onnx(*files, calibration=wrong, progress=False)
+    assert not (tmp_path / "out.onnx").exists()
+    report = fold_onnx(*files, calibration={"input": x}, progress=False)
+    assert str(report.saturation) == "no range that was calibrated on the base lies behind a vector"
 
 
 def graph(tail, folder, weight, kinds=(TensorProto.FLOAT,), scale=0.05, zero=128):

@@ -83,7 +83,7 @@ def test_an_infinite_entry_stays_in_its_row(pool):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(9,), (1, 9), (2, 5, 33), (0, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(9,), (1, 9), (2, 5, 33), (0, 9), (3, 0)], ids=str)
 @pytest.mark.parametrize("needs", ["x vector", "vector", "x weight bias vector"])
 def test_the_operator_s_gradients(pool, dtype, shape, needs):
     n = 21

@@ -1,0 +1,92 @@
+"""What is no name of a file is refused by the argument that it was given for, before anything is read or written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.exporters import (
+    EngineRunner,
+    OnnxRunner,
+    build_engine,
+    bundle,
+    convert_adapter,
+    export_onnx,
+    fold_onnx,
+    refit_engine,
+)
+from onelora_compile.file_names import as_path, as_paths
+from onelora_compile.testing import fill_vectors
+
+X = torch.randn(2, 4)
+WRONG = {
+    b"a.onnx": r"=b'a.onnx' is in bytes: give a str",
+    "": r"='' is no name of a file",
+    "a\0b.onnx": r"='a\\x00b.onnx' holds a NUL character",
+    3: r" is an int, not the name of a file",
+    None: r" is None, not the name of a file",
+}
+SEVERAL = {
+    "a.safetensors": r"='a.safetensors' is one file where a list is meant: \['a.safetensors'\]",
+    Path("a.safetensors"): r"=PosixPath\('a.safetensors'\) is one file where a list is meant",
+    None: r" is None: give a list of files",
+}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval()
+    export_onnx(model, (X,), "base.onnx", progress=False)
+    onelora.save_adapter(fill_vectors(onelora.adapt(model), 0.1), "a.safetensors")
+    return model
+
+
+def calls(model):
+    """Every public function that is given names of files: (the argument, a call with it)."""
+    base, a = "base.onnx", "a.safetensors"
+    return [
+        ("path", lambda name: export_onnx(model, (X,), name)),
+        ("path", lambda name: OnnxRunner(name)),
+        ("path", lambda name: EngineRunner(name)),
+        ("path", lambda name: onelora.explain(model, X).draw(name)),
+        ("path", lambda name: onelora.save_adapter(model, name)),
+        ("source", lambda name: convert_adapter(name, "b.onnx_adapter")),
+        ("out", lambda name: convert_adapter(a, name)),
+        ("onnx", lambda name: bundle(name, "folder")),
+        ("out", lambda name: bundle(base, name)),
+        ("onnx", lambda name: build_engine(name, "m.engine")),
+        ("engine", lambda name: build_engine(base, name)),
+        ("engine", lambda name: refit_engine(name, a)),
+    ]
+
+
+@pytest.mark.parametrize("name", WRONG, ids=repr)
+def test_what_is_no_name(files, name):
+    before = sorted(Path().iterdir())
+    for argument, call in calls(files):
+        with pytest.raises(onelora.ConfigError, match=f"^{argument}{WRONG[name]}"):
+            call(name)
+    assert sorted(Path().iterdir()) == before
+
+
+def test_a_name_with_a_nul_for_what_is_folded(files):
+    with pytest.raises(onelora.ConfigError, match=r"^out='a\\x00b.onnx' holds a NUL character"):
+        fold_onnx("base.onnx", "a.safetensors", "a\0b.onnx")
+
+
+@pytest.mark.parametrize("given", SEVERAL, ids=repr)
+def test_one_name_where_several_are_meant(files, given):
+    with pytest.raises(onelora.ConfigError, match=f"^bank{SEVERAL[given]}"):
+        export_onnx(files, (X,), "m.onnx", adapters="bank", bank=given)
+    with pytest.raises(onelora.ConfigError, match=f"^adapters{SEVERAL[given]}"):
+        bundle("base.onnx", "folder", adapters=given)
+
+
+def test_names_that_are_right():
+    assert as_path("m.onnx", "path") == as_path(Path("m.onnx"), "path") == Path("m.onnx")
+    assert as_paths(["a", Path("b")], "bank") == as_paths(("a", "b"), "bank") == [Path("a"), Path("b")]
+    with pytest.raises(onelora.ConfigError, match=r"^bank\[1\]=b'b' is in bytes"):
+        as_paths(["a", b"b"], "bank")
