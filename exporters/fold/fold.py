@@ -99,7 +99,7 @@ def fold_onnx(
         raise ConfigError(f"on_missing_uses={on_missing_uses!r} is not one of {', '.join(map(repr, ON_MISSING_USES))}")
     start = time.perf_counter()
     base, out = as_path(base, "base"), as_path(out, "out")
-    file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
+    file = adapter if isinstance(adapter, AdapterFile) else read_adapter(as_path(adapter, "adapter"))
     model = load_model(base)
     held = Metadata.from_props(model.metadata_props, str(base))
     weights = [value.const_value for value in model.graph.initializers.values() if _external(value)]
