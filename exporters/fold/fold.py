@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onelora_compile.errors import BaseMismatchError, ConfigError, ExportError, OneLoRAError, require
+from onelora_compile.errors import ConfigError, ExportError, OneLoRAError, require
+from onelora_compile.exporters.fold.checks import check_places, check_trained, missing_uses
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse, names_of, weights_of
 from onelora_compile.exporters.fold.match_fingerprints import Matches, Place, match_weights
-from onelora_compile.exporters.fold.match_trained import TrainedPlaces, match_trained
+from onelora_compile.exporters.fold.match_trained import match_trained
 from onelora_compile.exporters.fold.owners import Known
 from onelora_compile.exporters.fold.place_trained import fold_trained
 from onelora_compile.exporters.fold.redirect import redirect
@@ -29,7 +30,6 @@ from onelora_compile.exporters.quantized.beside_matmul import Branches, into_zer
 from onelora_compile.exporters.quantized.pairs import open_operators
 from onelora_compile.exporters.quantized.ranges import ON_SATURATION, settle_ranges
 from onelora_compile.file_names import as_path
-from onelora_compile.printable import shortened
 from onelora_compile.progress import counting
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
@@ -115,11 +115,11 @@ def fold_onnx(
             known = Known(file.config, frozenset(names_of(model)), file.uses)
             matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints, known)
             folder.refuse(matches)
-            _check(matches, file, base, on_unmatched, model.metadata_props)
-            missing = _missing_uses(matches, file, base, on_missing_uses)
+            check_places(matches, file, base, on_unmatched, model.metadata_props)
+            missing = missing_uses(matches, file, base, on_missing_uses)
             named = ((name, use) for name, places in matches.places.items() for one in places for use in one.uses)
             trained = match_trained(model, file, named, held)
-            _check_trained(trained, base, on_unmatched)
+            check_trained(trained, base, on_unmatched)
             for weight, placed in folder.by_weight(matches):
                 folder.fold(weight, placed)
             fold_trained(model, trained, file.saved)
@@ -177,51 +177,6 @@ def _metadata(
         sha256=digest(values) if not folded.sha256 else digest({**values, folded.sha256: np.zeros(0)}),
         producer=f"onelora-compile {__version__}, from {base.name} by {model.producer_name or 'an unknown tool'}",
     )
-
-
-def _check(matches: Matches, file: AdapterFile, base: Path, on_unmatched: str, props: Mapping[str, str]) -> None:
-    if matches.unmatched and not matches.places and set(matches.unmatched) <= set(matches.nearest):
-        worst = ", ".join(f"{name} (differs by {matches.nearest[name]:.1%})" for name in list(matches.unmatched)[:5])
-        held = Metadata.from_props(props, str(base))
-        hint = f". It holds an adapter already ({', '.join(held.adapters) or 'unnamed'})" if held.traits is FOLD else ""
-        raise BaseMismatchError(f"{base} is not the base of the adapter: none of its weights is; {worst}{hint}")
-    if matches.unmatched and (on_unmatched == "error" or not matches.places):
-        listed = "; ".join(f"{name}: {reason}" for name, reason in list(matches.unmatched.items())[:8])
-        free = shortened((f"{one.name} {list(one.shape)} {one.dtype}" for one in matches.free), 12)
-        raise ExportError(
-            f"{len(matches.unmatched)} of {len(file.vectors)} vectors have no place in {base}: {listed}. Weights of "
-            f"the model that no vector took: {free}. Nothing was written; on_unmatched='skip' folds the others"
-        )
-
-
-def _missing_uses(matches: Matches, file: AdapterFile, base: Path, on_missing_uses: str) -> dict[str, tuple[int, int]]:
-    """The vectors whose weight the file uses less often than the model may: how often there, and in the model.
-
-    Raises:
-        ExportError: less often than the model does whatever its arguments are.
-    """
-    found = {name: sum(len(place.uses) for place in places) for name, places in matches.places.items()}
-    fewer = {name: (found[name], most) for name, (_, most) in file.uses.items() if found.get(name, most) < most}
-    sure = {name: times for name, times in fewer.items() if times[0] < file.uses[name][0]}
-    if sure and on_missing_uses == "error":
-        listed = shortened([f"{name!r} {there} of {times}" for name, (there, times) in sure.items()], 8)
-        raise ExportError(
-            f"{base} has fewer uses of some weights than one forward of the model: {listed}. The tool that wrote it "
-            "may have computed the others from constants, where the base's numbers would stay. Nothing was written; "
-            "export the adapted model itself, or the base without constant folding; or on_missing_uses='allow', if the "
-            "file leaves out the part of the model that uses them again"
-        )
-    return fewer
-
-
-def _check_trained(places: TrainedPlaces, base: Path, on_unmatched: str) -> None:
-    if places.missing and on_unmatched == "error":
-        listed = "; ".join(f"{name}: {reason}" for name, reason in list(places.missing.items())[:8])
-        raise ExportError(
-            f"the adapter also trained {shortened(places.missing)} (modules_to_save, train_norms), which have no place "
-            f"in {base}: {listed}. Nothing was written; load the adapter into the PyTorch model and export that, or "
-            "on_unmatched='skip' folds the others"
-        )
 
 
 class _Folder:

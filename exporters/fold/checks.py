@@ -1,0 +1,70 @@
+"""What was found in a file against what the adapter holds: nothing is left out without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from onelora_compile.errors import BaseMismatchError, ExportError
+from onelora_compile.exporters.fold.match_fingerprints import Matches
+from onelora_compile.exporters.fold.match_trained import TrainedPlaces
+from onelora_compile.exporters.jetson.device.core.modes import FOLD
+from onelora_compile.exporters.onnx_file.metadata import Metadata
+from onelora_compile.printable import shortened
+from onelora_compile.weights.adapter_file import AdapterFile
+
+
+def check_places(matches: Matches, file: AdapterFile, base: Path, on_unmatched: str, props: Mapping[str, str]) -> None:
+    """Whether every vector has a place.
+
+    Raises:
+        BaseMismatchError: the file is another base's.
+        ExportError: vectors have none, and may not be left out.
+    """
+    if matches.unmatched and not matches.places and set(matches.unmatched) <= set(matches.nearest):
+        worst = ", ".join(f"{name} (differs by {matches.nearest[name]:.1%})" for name in list(matches.unmatched)[:5])
+        held = Metadata.from_props(props, str(base))
+        hint = f". It holds an adapter already ({', '.join(held.adapters) or 'unnamed'})" if held.traits is FOLD else ""
+        raise BaseMismatchError(f"{base} is not the base of the adapter: none of its weights is; {worst}{hint}")
+    if matches.unmatched and (on_unmatched == "error" or not matches.places):
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(matches.unmatched.items())[:8])
+        free = shortened((f"{one.name} {list(one.shape)} {one.dtype}" for one in matches.free), 12)
+        raise ExportError(
+            f"{len(matches.unmatched)} of {len(file.vectors)} vectors have no place in {base}: {listed}. Weights of "
+            f"the model that no vector took: {free}. Nothing was written; on_unmatched='skip' folds the others"
+        )
+
+
+def missing_uses(matches: Matches, file: AdapterFile, base: Path, on_missing_uses: str) -> dict[str, tuple[int, int]]:
+    """The vectors whose weight the file uses less often than the model may: how often there, and in the model.
+
+    Raises:
+        ExportError: less often than the model does whatever its arguments are.
+    """
+    found = {name: sum(len(place.uses) for place in places) for name, places in matches.places.items()}
+    fewer = {name: (found[name], most) for name, (_, most) in file.uses.items() if found.get(name, most) < most}
+    sure = {name: times for name, times in fewer.items() if times[0] < file.uses[name][0]}
+    if sure and on_missing_uses == "error":
+        listed = shortened([f"{name!r} {there} of {times}" for name, (there, times) in sure.items()], 8)
+        raise ExportError(
+            f"{base} has fewer uses of some weights than one forward of the model: {listed}. The tool that wrote it "
+            "may have computed the others from constants, where the base's numbers would stay. Nothing was written; "
+            "export the adapted model itself, or the base without constant folding; or on_missing_uses='allow', if the "
+            "file leaves out the part of the model that uses them again"
+        )
+    return fewer
+
+
+def check_trained(places: TrainedPlaces, base: Path, on_unmatched: str) -> None:
+    """Whether what else was trained has a place.
+
+    Raises:
+        ExportError: not all of it, and it may not be left out.
+    """
+    if places.missing and on_unmatched == "error":
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(places.missing.items())[:8])
+        raise ExportError(
+            f"the adapter also trained {shortened(places.missing)} (modules_to_save, train_norms), which have no place "
+            f"in {base}: {listed}. Nothing was written; load the adapter into the PyTorch model and export that, or "
+            "on_unmatched='skip' folds the others"
+        )
