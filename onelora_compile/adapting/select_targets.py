@@ -7,17 +7,13 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from torch import nn
 
-from onelora_compile.adapting.adapted_module import Adapted
+from onelora_compile.adapting.candidates import NOT_LINEAR, Candidate, candidates_of
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.probe_linear import linear_like, may_be_linear, weight_axes
-from onelora_compile.adapting.trace_weight_uses import INSIDE, KEPT, weight_uses
-from onelora_compile.adapting.weight_target import Target, calling, reading, targets_of, vector_key
+from onelora_compile.adapting.weight_target import Target, reading, vector_key
 from onelora_compile.errors import TargetError
 from onelora_compile.kinds import is_linear, is_plain
-from onelora_compile.passes.sites.contractions import conv_patches
 from onelora_compile.printable import shortened
 
 ALL_LINEAR = "all-linear"
@@ -37,17 +33,6 @@ OUTPUT_HEAD = "output head"
 EXCLUDED = "excluded by exclude_modules"
 SAVED = "trained as a whole by modules_to_save"
 NOT_SELECTED = "not selected by target_modules"
-TIED_EMBEDDING = "an embedding's weight, which a linear op reads too: the embedding would change with it"
-BILINEAR = "a bilinear form of two inputs, not a linear op of the method"
-RECURRENT = "its weights go to one kernel of a recurrent layer, which nothing can be added to"
-EMBEDDING = "an embedding, not a linear op"
-CONVOLUTION = "a convolution, not a linear op of the method"
-PATCHES = "a convolution, not a linear op of the method; it is a linear map of patches: name it in target_modules"
-# What is not an op that was left out by choice.
-NOT_LINEAR = (BILINEAR, EMBEDDING, CONVOLUTION, PATCHES)
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +76,7 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(clean_name(name))
-    candidates = _candidates(names, model)
+    candidates = candidates_of(names, model)
     asked = _asked_for(config, names)
     candidates |= asked
 
@@ -139,69 +124,13 @@ def available_targets(model: nn.Module, config: OneLoRAConfig) -> list[str]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in named_modules(model):
         names.setdefault(module, []).append(name)
-    candidates = _candidates(names, model) | _asked_for(config, names)
+    candidates = candidates_of(names, model) | _asked_for(config, names)
     return [key for key, candidate in candidates.items() if candidate.target is not None]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Candidate:
-    """A weight that could be meant: its target, or why it has none; all names that a pattern may match.
-
-    `uses` is how often a forward of the model uses it, at least and at most.
-    """
-
-    module: nn.Module
-    names: list[str]
-    target: Target | None
-    reason: str = ""
-    uses: tuple[int, int] = (1, 1)
-
-
-def _candidates(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str, _Candidate]:
-    """Everything that is or resembles a linear op, in the order of the modules, by the name of its vector."""
-    called = {module: _called(module) for module in names}
-    read: dict[nn.Module, list[tuple[str, Target | None, str]]] = {}
-    inside: dict[nn.Module, list[tuple[str, str]]] = {}  # of modules that are linears as they are called
-    uses = weight_uses(model, {module for module, (target, _) in called.items() if target is not None})
-    for found in uses.reads:
-        module, dims, why = found.module, found.dims, found.why
-        if isinstance(module, _CONVOLUTIONS) or (dims is None and called[module][1] not in ("", *NOT_LINEAR)):
-            continue  # known by its call
-        own = called[module][0]
-        if own is not None and found.parameter != own.parameter:
-            inside.setdefault(module, []).append((found.parameter, why or INSIDE))
-            continue
-        if dims is None and why not in KEPT and own is not None:
-            if not own.dims:
-                continue  # known by its call
-            dims, why = own.dims, ""  # what else reads the weight of a linear sees it adapted, as after a merge
-        reason = TIED_EMBEDDING if isinstance(module, _EMBEDDINGS) else CONVOLUTION if found.convolution else why
-        target = reading(module, found.parameter, dims) if dims and not reason else None
-        read.setdefault(module, []).append((found.parameter, target, reason))
-    result: dict[str, _Candidate] = {}
-    for module, aliases in names.items():
-        if isinstance(module, Adapted):
-            read[module] = [(target.parameter, target, "") for target in targets_of(module)]
-        for parameter, own, why in read.get(module, ()):
-            keys = [vector_key(alias, parameter) for alias in aliases]
-            full = [f"{alias}.{parameter}".removeprefix(".") for alias in aliases]
-            result[keys[0]] = _Candidate(module, [*keys, *full, *aliases], own, why)
-        if module not in read:
-            own, why = called[module]
-            if own is not None or why:
-                result[aliases[0]] = _Candidate(module, aliases, own, why)
-            for parameter, why in inside.get(module, ()):
-                result[vector_key(aliases[0], parameter)] = _Candidate(module, [], None, why)
-    for key, candidate in result.items():
-        if candidate.target is not None:
-            often = uses.times.get((candidate.module, candidate.target.parameter), (1, 1))
-            result[key] = dataclasses.replace(candidate, uses=often)
-    return result
-
-
-def _asked_for(config: OneLoRAConfig, names: dict[nn.Module, list[str]]) -> dict[str, _Candidate]:
+def _asked_for(config: OneLoRAConfig, names: dict[nn.Module, list[str]]) -> dict[str, Candidate]:
     """The weights of target_parameters; each name must find one."""
-    result: dict[str, _Candidate] = {}
+    result: dict[str, Candidate] = {}
     for pattern, axis in config.target_parameters.items():
         found = False
         for module, aliases in names.items():
@@ -215,39 +144,11 @@ def _asked_for(config: OneLoRAConfig, names: dict[nn.Module, list[str]]) -> dict
                         f"{axis}, or is not the weight of a linear op"
                     )
                 target = reading(module, parameter, (axis % value.ndim,))
-                result[vector_key(aliases[0], parameter)] = _Candidate(module, own, target)
+                result[vector_key(aliases[0], parameter)] = Candidate(module, own, target)
                 found = True
         if not found:
             raise TargetError(f"target_parameters: {pattern!r} matches no parameter of the model")
     return result
-
-
-def _called(module: nn.Module) -> tuple[Target | None, str]:
-    """The target of a module that is called, or why it has none; neither for a module that is no op of weights."""
-    if isinstance(module, Adapted):
-        return targets_of(module)[0], ""
-    if isinstance(module, torch.jit.ScriptModule):
-        return None, ""
-    if is_linear(module):
-        dims, reason = weight_axes(module)
-        return (None, reason) if reason else (calling(module, dims), "")
-    if isinstance(module, _CONVOLUTIONS):
-        patches = conv_patches(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-        if not patches or module._parameters.get("weight") is None:  # computed from others
-            return None, CONVOLUTION
-        return reading(module, "weight", range(1, module.weight.ndim)), PATCHES
-    if isinstance(module, _EMBEDDINGS):
-        return None, EMBEDDING
-    if isinstance(module, nn.Bilinear):
-        return None, BILINEAR
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return None, CONVOLUTION
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return None, RECURRENT
-    if may_be_linear(module):
-        dims, reason = linear_like(module)
-        return (None, reason) if reason else (calling(module, dims), "")
-    return None, ""
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
@@ -301,7 +202,7 @@ def _matching_roots(names: dict[nn.Module, list[str]], patterns: Sequence[str]) 
 
 
 def _check_names_match(
-    config: OneLoRAConfig, names: dict[nn.Module, list[str]], candidates: dict[str, _Candidate]
+    config: OneLoRAConfig, names: dict[nn.Module, list[str]], candidates: dict[str, Candidate]
 ) -> None:
     """Every name in a list must match: a typing error would leave a layer unadapted without a word."""
     linears = [key for key, candidate in candidates.items() if candidate.target and not candidate.reason]
