@@ -199,3 +199,19 @@ def test_a_linear_of_an_own_class_is_known_by_what_it_does(scale, tmp_path):
     else:  # W is not what the parameter holds
         with pytest.raises(onelora.MergeError, match="Own computes something else than W x"):
             onelora.merge(model)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")
+def test_recurrent_layers_and_embeddings_of_torch_ao_are_named():
+    from torch.ao.quantization import float_qparams_weight_only_qconfig, quantize_dynamic
+
+    model = nn.ModuleDict({"rnn": nn.LSTM(8, 8), "cell": nn.GRUCell(8, 8), "table": nn.Embedding(9, 8)})
+    model = quantize_dynamic(model, {nn.LSTM, nn.GRUCell}, dtype=torch.qint8)
+    model = quantize_dynamic(model, {nn.Embedding: float_qparams_weight_only_qconfig}, dtype=torch.quint8)
+    onelora.adapt(model.add_module("head", nn.Linear(8, 3)) or model)
+    report = onelora.summary(model)
+    assert list(onelora.vectors(model)) == ["head"]
+    assert "recurrent" in report.skipped["rnn"]
+    assert "recurrent" in report.skipped["cell"]
+    assert report.not_linear["table"].startswith("an embedding")
