@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from onelora_compile.adapting.entries import Entry
 from onelora_compile.adapting.holders import Holders
-from onelora_compile.dynamo.private_api import inlined
+from onelora_compile.dynamo.private_api import following
 from onelora_compile.looking.one_at_a_time import silent
 from onelora_compile.passes.sites.other_uses import asks_for_no_value
 from onelora_compile.passes.sites.weight_path import run_of_shapes
@@ -82,7 +82,7 @@ def follow(
         shadow.__dict__[name] = dict(getattr(module, name))
     tracer, error = _Tracer(answer, holders, inside), ""
     try:
-        with silent("stdout", "stderr"), inlined(), _Uses(tracer):  # what it prints is about values that it lacks
+        with silent("stdout", "stderr"), following(), _Uses(tracer):  # what it prints is about values that it lacks
             graph = tracer.trace(shadow)
     except Exception as failed:  # the user's code on values that it does not expect may raise anything
         error = f"{type(failed).__name__}: {failed}".partition("\n")[0]

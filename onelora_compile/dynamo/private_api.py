@@ -54,9 +54,21 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
-def inlined() -> contextlib.AbstractContextManager[None]:
-    """Inside the block a compiled function that `torch.fx` follows is followed as it is written."""
-    return torch._dynamo.config.patch(error_on_nested_fx_trace=False)
+@contextlib.contextmanager
+def following() -> Iterator[None]:
+    """Inside the block `torch.fx` follows a compiled function as it is written, and leaves the globals of code alone.
+
+    It puts wrappers of `math` into the globals of every module that is called, in any thread, and walks through them
+    while other threads change them (`torch/fx/_symbolic_trace.py::_autowrap_check`).
+    """
+    module: Any = torch.fx._symbolic_trace
+    before = module._autowrap_check
+    module._autowrap_check = lambda *args: None
+    try:
+        with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+            yield
+    finally:
+        module._autowrap_check = before
 
 
 def break_reason(gm: fx.GraphModule) -> str:

@@ -89,10 +89,9 @@ def of_dict(values: dict[Any, Any], ordered: bool = True) -> Undo:
     def undo() -> None:
         if _same(kind.keys(values), before) and _same(kind.values(values), before.values()):
             return
-        for key in [key for key in dict.keys(values) if key not in before]:
-            if not ordered and _OF_DYNAMO.match(key):
-                continue
-            kind.__delitem__(values, key)
+        for key in list(dict.keys(values)):  # another thread may change globals meanwhile
+            if key not in before and (ordered or not _OF_DYNAMO.match(key)):
+                kind.pop(values, key, None)
         for key, value in before.items():
             if dict.get(values, key, before) is not value:
                 kind.__setitem__(values, key, value)
@@ -192,4 +191,4 @@ def random_states() -> Iterator[None]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return len(one) == len(other) and all(map(operator.is_, one, other))
+    return len(one) == len(other) and all(map(operator.is_, list(one), list(other)))

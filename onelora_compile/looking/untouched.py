@@ -155,7 +155,7 @@ class Kept:
     def _space(self, holder: Any, bindings: Mapping[str, Any]) -> None:
         """Something whose names code mentions: what is mentioned already, or called without a mention, is visited."""
         self._spaces[id(holder)] = (holder, bindings)
-        special = [n for n, v in bindings.items() if n.startswith("__") and isinstance(v, types.FunctionType)]
+        special = [n for n, v in dict(bindings).items() if n.startswith("__") and isinstance(v, types.FunctionType)]
         for name in self._names.intersection(bindings).union(special):
             self._binding(holder, name, bindings[name])
 
