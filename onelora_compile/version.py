@@ -1,8 +1,3 @@
-"""The version of the installed package."""
+"""The version of this package; pyproject.toml takes it from here."""
 
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    __version__ = version("onelora-compile")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+__version__ = "0.1.0"

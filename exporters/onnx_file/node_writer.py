@@ -45,20 +45,12 @@ class Writer:
     ) -> onnx_ir.Value:
         """The output of a new node behind a node, or at the beginning of a graph."""
         label = self.name(name or f"onelora_{op_type}")
-        node = self.ir.node(op_type, list(inputs), attributes or None, domain=domain, name=label)
-        if isinstance(after, self.ir.Node):
-            assert after.graph is not None
-            after.graph.insert_after(after, node)
+        value: onnx_ir.Value = self.ir.val(self.name(f"{label}_out"), dtype)
+        node = self.ir.node(op_type, inputs, attributes, domain=domain, name=label, outputs=[value])
+        if isinstance(after, self.ir.Graph) and len(after):
+            after[0].prepend(node)
         else:
-            graph: Any = after
-            if len(graph):
-                graph.insert_before(graph[0], node)
-            else:
-                graph.append(node)
-        value: onnx_ir.Value = node.outputs[0]
-        value.name = self.name(f"{label}_out")
-        if dtype is not None:
-            value.dtype = dtype
+            after.append(node)
         return value
 
     def behind(self, value: onnx_ir.Value, graph: onnx_ir.Graph) -> onnx_ir.Node | onnx_ir.Graph:
@@ -75,11 +67,8 @@ class Writer:
     def constant(self, graph: onnx_ir.Graph, numbers: np.ndarray, name: str) -> onnx_ir.Value:
         """A new initializer of a graph."""
         name = self.name(name)
-        tensor = self.ir.tensor(numbers, name=name)
-        value: onnx_ir.Value = self.ir.Value(
-            name=name, shape=tensor.shape, type=self.ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        graph.initializers[name] = value
+        value: onnx_ir.Value = self.ir.val(name, const_value=self.ir.tensor(numbers, name=name))
+        graph.register_initializer(value)
         return value
 
     def last_axis_sum(self, after: onnx_ir.Node | onnx_ir.Graph, x: onnx_ir.Value) -> onnx_ir.Value:
@@ -96,13 +85,9 @@ class Writer:
         The node that made `new` may read `old` and goes on to do so.
         """
         maker = new.producer()
-        for use in list(old.uses()):
-            if use.node is not maker:
-                use.node.replace_input_with(use.idx, new)
+        own = [use.idx for use in old.uses() if use.node is maker]
         if old.is_graph_output():
-            graph = old.graph
-            assert graph is not None
-            for place, value in enumerate(graph.outputs):
-                if value is old:
-                    graph.outputs[place] = new
             new.name, old.name = old.name, self.name(f"{old.name}_inner")
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        for place in own:
+            self.made(new).replace_input_with(place, old)

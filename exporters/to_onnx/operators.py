@@ -118,10 +118,8 @@ class OperatorWriter:
 
     def initializer(self, name: str, tensor: Any) -> onnx_ir.Value:
         """A named constant of the main graph."""
-        value: onnx_ir.Value = self.ir.Value(
-            name=name, shape=tensor.shape, type=self.ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        self.graph.initializers[name] = value
+        value: onnx_ir.Value = self.ir.val(name, const_value=tensor)
+        self.graph.register_initializer(value)
         return value
 
     def typed(self, value: onnx_ir.Value, like: onnx_ir.Value) -> onnx_ir.Value:

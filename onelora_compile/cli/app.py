@@ -112,6 +112,9 @@ def load_arrays(path: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 1 after a mistake, 2 after wrong usage, with one line on standard error."""
     print_in_any_locale()
+    if (sys.argv[1:] if arguments is None else list(arguments)) == ["--version"]:  # typer takes pydantic to read a flag
+        print(__version__)
+        sys.exit(0)
     try:
         sys.exit(app(arguments, prog_name="onelora", standalone_mode=False))
     except typer.Abort:
