@@ -48,7 +48,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 def pooled(images: Tensor) -> Tensor:
     """What the frozen network makes of each image, which is all that a head alone sees."""
-    model = pretrained()
+    model: Any = pretrained()
     with torch.no_grad():
         return torch.cat([model.extract_features(x).mean((2, 3)) for x in images.split(100)])
 
@@ -76,7 +76,7 @@ def lora(model: nn.Module, rate: float) -> Groups:
     # PEFT makes its factors with the class of the layer, which here wants the size of the image: plain ones instead.
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
-            if name in LINEAR:
+            if name in LINEAR and isinstance(layer, nn.Conv2d):
                 plain = nn.Conv2d(layer.in_channels, layer.out_channels, 1, bias=False)
                 plain.weight = layer.weight
                 setattr(parent, name, plain)
@@ -98,8 +98,8 @@ def run(images: Tensor, labels: Tensor, method: str, rate: float, seed: int) -> 
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     learn, choose, test = order.split([300, 300, len(order) - 600])
     torch.manual_seed(seed)
-    model = pretrained()
-    groups = [{"params": list(model._fc.parameters()), "lr": HEAD_RATE}]
+    model: Any = pretrained()
+    groups: Groups = [{"params": list(model._fc.parameters()), "lr": HEAD_RATE}]
     if method == "head":
         groups[0]["lr"], model = rate, model._fc
     else:

@@ -44,6 +44,24 @@ def a_hook(model):
     model.block.b.register_forward_hook(lambda module, given, out: F.linear(given[0], 2 * module.weight) + out)
 
 
+class Hook:
+    def __call__(self, module, given, out):
+        return out + F.linear(given[0], module.weight)
+
+
+class HookModule(nn.Module):
+    def forward(self, module, given, out):
+        return out + F.linear(given[0], module.weight)
+
+
+def a_hook_object(model):
+    model.block.b.register_forward_hook(Hook())
+
+
+def a_hook_module(model):
+    model.block.b.register_forward_hook(HookModule())
+
+
 def a_hook_with_keywords(model):
     hook = lambda module, given, named, out: out + F.linear(given[0], module.weight)  # noqa: E731
     model.block.b.register_forward_hook(hook, with_kwargs=True)
@@ -113,7 +131,8 @@ class Model(nn.Module):
 
 
 WAYS = [
-    *(of_the_instance, a_lambda, a_partial, a_hook, a_hook_with_keywords, a_hook_before, a_hook_of_the_block),
+    *(of_the_instance, a_lambda, a_partial, a_hook, a_hook_object, a_hook_module, a_hook_with_keywords),
+    *(a_hook_before, a_hook_of_the_block),
     *(the_call, the_call_of_a_linear, a_sibling_in_a_list, a_method_of_the_parent),
 ]
 
@@ -189,6 +208,84 @@ def test_a_weight_that_is_held_elsewhere_is_named(name):
     assert "out of a dictionary or a list" in onelora.summary(model).skipped["b"]
     fill_vectors(model, 0.5)
     torch.testing.assert_close(merged_copy(model)(x), model(x))
+
+
+WRITES = {
+    "in_place": lambda s: s.b.weight.mul_(0.9),
+    "a_copy": lambda s: s.b.weight.copy_(F.normalize(s.b.weight)),
+    "an_item": lambda s: s.b.weight.__setitem__(0, 0.0),
+    "its_data": lambda s: setattr(s.b.weight, "data", s.b.weight.data.clamp(-0.1, 0.1)),
+}
+
+
+class Writing(Block):
+    def __init__(self, write):
+        super().__init__()
+        self.a, self.write = nn.Linear(8, 8), write
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.write(self)
+        return self.b(torch.tanh(self.a(x)))
+
+
+class Limited(nn.Linear):
+    """A linear that limits its weight before each use, as EEGNet's."""
+
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.5)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", [*WRITES, "limited"])
+def test_a_weight_that_the_forward_writes_to_is_left_out_and_named(name):
+    def made():
+        torch.manual_seed(0)
+        if name == "limited":
+            return nn.ModuleDict({"a": nn.Linear(8, 8), "b": Limited(8, 8)}), lambda model, x: model["b"](model["a"](x))
+        return Writing(WRITES[name]), lambda model, x: model(x)
+
+    (base, run), (model, _), x = made(), made(), torch.randn(5, 8)
+    onelora.adapt(model)
+    assert list(onelora.vectors(model)) == ["a"]
+    assert "written to by the forward" in onelora.summary(model).skipped["b"]
+    for _ in range(2):
+        assert torch.equal(run(model, x), run(base, x))
+    assert torch.equal(model.state_dict()["b.weight"], base.state_dict()["b.weight"])
+
+
+def changed(module, name, value):
+    for parameter in module.parameters():
+        setattr(parameter, name, value)
+
+
+PENALTIES = {
+    "parameters": lambda s, y: y + 1e-3 * sum(p.pow(2).sum() for p in s.parameters()),
+    "state": lambda s, y: y * len(s.state_dict()),
+    "frozen": lambda s, y: (changed(s.b, "requires_grad", False), y)[1],
+    "gradients": lambda s, y: (changed(s, "grad", None), y)[1],
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_what_is_done_to_all_parameters_leaves_no_linear_out(name):
+    class Penalised(Block):
+        def forward(self, x):
+            return PENALTIES[name](self, super().forward(x))
+
+    model = onelora.adapt(nn.Sequential(Penalised(), nn.Linear(8, 3)))
+    assert list(onelora.vectors(model)) == ["0.b", "1"]
+    model(torch.randn(2, 8))
+
+
+def test_a_program_that_leaves_its_forward_is_adapted():
+    class Leaves(Block):
+        def forward(self, x):
+            if x.mean() > 1e9:
+                sys.exit("no")
+            return F.linear(x, self.b.weight)
+
+    assert list(onelora.vectors(onelora.adapt(Leaves()))) == ["b"]
 
 
 def test_a_scripted_child_is_named_and_the_rest_adapted():

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
+from onelora_compile.adapting import trace_weight_uses
+from onelora_compile.adapting.follow_forward import follow
 from onelora_compile.testing import fill_vectors, merged_copy
 
 
@@ -166,7 +168,7 @@ def test_a_weight_that_is_taken_past_its_attribute_is_named(name):
     assert onelora.summary(model).skipped == known
 
 
-def test_a_weight_that_is_only_asked_for_its_dtype_costs_no_trace(monkeypatch):
+def test_modules_that_are_alike_are_followed_once(monkeypatch):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -175,5 +177,14 @@ def test_a_weight_that_is_only_asked_for_its_dtype_costs_no_trace(monkeypatch):
         def forward(self, x):
             return about(self.b(x), self.a)
 
-    monkeypatch.setattr("onelora_compile.adapting.trace_weight_uses.follow", lambda *args: pytest.fail("followed"))
-    assert list(onelora.vectors(onelora.adapt(Model()))) == ["a", "b"]
+    followed = []
+
+    def noted(*args):
+        followed.append(args[0])
+        return follow(*args)
+
+    monkeypatch.setattr(trace_weight_uses, "follow", noted)
+    model = nn.Sequential(Model(), Model(), Model())
+    onelora.adapt(model)  # a question for a dtype is no read
+    assert list(onelora.vectors(model)) == [f"{block}.{name}" for block in range(3) for name in "ab"]
+    assert set(followed) == {model[0]}

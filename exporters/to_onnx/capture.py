@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import sympy
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
@@ -75,7 +75,8 @@ def freeze(
             flat = flat_forward(model, call, note)
             # Other objects: torch.export marks axes as dynamic on them, and leaves the marks when it fails.
             inputs = tuple(tensor.detach() for tensor in call.tensors.values())
-            return torch.export.export(flat, inputs, dynamic_shapes=for_export(axes), strict=False)
+            program = torch.export.export(flat, inputs, dynamic_shapes=for_export(axes), strict=False)
+            return _by_first_names(program, flat)
 
     program = exported(axes)
     vary = _varying(program, call, axes)
@@ -85,6 +86,29 @@ def freeze(
     if place == "folded":
         return Frozen(*fold_vectors(program, originals=originals), names, vary, sizes)
     return Frozen(*carry_vectors(program, place, trained), names, vary, sizes)
+
+
+def _by_first_names(program: ExportedProgram, module: nn.Module) -> ExportedProgram:
+    """One input for what a module holds under several names, called by the first of them, as adapters call it.
+
+    torch.export makes an input for each name, and uses any one of them.
+    """
+    first: dict[int, str] = {}
+    held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    names = {name: first.setdefault(id(value), name) for name, value in held}
+    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    kept: dict[str, fx.Node] = {}
+    for spec in list(program.graph_signature.input_specs):
+        name, node = names.get(spec.target or ""), nodes[spec.arg.name]
+        if name in kept:
+            node.replace_all_uses_with(kept[name])
+            program.graph.erase_node(node)
+            program.graph_signature.input_specs.remove(spec)
+        elif name is not None:
+            kept[name] = node
+            spec.target = name
+    program.graph_module.recompile()
+    return program
 
 
 def _varying(program: ExportedProgram, call: Call, axes: Sequence[Axes]) -> list[Axes]:

@@ -42,13 +42,25 @@ def entries(module: nn.Module) -> Iterator[Entry]:
     if kind.__call__ is not nn.Module.__call__:
         yield dataclasses.replace(_entry(kind.__call__, 1), forward=False)
     with_keywords = getattr(module, "_forward_pre_hooks_with_kwargs", {})
-    for key, hook in dict(module._forward_pre_hooks).items():
+    for key, hook in [(key, _code_of(hook)) for key, hook in module._forward_pre_hooks.items()]:
         named: tuple[Any, ...] = ({},) if key in with_keywords else ()
         yield Entry(lambda self, x, hook=hook, named=named: hook(self, (x,), *named), False, (1,))
     with_keywords = getattr(module, "_forward_hooks_with_kwargs", {})
-    for key, hook in dict(module._forward_hooks).items():
+    for key, hook in [(key, _code_of(hook)) for key, hook in module._forward_hooks.items()]:
         named = ({},) if key in with_keywords else ()
         yield Entry(lambda self, x, y, hook=hook, named=named: hook(self, (x,), *named, y), False, (2,))
+
+
+def _code_of(hook: Any) -> Any:
+    """What a hook runs: a call of a module is not followed."""
+    return hook.forward if isinstance(hook, nn.Module) else hook
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks of a module's forward that are not PyTorch's."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    homes = [getattr(hook, "__module__", None) or type(hook).__module__ for hook in hooks]
+    return [hook for hook, home in zip(hooks, homes, strict=True) if not str(home).startswith("torch.")]
 
 
 def _entry(function: Callable[..., Any], bound: int) -> Entry:

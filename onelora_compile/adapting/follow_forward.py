@@ -7,7 +7,7 @@ functions of `torch.jit.script`; each is one node.  What another thread does mea
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
 import dis
 import functools
@@ -30,6 +30,7 @@ from onelora_compile.passes.sites.other_uses import asks_for_no_value
 from onelora_compile.passes.sites.weight_path import run_of_shapes
 
 PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
+CALLED = "onelora_called"  # key in node.meta: the module whose output a node is
 _MOST_ANSWERS = 1000  # then a loop on values is taken for endless
 # What is asked of a tensor as an object, or as a number that code goes by.
 _OF_THE_OBJECT = {
@@ -45,14 +46,12 @@ class Followed:
     Attributes:
         gm: its graph.
         held: who holds each parameter of it, and its name there, by the target of its node.
-        calls: how often each module was called.
         asked: how many answers the code asked for.
         error: what ended it early; "" if nothing did.
     """
 
     gm: fx.GraphModule
     held: dict[str, tuple[nn.Module, str]]
-    calls: collections.Counter[nn.Module]
     asked: int
     error: str
 
@@ -84,7 +83,7 @@ def follow(
     try:
         with silent("stdout", "stderr"), following(), _Uses(tracer):  # what it prints is about values that it lacks
             graph = tracer.trace(shadow)
-    except Exception as failed:  # the user's code on values that it does not expect may raise anything
+    except (Exception, SystemExit) as failed:  # the user's code on values that it does not expect may raise anything
         error = f"{type(failed).__name__}: {failed}".partition("\n")[0]
         graph = tracer.graph
         graph.output(None)
@@ -92,7 +91,7 @@ def follow(
         tracer.note(node)
     shadow.__dict__["_parameters"].update(tracer.parameters)
     held = {target: found for target, one in tracer.parameters.items() if (found := tracer.holder(one)) is not None}
-    return Followed(fx.GraphModule(shadow, graph), held, tracer.calls, tracer.asked, error)
+    return Followed(fx.GraphModule(shadow, graph), held, tracer.asked, error)
 
 
 def output_of_a_module(*args: Any, **kwargs: Any) -> None:
@@ -120,10 +119,20 @@ class _Value(fx.Proxy):
     """A value of which code may ask more than a graph can hold: its length, or a number. It is 1."""
 
     def __getattr__(self, k: str) -> Any:
+        node = self.__dict__.get("node")
+        parameter = self.tracer.parameters.get(node.target) if node is not None else None  # type: ignore[attr-defined]
+        if parameter is not None:
+            getattr(parameter, k)  # an AttributeError as of the parameter
         return _Attribute(self, k)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
+        elif name not in ("grad", "requires_grad"):
+            object.__setattr__(self, name, value)
 
     def __iter__(self) -> Iterator[fx.Proxy]:
         frame = sys._getframe(1)
@@ -173,6 +182,8 @@ class _Uses(TorchFunctionMode):
             return func(*args, **kwargs)
         if func.__name__ == "__get__":
             return getattr(given[0][0], name)
+        if func.__name__ == "__set__":  # p.requires_grad = False: what is followed changes nothing
+            return setattr(given[0][0], name, given[0][1])
         return fx.Proxy.__torch_function__(func, types, *given)
 
 
@@ -183,13 +194,11 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.answer = answer
         self.asked = 0
-        self.calls: collections.Counter[nn.Module] = collections.Counter()
         self.proxy_buffer_attributes = True
         self.parameters: dict[str, nn.Parameter] = {}  # by the target of their node
         self._holders = holders
         self._inside = inside
         self._proxies: dict[tuple[int, bool], fx.Proxy] = {}
-        self._entered = 0  # how many submodules deep
         self._thread = threading.get_ident()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -240,17 +249,12 @@ class _Tracer(fx.Tracer):
         """Some value: a submodule is followed on its own, but for one that is given a weight."""
         if self._elsewhere():
             return forward(*args, **kwargs)
-        if not self._entered:
-            self.calls[m] += 1
+        node = self.create_proxy("call_function", output_of_a_module, args, kwargs)
+        node.node.meta[CALLED] = m
         if not type(m).__module__.startswith("torch.") and self._gives_weight(args, kwargs):
-            self._entered += 1
-            try:
-                return forward(*args, **kwargs)
-            except Exception:  # as for the whole
-                pass
-            finally:
-                self._entered -= 1
-        return self.create_proxy("call_function", output_of_a_module, args, kwargs)
+            with contextlib.suppress(Exception):  # as for the whole
+                forward(*args, **kwargs)
+        return node
 
     def _gives_weight(self, args: Any, kwargs: Any) -> bool:
         """Whether a parameter, or a view of one, is among the arguments."""

@@ -148,6 +148,12 @@ def _code_in(value: Any, seen: set[int]) -> Iterator[Any]:
             yield from _code_in(one, seen)
 
 
+def leads_to_modules(module: nn.Module) -> bool:
+    """Whether a module holds others that are no children, in lists or bound to functions."""
+    fields = [value for name, value in vars(module).items() if name not in ("_modules", "_parameters", "_buffers")]
+    return next(_modules_in(fields, set()), None) is not None
+
+
 def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
     """The modules that a container leads to, which are no children."""
     if isinstance(value, nn.Module):

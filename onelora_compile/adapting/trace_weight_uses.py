@@ -9,38 +9,35 @@ what it misses is found, and named in a warning, when a graph of the model is ca
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
 import itertools
-import operator
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from onelora_compile.adapting.entries import Entry, entries
+from onelora_compile.adapting.count_uses import UseCounter, bounds
+from onelora_compile.adapting.entries import Entry, entries, hooks_of
 from onelora_compile.adapting.follow_forward import PAST as PAST_MARK
 from onelora_compile.adapting.follow_forward import Followed, follow, not_entered, output_of_a_script
 from onelora_compile.adapting.holders import Holders, References, of_torch
-from onelora_compile.adapting.reachable_names import Known, attributes_named_twice, names_in_reach
+from onelora_compile.adapting.reachable_names import Known, leads_to_modules, names_in_reach
 from onelora_compile.kinds import is_conv1d, is_linear, is_plain
 from onelora_compile.looking.untouched import Kept, silently
 from onelora_compile.passes.sites.contractions import CONTRACTIONS
 from onelora_compile.passes.sites.linear_site import match_linear
 from onelora_compile.passes.sites.operators import op_name
-from onelora_compile.passes.sites.other_uses import ASK, other_uses, users
+from onelora_compile.passes.sites.other_uses import ASK, made_of_parameters, other_uses, users, written
 from onelora_compile.passes.sites.weight_path import input_axes
 
-_Counts = collections.Counter[Any]  # of modules, calls; of (module, parameter), uses
-_NONE: _Counts = collections.Counter()
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 BOTH_WAYS = "its weight is used as W and as its transpose: one vector can't be both"
 INSIDE = "used in the forward of a linear that is adapted by its own weight or output"
 MIXED = "used as a view that mixes its axes, so which of them are inputs can't be told"
 PAST = "taken out of a dictionary or a list of parameters, where it can't be handed out adapted"
-KEPT = (BOTH_WAYS, PAST)  # reasons that no other use of the weight takes away
+WRITTEN = "written to by the forward, which would write to a copy of it"
+KEPT = (BOTH_WAYS, PAST, WRITTEN)  # reasons that no other use of the weight takes away
 READ = "read besides by an op that is no linear one"
 GIVEN = "given to a function of torch.jit.script, which nothing can follow" + ASK
 SCRIPTED = "in a module of torch.jit.script, whose code nothing can be added to"
@@ -89,7 +86,7 @@ class WeightUses:
     times: dict[tuple[nn.Module, str], tuple[int, int]]
 
 
-def weight_uses(model: nn.Module, called: Container[nn.Module] = ()) -> WeightUses:
+def weight_uses(model: nn.Module, called: Collection[nn.Module] = ()) -> WeightUses:
     """The weights that the modules of a model read themselves, and how often weights are used.
 
     Args:
@@ -100,7 +97,7 @@ def weight_uses(model: nn.Module, called: Container[nn.Module] = ()) -> WeightUs
     code = _Code(model, called)
     for module in model.modules():
         for read in code.reads(module):
-            if module in called and read.module is module and read.own:
+            if module in called and read.module is module and read.own and read.why != WRITTEN:
                 if read.parameter == "weight":
                     continue
                 read = dataclasses.replace(read, dims=None, why=INSIDE)
@@ -108,7 +105,7 @@ def weight_uses(model: nn.Module, called: Container[nn.Module] = ()) -> WeightUs
                 continue  # no weight of a linear op, as far as this tells
             key = (read.module, read.parameter)
             known = found.get(key)
-            if known is None or read.why == PAST or (known.dims is None and known.why not in KEPT and read.dims):
+            if known is None or read.why in KEPT or (known.dims is None and known.why not in KEPT and read.dims):
                 found[key] = read
             elif None not in (known.dims, read.dims) and known.dims != read.dims:
                 found[key] = dataclasses.replace(known, dims=None, why=BOTH_WAYS)
@@ -133,16 +130,14 @@ def _by_other_names(model: nn.Module, found: dict[tuple[nn.Module, str], DirectR
 class _Code:
     """Follows the code of a model's modules, where it could read a weight or call a linear more than once."""
 
-    def __init__(self, model: nn.Module, called: Container[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, called: Collection[nn.Module]) -> None:
         self._model = model
         self._called = called
         self._names: Known = {}
         self._holders = Holders(model)
         self._references = References(self._holders)
-        self._counted: dict[Any, tuple[dict[str, int], dict[str, int]]] = {}
-        self._known: set[nn.Module] = set()  # whose calls are counted
-        self._least: _Counts = collections.Counter()
-        self._most: _Counts = collections.Counter()
+        self._counted: dict[Any, list[tuple[dict[str, int], dict[str, int], bool]]] = {}
+        self._counter = UseCounter(model)
 
     def reads(self, module: nn.Module) -> Iterator[DirectRead]:
         """What the code of one module reads, without that of its children."""
@@ -153,44 +148,18 @@ class _Code:
             yield DirectRead(module.out_proj, "weight", (1,), own=False)
         elif isinstance(module, torch.jit.ScriptModule):
             yield from (DirectRead(module, name, None, why=SCRIPTED) for name in _matrices(module))
-        elif self._may_read(module) or (self._inside(module) and _holds_weights(module)):
+        elif self._may_read(module) or _holds_weights(module) or leads_to_modules(module):
             yield from self._followed(module)
-        elif self._inside(module) and self._calls_twice(module):
+        elif type(module) is nn.Sequential:
+            once = dict.fromkeys(module.children(), 1)
+            self._counter.add(module, once, once, known=True)
+        elif self._inside(module) and not of_torch(module) and any(one in self._called for one in module.modules()):
             self._count_calls(module)
 
     def times(self) -> dict[tuple[nn.Module, str], tuple[int, int]]:
         """How often one forward uses each weight, at least and at most, where that may be more than once."""
-        self._count_calls_of_read()
-        least, most = self._times(self._least), self._times(self._most)
-        return {key: (least.get(key, 1), times) for key, times in most.items() if times > 1}
-
-    def _count_calls_of_read(self) -> None:
-        """A linear whose weight is read somewhere may be called elsewhere besides."""
-        parents = {child: module for module in self._model.modules() for child in module.children()}
-        for module in self._model.modules():
-            if module not in self._called or not self._most[module, "weight"] or self._most[module]:
-                continue
-            parent = parents.get(module)
-            while isinstance(parent, (nn.ModuleList, nn.ModuleDict)):
-                parent = parents.get(parent)
-            if isinstance(parent, nn.Sequential):
-                self._least[module] = self._most[module] = 1
-            elif parent is not None and parent not in self._known and self._inside(parent):
-                self._count_calls(parent)
-
-    def _times(self, counts: _Counts) -> dict[tuple[nn.Module, str], int]:
-        within = {self._model: 1}  # how often a module runs
-        for module in self._model.modules():
-            for child in module.children():
-                within[child] = max(within.get(child, 1), within[module] * max(1, counts[child]))
-        found: dict[tuple[nn.Module, str], int] = {}
-        for module in self._model.modules():
-            for name in _matrices(module):
-                found[module, name] = within[module] * counts[module, name]
-            if module in self._called:  # of which not every call is seen
-                uses = counts[module] + counts[module, "weight"]
-                found[module, "weight"] = within[module] // max(1, counts[module]) * max(1, uses)
-        return found
+        weights = {(module, name) for module in self._model.modules() for name in _matrices(module)}
+        return self._counter.times(self._called, weights | {(module, "weight") for module in self._called})
 
     def _inside(self, module: nn.Module) -> bool:
         """Whether what the forward of a module does with its own weight is not known."""
@@ -198,6 +167,8 @@ class _Code:
 
     def _may_read(self, module: nn.Module) -> bool:
         """Whether code that a call of the module runs names the weight of a module, or refers to a parameter."""
+        if hooks_of(module):
+            return True
         refers, holds = self._references.of(module)
         kind: Any = type(module)
         alone = next(module.children(), None) is None and kind.__call__ is nn.Module.__call__
@@ -205,47 +176,42 @@ class _Code:
             return holds
         return not _OF_PARAMETERS.isdisjoint(names_in_reach(module, self._names))
 
-    def _calls_twice(self, module: nn.Module) -> bool:
-        """Whether the code names a child twice that is a linear which is called, or holds one."""
-        kind: Any = type(module)  # mypy takes a class of modules for unhashable
-        twice = attributes_named_twice(kind)
-        mine = (child for name, child in module.named_children() if name in twice)
-        return any(one in self._called for child in mine for one in child.modules())
-
     def _followed(self, module: nn.Module) -> Iterator[DirectRead]:
-        self._known.add(module)
         modes = (False, True) if "training" in names_in_reach(module, self._names) else (False,)
         for entry, ways in self._ways(module, modes):
-            for way in (way for _, way in ways):
-                yield from (dataclasses.replace(read, own=entry.forward) for read in _reads(way))
-            least, most = _bounds([way for training, way in ways if not training])
-            self._least += least
-            self._most += most
-            if all(way.error for _, way in ways):
+            inside = not entry.forward or self._inside(module)
+            for read in (read for _, way in ways for read in _reads(way)):
+                if inside or read.why == WRITTEN:
+                    yield dataclasses.replace(read, own=entry.forward)
+            if not inside:
+                continue  # how it uses its own weight is known
+            # How often is asked where a model is used.
+            known = any(not way.error for _, way in ways)
+            self._counter.add(module, *bounds([way for training, way in ways if not training]), known)
+            if not known:
                 yield from self._not_followed(module, ways[0][1].error)
 
     def _count_calls(self, module: nn.Module) -> None:
         """Of a module that reads nothing; modules of one class that differ in numbers alone are taken for alike."""
-        self._known.add(module)
         fields = ((name, value) for name, value in vars(module).items() if type(value) in (bool, str, type(None)))
-        key = (type(module), *fields, *((name, type(child)) for name, child in module.named_modules()))
+        names = {child: name for name, child in module.named_modules()}
+        key = (type(module), *fields, *((name, type(child)) for child, name in names.items()))
         if key not in self._counted:
-            names = {child: name for name, child in module.named_modules()}
-            bounds = [_bounds([way for _, way in ways]) for _, ways in self._ways(module, (False,))]
-            bounds.append((_NONE, _NONE))
-            self._counted[key] = tuple(  # type: ignore[assignment]
-                {names[one]: count for one, count in sum(counts, _NONE).items() if one in names}
-                for counts in zip(*bounds, strict=True)
-            )
-        for total, counted in zip((self._least, self._most), self._counted[key], strict=True):
-            total.update({module.get_submodule(name): count for name, count in counted.items()})
+            self._counted[key] = []
+            for _, ways in self._ways(module, (False,)):
+                found = ({names[m]: n for m, n in one.items() if m in names} for one in bounds([w for _, w in ways]))
+                self._counted[key].append((*found, any(not way.error for _, way in ways)))  # type: ignore[arg-type]
+        inner = module.get_submodule
+        for least, most, known in self._counted[key]:
+            below, above = ({inner(name): times for name, times in one.items()} for one in (least, most))
+            self._counter.add(module, below, above, known)
 
     def _ways(self, module: nn.Module, modes: Sequence[bool]) -> Iterator[tuple[Entry, list[tuple[bool, Followed]]]]:
         """The code that a call of a module runs, with the ways through it in each mode."""
         kept = Kept(module, instead={torch.jit.ScriptFunction: not_entered})
         inside = Holders(module)
         for entry in entries(module):
-            if entry.forward and not (self._inside(module) and ("forward" in vars(module) or not of_torch(module))):
+            if entry.forward and of_torch(module) and "forward" not in vars(module):
                 continue
             ways: list[tuple[bool, Followed]] = []
             for one in (entry, entry.by_place):
@@ -283,25 +249,20 @@ def _reads(way: Followed) -> Iterator[DirectRead]:
         yield DirectRead(*held[:2], dims, site.kind == "conv", PAST if past else MIXED if dims is None else "")
     for use in other_uses(way.gm):
         if (held := _parameter(way, use.root)) is not None:
-            yield DirectRead(*held[:2], None, why=use.reason)
+            yield DirectRead(*held[:2], None, why=PAST if PAST_MARK in use.root.meta else use.reason)
+    alone = made_of_parameters(way.gm)
     for node, root in users(way.gm):
-        if op_name(node).removesuffix("_") in CONTRACTIONS or (held := _parameter(way, root)) is None:
+        if (held := _parameter(way, root)) is None:
             continue
-        why = PAST if PAST_MARK in root.meta else GIVEN if node.target is output_of_a_script else READ
-        yield DirectRead(*held[:2], None, why=why)
-
-
-def _bounds(ways: Sequence[Followed]) -> tuple[_Counts, _Counts]:
-    """How often modules are called and weights used, by one way at least, and at most."""
-    whole = [way for way in ways if not way.error] or ways
-    least = functools.reduce(operator.and_, map(_counts, whole))
-    return least, functools.reduce(operator.or_, map(_counts, ways))
-
-
-def _counts(way: Followed) -> _Counts:
-    roots = (str(root.target) for _, root in users(way.gm))
-    uses: _Counts = collections.Counter(way.held[root] for root in roots if root in way.held)
-    return way.calls + uses
+        past = PAST_MARK in root.meta
+        if written(node) in node.all_input_nodes[:1] and not past:
+            yield DirectRead(*held[:2], None, why=WRITTEN)
+        elif op_name(node).removesuffix("_") not in CONTRACTIONS:
+            if past and all(one in alone for one in node.all_input_nodes):
+                continue  # a penalty on all parameters is one on the base's
+            yield DirectRead(
+                *held[:2], None, why=PAST if past else GIVEN if node.target is output_of_a_script else READ
+            )
 
 
 def _parameter(way: Followed, root: fx.Node) -> tuple[nn.Module, str, Tensor] | None:

@@ -35,6 +35,10 @@ _METHODS = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset", "get_device"),
     *("is_floating_point", "is_complex", "is_contiguous", "data_ptr", "requires_grad_"),
 }
+_LIKE = {
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
+}
 _OWN = ("onelora::", "prim::", "prims::")  # namespaces whose operators are known
 
 
@@ -61,7 +65,7 @@ def other_uses(gm: fx.GraphModule, parameters: Collection[fx.Node] = ()) -> list
         parameters: nodes that are parameters, besides those that can be recognised.
     """
     chains = weight_chains(gm, parameters)
-    made_of = _made_of_parameters(gm, parameters)
+    made_of = made_of_parameters(gm, parameters)
     return [use for node in gm.graph.nodes for use in _uses(gm, node, chains, made_of)]
 
 
@@ -91,7 +95,7 @@ def _uses(
                 yield OtherUse(node, root, reason.format(op=name) + ASK)
 
 
-def _made_of_parameters(gm: fx.GraphModule, parameters: Collection[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+def made_of_parameters(gm: fx.GraphModule, parameters: Collection[fx.Node] = ()) -> dict[fx.Node, tuple[fx.Node, ...]]:
     """The nodes that are computed from parameters and shapes alone, with those parameters."""
     made_of: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in gm.graph.nodes:
@@ -108,12 +112,21 @@ def _made_of_parameters(gm: fx.GraphModule, parameters: Collection[fx.Node]) -> 
     return made_of
 
 
+def written(node: fx.Node) -> fx.Node | None:
+    """What an op writes into, None for one that gives a new value."""
+    name = op_name(node) or getattr(node.target, "__name__", str(node.target))
+    writes = name in ("setitem", "setattr") or (name.endswith("_") and not name.endswith("__"))
+    return node.args[0] if writes and node.args and isinstance(node.args[0], fx.Node) else None
+
+
 def asks_for_no_value(name: str) -> bool:
     """Whether a property or method of a tensor gives a shape, dtype or device, and nothing of its values."""
     return name in _PROPERTIES or name in _METHODS
 
 
 def _tells_of_no_value(node: fx.Node) -> bool:
+    if op_name(node) in _LIKE:
+        return True
     if node.target is builtins.getattr:
         return node.args[1] in _PROPERTIES
     return node.op == "call_method" and node.target in _METHODS

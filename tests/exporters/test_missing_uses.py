@@ -26,6 +26,11 @@ CONSTANT = {
     "called_on_a_buffer": lambda s, x: x @ s.a(s.table).T @ s.table,
     "called_on_a_parameter": lambda s, x: x @ s.a(s.learned).T @ s.table,
     "called_in_a_block": lambda s, x: s.block(s.table).sum(0) + s.block(x),
+    "by_a_method": lambda s, x: x @ s.product(s.table).T @ s.product(s.table),
+    "in_a_loop": lambda s, x: sum(s.a(one).mean(0) for one in (x, s.table)),
+    "by_another_name": lambda s, x: (lambda layer: layer(s.table).sum(0))(s.a) + x,
+    "by_a_sibling": lambda s, x: s.sibling(x),
+    "in_a_list": lambda s, x: sum(layer(s.table).sum(0) for layer in s.list) + x,
     "rows": lambda s, x: padded(F.linear(x, s.a.weight[:4])),
     "columns": lambda s, x: F.linear(x[:, :4], s.a.weight[:, :4]),
     "one_row": lambda s, x: x * s.a.weight[0],
@@ -43,6 +48,9 @@ FOLLOWED = {
     "scaled": lambda s, x: F.linear(x, s.a.weight * 0.5),
     "negative": lambda s, x: F.linear(x, -s.a.weight),
     "stacked": lambda s, x: F.linear(x, torch.cat([s.a.weight, s.b.weight]))[:, :8],
+    "the_same_again": lambda s, x: s.a(x) + s.a(x),
+    "dropped": lambda s, x: (s.a(x.cos()), x)[1],
+    "made_like_it": lambda s, x: x + torch.zeros_like(s.a.weight)[0],
     "asked_for_its_dtype": lambda s, x: x.to(s.a.weight.dtype) * s.a.weight.shape[0],
 }
 
@@ -56,12 +64,26 @@ class Block(nn.Module):
         return torch.tanh(self.inner(x))
 
 
+class Sibling(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.models = [model.a, model.table]
+
+    def forward(self, x):
+        layer, table = self.models
+        return x + layer(table).sum(0)
+
+
 class Model(nn.Module):
     def __init__(self, use):
         super().__init__()
         self.a, self.b, self.block, self.use = nn.Linear(8, 8), nn.Linear(8, 8), Block(), use
         self.register_buffer("table", torch.randn(4, 8))
         self.learned = nn.Parameter(torch.randn(4, 8))
+        self.sibling, self.list = Sibling(self), nn.ModuleList([self.a])
+
+    def product(self, x):
+        return torch.tanh(self.a(x))
 
     def forward(self, x):
         return self.b(torch.tanh(self.a(x) + self.use(self, x) + self.block(x)))
