@@ -312,7 +312,7 @@ class _Tracer(fx.Tracer):
                 value = self.root
                 for part in str(node.target).split("."):
                     value = getattr(value, part)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not nn.parameter.is_lazy(value):
                 node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device="meta")
         elif node.args and isinstance(node.args[0], fx.Node):
             self.note(node.args[0])

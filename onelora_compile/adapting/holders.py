@@ -36,7 +36,7 @@ class Holders:
         if not isinstance(value, Tensor):
             return None
         if isinstance(value, nn.Parameter):
-            return value if id(value) in self.of and value.ndim > 1 else None
+            return value if id(value) in self.of and is_plain(value) and value.ndim > 1 else None
         return self.stored.get(_storage(value))
 
 

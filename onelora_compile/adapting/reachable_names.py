@@ -151,7 +151,7 @@ def _code_in(value: Any, seen: set[int]) -> Iterator[Any]:
 def leads_to_modules(module: nn.Module) -> bool:
     """Whether a module holds others that are no children, in lists or bound to functions."""
     fields = [value for name, value in vars(module).items() if name not in ("_modules", "_parameters", "_buffers")]
-    return next(_modules_in(fields, set()), None) is not None
+    return any(one is not module for one in _modules_in(fields, set()))
 
 
 def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:

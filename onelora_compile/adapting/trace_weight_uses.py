@@ -29,7 +29,7 @@ from onelora_compile.passes.sites.contractions import CONTRACTIONS
 from onelora_compile.passes.sites.linear_site import match_linear
 from onelora_compile.passes.sites.operators import op_name
 from onelora_compile.passes.sites.other_uses import ASK, made_of_parameters, other_uses, users, written
-from onelora_compile.passes.sites.weight_path import input_axes
+from onelora_compile.passes.sites.weight_path import input_axes, weight_chains
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 BOTH_WAYS = "its weight is used as W and as its transpose: one vector can't be both"
@@ -138,6 +138,7 @@ class _Code:
         self._references = References(self._holders)
         self._counted: dict[Any, list[tuple[dict[str, int], dict[str, int], bool]]] = {}
         self._counter = UseCounter(model)
+        self._writing: dict[type[nn.Module], bool] = {}
 
     def reads(self, module: nn.Module) -> Iterator[DirectRead]:
         """What the code of one module reads, without that of its children."""
@@ -148,8 +149,11 @@ class _Code:
             yield DirectRead(module.out_proj, "weight", (1,), own=False)
         elif isinstance(module, torch.jit.ScriptModule):
             yield from (DirectRead(module, name, None, why=SCRIPTED) for name in _matrices(module))
-        elif self._may_read(module) or _holds_weights(module) or leads_to_modules(module):
+        elif self._may_read(module) or (self._inside(module) and (_holds_weights(module) or leads_to_modules(module))):
             yield from self._followed(module)
+        elif not self._inside(module):
+            if not of_torch(module) and self._writes(module):
+                yield DirectRead(module, "weight", None, why=WRITTEN)
         elif type(module) is nn.Sequential:
             once = dict.fromkeys(module.children(), 1)
             self._counter.add(module, once, once, known=True)
@@ -190,6 +194,14 @@ class _Code:
             self._counter.add(module, *bounds([way for training, way in ways if not training]), known)
             if not known:
                 yield from self._not_followed(module, ways[0][1].error)
+
+    def _writes(self, module: nn.Module) -> bool:
+        """Whether the forward of a linear writes to its weight; linears of one class are taken for alike."""
+        kind = type(module)
+        if kind not in self._writing:
+            ways = (way for _, ways in self._ways(module, (False,)) for _, way in ways)
+            self._writing[kind] = any(read.why == WRITTEN for way in ways for read in _reads(way))
+        return self._writing[kind]
 
     def _count_calls(self, module: nn.Module) -> None:
         """Of a module that reads nothing; modules of one class that differ in numbers alone are taken for alike."""
@@ -250,12 +262,13 @@ def _reads(way: Followed) -> Iterator[DirectRead]:
     for use in other_uses(way.gm):
         if (held := _parameter(way, use.root)) is not None:
             yield DirectRead(*held[:2], None, why=PAST if PAST_MARK in use.root.meta else use.reason)
-    alone = made_of_parameters(way.gm)
+    alone, chains = made_of_parameters(way.gm), weight_chains(way.gm)
     for node, root in users(way.gm):
         if (held := _parameter(way, root)) is None:
             continue
         past = PAST_MARK in root.meta
-        if written(node) in node.all_input_nodes[:1] and not past:
+        into = chains.get(into) if (into := written(node)) is not None else None
+        if into is not None and into.root is root and not past:
             yield DirectRead(*held[:2], None, why=WRITTEN)
         elif op_name(node).removesuffix("_") not in CONTRACTIONS:
             if past and all(one in alone for one in node.all_input_nodes):
@@ -269,14 +282,14 @@ def _parameter(way: Followed, root: fx.Node) -> tuple[nn.Module, str, Tensor] | 
     """The module that holds a parameter of the graph, its name there, and it; None for what can't be a weight."""
     held = way.held.get(str(root.target))
     weight = held[0]._parameters[held[1]] if held is not None else None
-    if held is None or weight is None or weight.ndim < 2 or not is_plain(weight):
+    if held is None or weight is None or not is_plain(weight) or weight.ndim < 2:
         return None
     return *held, weight
 
 
 def _holds_more(module: nn.Module) -> bool:
     """Whether a linear has weights besides its own."""
-    return sum(p is not None and p.ndim > 1 for p in module._parameters.values()) > 1
+    return len(_matrices(module)) > 1
 
 
 def _holds_weights(module: nn.Module) -> bool:
@@ -290,4 +303,4 @@ def _with_lists(module: nn.Module) -> list[nn.Module]:
 
 def _matrices(module: nn.Module) -> list[str]:
     """The names of the module's parameters that could be weights."""
-    return [name for name, p in module._parameters.items() if p is not None and p.ndim > 1 and is_plain(p)]
+    return [name for name, p in module._parameters.items() if p is not None and is_plain(p) and p.ndim > 1]
