@@ -1,6 +1,7 @@
 """Bases that are quantised, and modules of unknown classes that behave like a linear."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -100,11 +101,18 @@ def test_torch_ao_dynamic(dtype, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")
 def test_what_torch_ao_quantises_and_is_no_linear_of_floats_is_left_out_with_the_reason():
     import torch.ao.nn.intrinsic.quantized.dynamic as fused
     import torch.ao.nn.quantized as quantized
 
-    model = onelora.adapt(nn.Sequential(nn.Linear(8, 8), quantized.Linear(8, 8), fused.LinearReLU(8, 3)))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), quantized.Linear(8, 8), fused.LinearReLU(8, 3))
+    layers: Any = model
+    for layer in layers[1:]:  # as they are made, their weights are whatever was in memory
+        weight = torch.quantize_per_tensor(torch.randn(layer.out_features, 8), 0.05, 0, torch.qint8)
+        layer.set_weight_bias(weight, torch.zeros(layer.out_features))
+    onelora.adapt(model)
     reasons = onelora.summary(model).skipped
     assert reasons["1"].startswith("it has in_features and out_features, but a call with one tensor failed: Could not")
     assert len(reasons["1"]) < 200
