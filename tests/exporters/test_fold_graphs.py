@@ -32,7 +32,7 @@ def test_floating_zero_points_hold_the_vector(tmp_path):
     x = rng.normal(size=(3, k)).astype(np.float32)
     expected = x.astype(np.float64) @ (weight.astype(np.float64) + vector[:, None]).T
     actual = session(tmp_path / "out.onnx").run(None, {"x": x})[0]
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def matmul_forms(weight):
@@ -124,4 +124,4 @@ def test_weights_of_loops(inside, tmp_path):
     x = np.random.default_rng(1).normal(size=(2, 6)).astype(np.float32)
     expected = x @ np.linalg.matrix_power(0.3 * weight.T + vector, 3)
     actual = session(tmp_path / "out.onnx").run(None, {"x": x})[0]
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)

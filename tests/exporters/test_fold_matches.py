@@ -57,7 +57,7 @@ def test_a_tied_embedding_never_changes(tool, tmp_path):
     fold_onnx(path, tmp_path / "a.safetensors", tmp_path / "out.onnx")
     with torch.no_grad():
         expected = model(ids).numpy()
-    np.testing.assert_allclose(tools.run(tmp_path / "out.onnx", (ids,)), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tools.run(tmp_path / "out.onnx", (ids,)), expected, rtol=1e-5, atol=1e-5)
     stored = [onnx.numpy_helper.to_array(one) for one in onnx.load(tmp_path / "out.onnx").graph.initializer]
     assert any(np.array_equal(one, base.embed.weight.detach().numpy()) for one in stored)
 
@@ -83,7 +83,7 @@ def test_layers_with_equal_weights_are_told_apart_by_their_names(tool, adapted, 
     fold_onnx(path, tmp_path / "a.safetensors", tmp_path / "out.onnx")
     with torch.no_grad():
         expected = model(x).numpy()
-    np.testing.assert_allclose(tools.run(tmp_path / "out.onnx", (x,)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(tools.run(tmp_path / "out.onnx", (x,)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_with_equal_weights_and_no_names_are_refused(tmp_path):
@@ -119,7 +119,7 @@ def test_a_vector_whose_layer_the_export_dropped_is_refused_by_name(tmp_path):
     assert list(report.skipped) == ["pooler.dense"]
     with torch.no_grad():
         expected = model(*args).last_hidden_state.numpy()
-    np.testing.assert_allclose(tools.run(tmp_path / "out.onnx", args), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tools.run(tmp_path / "out.onnx", args), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_another_base_is_refused(tmp_path):
