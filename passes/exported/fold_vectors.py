@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -30,9 +30,9 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from onelora_compile.adapting.adapted_module import VECTOR
 from onelora_compile.errors import MergeError, PassError
 from onelora_compile.ops import ADAPTED_WEIGHT
+from onelora_compile.passes.exported.update_source import addends, is_output_of
 from onelora_compile.passes.graph.subgraphs import Scope, scopes
-from onelora_compile.passes.sites.linear_site import LinearSite, example, match_linear, operands, rank1_updates
-from onelora_compile.passes.sites.operators import op_name
+from onelora_compile.passes.sites.linear_site import LinearSite, match_linear, operands, rank1_updates
 from onelora_compile.passes.sites.weight_path import input_axes
 from onelora_compile.weights.merge import FoldLoss, fold_weight
 
@@ -41,18 +41,6 @@ OUTPUT_ONLY = (
     "its output, can't go into its weight; export with adapters='input' or 'bank', leave it out with exclude_modules, "
     "or, if onelora.merge takes a copy of the model, export that"
 )
-_SAME_FEATURES = {
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "flatten",
-    "to",
-    "_to_copy",
-    "contiguous",
-    "clone",
-    "alias",
-    "type_as",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +176,7 @@ class _Folder:
                     f"{self._name_of(site.update)!r}: its weight is computed in the graph ({site.weight}), so the "
                     "vector can't be folded into it; remove the parametrization first, or merge before the export"
                 )
-            if not _is_output_of(site):
+            if not is_output_of(site):
                 raise PassError(f"{self._name_of(site.update)!r}: {OUTPUT_ONLY}")
             weight = scope.outer[root]
             shape = self.program.state_dict[self._target(weight)].shape
@@ -215,7 +203,7 @@ class _Folder:
         for update in rank1_updates(scope.gm.graph):
             if update in direct:
                 continue
-            for site in (sites[node] for node in _addends(operands(update)[0]) if node in sites):
+            for site in (sites[node] for node in addends(operands(update)[0]) if node in sites):
                 if site.update is None and self._is_own(scope, site, update):
                     sites[site.node] = dataclasses.replace(site, update=update)
                     break
@@ -326,50 +314,6 @@ class _Folder:
 
     def result(self) -> FoldResult:
         return FoldResult(self.losses, self.unused)
-
-
-def _is_output_of(site: LinearSite) -> bool:
-    """Whether the update is that of the site's weight: by the same input, last axis to last axis, not scaled."""
-    assert site.update is not None
-    plain = site.kind in ("linear", "matmul") and not site.fixed
-    return plain and _source(operands(site.update)[1]) is _source(site.x) and not _is_scaled(site)
-
-
-def _addends(y: fx.Node) -> Iterator[fx.Node]:
-    """What is added up to y and used for nothing else; seen through what changes neither features nor numbers."""
-    name = op_name(y)
-    parts = y.args[:1] if name in _SAME_FEATURES or name == "sub" else y.args[:2] if name == "add" else ()
-    if not parts or y.kwargs.get("alpha", 1) != 1:
-        yield y
-        return
-    for part in parts:
-        if isinstance(part, fx.Node) and _is_used_once(part) and _features(part) == _features(y):
-            yield from _addends(part)
-
-
-def _is_used_once(node: fx.Node) -> bool:
-    """Whether one argument of one op is the node; what checks its dtype does not count."""
-    readers = [user for user in node.users if op_name(user) != "_assert_tensor_metadata"]
-    return len(readers) == 1 and [*readers[0].args].count(node) == 1
-
-
-def _features(node: fx.Node) -> int | None:
-    value = example(node)
-    return value.shape[-1] if value is not None and value.ndim and value.is_floating_point() else None
-
-
-def _is_scaled(site: LinearSite) -> bool:
-    return not isinstance(site.alpha, (int, float)) or site.alpha != 1
-
-
-def _source(x: fx.Node) -> fx.Node:
-    """The node that an input comes from, seen through what changes neither its features nor its numbers."""
-    while op_name(x) in _SAME_FEATURES and isinstance(x.args[0], fx.Node):
-        before, now = example(x.args[0]), example(x)
-        if before is None or now is None or before.shape[-1] != now.shape[-1] or not now.is_floating_point():
-            break
-        x = x.args[0]
-    return x
 
 
 def _without(tree: Any, gone: set[fx.Node]) -> Any:
