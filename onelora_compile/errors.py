@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -48,6 +49,17 @@ class MissingExtraError(OneLoRAError, ImportError):
 
 class OneLoRAWarning(UserWarning):
     """What the user should know and can filter as one category."""
+
+
+def one_of(name: str, value: object, choices: Iterable[object]) -> None:
+    """Check the value of an option.
+
+    Raises:
+        ConfigError: it is none of the choices.
+    """
+    known = list(choices)
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

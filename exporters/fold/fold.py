@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onelora_compile.errors import ConfigError, ExportError, OneLoRAError, require
+from onelora_compile.errors import ExportError, OneLoRAError, one_of, require
 from onelora_compile.exporters.fold.checks import check_places, check_trained, missing_uses
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse, names_of, weights_of
 from onelora_compile.exporters.fold.match_fingerprints import Matches, Place, match_weights
@@ -91,12 +91,9 @@ def fold_onnx(
         AdapterFileError: a damaged adapter file.
         OSError: a file can't be read or written.
     """
-    if on_unmatched not in ON_UNMATCHED:
-        raise ConfigError(f"on_unmatched={on_unmatched!r} is not one of {', '.join(map(repr, ON_UNMATCHED))}")
-    if on_saturation not in ON_SATURATION:
-        raise ConfigError(f"on_saturation={on_saturation!r} is not one of {', '.join(map(repr, ON_SATURATION))}")
-    if on_missing_uses not in ON_MISSING_USES:
-        raise ConfigError(f"on_missing_uses={on_missing_uses!r} is not one of {', '.join(map(repr, ON_MISSING_USES))}")
+    one_of("on_unmatched", on_unmatched, ON_UNMATCHED)
+    one_of("on_saturation", on_saturation, ON_SATURATION)
+    one_of("on_missing_uses", on_missing_uses, ON_MISSING_USES)
     start = time.perf_counter()
     base, out = as_path(base, "base"), as_path(out, "out")
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(as_path(adapter, "adapter"))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onelora_compile.errors import ConfigError
+from onelora_compile.errors import ConfigError, one_of
 from onelora_compile.exporters.jetson.device.core.build import can_be_strong
 from onelora_compile.exporters.onnx_file.load import read_tensor
 from onelora_compile.exporters.tensorrt.library import Api
@@ -54,8 +54,7 @@ def typing_of(api: Api, model: onnx_ir.Model, precision: str | Sequence[str] | N
     strong = can_be_strong(api.trt)
     asked = (precision,) if isinstance(precision, str) else tuple(precision or ())
     for one in asked:
-        if one not in _WEAK:
-            raise ConfigError(f"precision={one!r} is not one of {', '.join(map(repr, _WEAK))}")
+        one_of("precision", one, _WEAK)
         if api.flag("BuilderFlag", one.upper()) is None:
             how = "export the model with dtype=torch.float16 or torch.bfloat16, or quantise the ONNX model"
             raise ConfigError(

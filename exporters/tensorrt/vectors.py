@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from onelora_compile.errors import AdapterFileError, ConfigError, StateError, require
+from onelora_compile.errors import AdapterFileError, ConfigError, StateError, one_of, require
 from onelora_compile.exporters.fold.fold import fold_onnx
 from onelora_compile.exporters.jetson.device.core.modes import BASE, EXPORTED, MODES, HasMode, Mode
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
@@ -132,8 +132,8 @@ def prepared(
 
 
 def _mode(onnx: Path, held: Mode, asked: str | None, with_adapter: bool) -> str:
-    if asked is not None and asked not in ENGINE_MODES:
-        raise ConfigError(f"adapters={asked!r} is not one of {', '.join(map(repr, ENGINE_MODES))}")
+    if asked is not None:
+        one_of("adapters", asked, ENGINE_MODES)
     if held is BASE and asked == "fold" and not with_adapter:
         raise ConfigError(f"{onnx} holds no vectors: give adapter= to fold one, or leave adapters= out")
     if asked is None:
