@@ -25,7 +25,7 @@ from onelora_compile.adapting.adapter import (
     unwrap,
     vectors,
 )
-from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, OneLoRAError, StateError, require
+from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, OneLoRAError, StateError, one_of, require
 from onelora_compile.exporters.calls.axes import Axes, axes_of
 from onelora_compile.exporters.calls.names import Names, chosen_names, name_graph
 from onelora_compile.exporters.calls.signature import Call
@@ -177,8 +177,7 @@ def export_onnx(
         MissingExtraError: an ONNX package is not installed.
         OSError: the file can't be written.
     """
-    if adapters not in EXPORTED:
-        raise ConfigError(f"adapters={adapters!r} is not one of {', '.join(map(repr, EXPORTED))}")
+    one_of("adapters", adapters, EXPORTED)
     path, bank = as_path(path, "path"), as_paths(bank, "bank")
     if bool(bank) != MODES[adapters].feeds_ids:
         raise ConfigError("adapters='bank' needs bank=[files], and only that takes it")
@@ -199,6 +198,7 @@ def export_onnx(
         step("read the base")
         # By the names that the adapter file has, also where the adapted model is exported inside a wrapper.
         part, adapted = adapted_part(root)
+        state = state_or_none(adapted)
         prints = {name: fingerprint_of(target) for name, target in adapted_weights(adapted).items()}
         trained = trained_of(root, part, adapted)
         held = {name: float32(vector) for name, vector in vectors(adapted).items()} | trained.values
@@ -244,7 +244,7 @@ def export_onnx(
             digests=tuple(digest({name: one[name] for name in used if name in one}) for one in banked.values()),
             sha256=digest(held) if held else "",
             producer=f"onelora-compile {__version__}, torch {torch.__version__}",
-            uses=_uses(root),
+            uses=dict(state.uses) if state is not None else {},
         )
         ir_model.metadata_props.update(metadata.to_props())
         step("write and verify" if verify else "write")
@@ -341,11 +341,6 @@ def _captured(
         raise
     except Exception as error:  # torch.export raises what it likes, also the model's own exceptions
         raise ExportError(f"torch.export can't capture {type(root).__name__}: {error}") from error
-
-
-def _uses(root: nn.Module) -> dict[str, tuple[int, int]]:
-    state = state_or_none(adapted_part(root)[1])
-    return {} if state is None else dict(state.uses)
 
 
 def _inside(result: FoldResult, part: str) -> FoldResult:

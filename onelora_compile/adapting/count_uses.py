@@ -18,8 +18,9 @@ from typing import Any
 from torch import fx, nn
 
 from onelora_compile.adapting.follow_forward import CALLED, Followed
+from onelora_compile.passes.graph.writes import written
 from onelora_compile.passes.sites.operators import op_name
-from onelora_compile.passes.sites.other_uses import users, written
+from onelora_compile.passes.sites.other_uses import users
 
 Weight = tuple[nn.Module, str]
 Counts = collections.Counter[Any]  # of modules: calls; of weights: reads
@@ -89,14 +90,14 @@ class UseCounter:
 
 def bounds(ways: Sequence[Followed]) -> tuple[Counts, Counts]:
     """How often modules are called and weights read, by one way at least, and at most."""
-    whole = [way for way in ways if not way.error] or ways
-    least = functools.reduce(operator.and_, map(_counts, whole))
-    return least, functools.reduce(operator.or_, map(_counts, ways))
+    counts = [(not way.error, _counts(way)) for way in ways]
+    whole = [one for ended, one in counts if ended] or [one for _, one in counts]
+    return functools.reduce(operator.and_, whole), functools.reduce(operator.or_, (one for _, one in counts))
 
 
 def _counts(way: Followed) -> Counts:
-    live = set(way.gm.graph.nodes) if way.error else _live(way.gm.graph)
-    numbers = _numbers(way.gm.graph)
+    live = set(way.gm.graph.nodes) if way.error else _live(way.gm)
+    numbers = _numbers(way.gm)
     calls = {(numbers[node], node.meta[CALLED]) for node in live if CALLED in node.meta}
     reads = {
         (numbers[node], held)
@@ -106,19 +107,19 @@ def _counts(way: Followed) -> Counts:
     return collections.Counter(one for _, one in (*calls, *reads))
 
 
-def _live(graph: fx.Graph) -> set[fx.Node]:
+def _live(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes that the result is made of, with what was written into these."""
     live: set[fx.Node] = set()
-    left = list(graph.find_nodes(op="output"))
+    left = list(gm.graph.find_nodes(op="output"))
     while left:
         node = left.pop()
         if node not in live:
             live.add(node)
-            left += [*node.all_input_nodes, *(user for user in node.users if written(user) is node)]
+            left += [*node.all_input_nodes, *(user for user in node.users if written(gm, user) is node)]
     return live
 
 
-def _numbers(graph: fx.Graph) -> dict[fx.Node, int]:
+def _numbers(gm: fx.GraphModule) -> dict[fx.Node, int]:
     """The nodes by their values: what computes the same of the same has the same number."""
     numbers: dict[fx.Node, int] = {}
     known: dict[str, int] = {}
@@ -126,11 +127,11 @@ def _numbers(graph: fx.Graph) -> dict[fx.Node, int]:
     def shown(node: fx.Node) -> str:
         return f"%{numbers[node]}"
 
-    for place, node in enumerate(graph.nodes):
+    for place, node in enumerate(gm.graph.nodes):
         name = op_name(node) or str(node.target)
         what = id(node.meta[CALLED]) if CALLED in node.meta else (name, node.target)
         key = str((node.op, what, fx.node.map_arg((node.args, node.kwargs), shown)))
-        if (into := written(node)) is not None or any(word in name for word in _RANDOM):
+        if (into := written(gm, node)) is not None or any(word in name for word in _RANDOM):
             key = f"{place}"
         numbers[node] = known.setdefault(key, place)
         if into is not None:

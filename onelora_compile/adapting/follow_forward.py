@@ -31,6 +31,7 @@ from onelora_compile.passes.sites.weight_path import run_of_shapes
 
 PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
 CALLED = "onelora_called"  # key in node.meta: the module whose output a node is
+Inside = dict[int, tuple[nn.Module, str]]
 _MOST_ANSWERS = 1000  # then a loop on values is taken for endless
 # What is asked of a tensor as an object, or as a number that code goes by.
 _OF_THE_OBJECT = {
@@ -57,7 +58,7 @@ class Followed:
 
 
 def follow(
-    module: nn.Module, entry: Entry, values: int, answer: bool, training: bool, holders: Holders, inside: Holders
+    module: nn.Module, entry: Entry, values: int, answer: bool, training: bool, holders: Holders, inside: Inside
 ) -> Followed:
     """Follow some code of a module, as far as it goes.
 
@@ -68,7 +69,7 @@ def follow(
         answer: what an `if` on a value goes by.
         training: the mode that the module is in.
         holders: of the model's parameters.
-        inside: of the module's.
+        inside: `held_in` the module.
     """
     # A module of its own, as the class is another; what the code changes elsewhere is put back by `Kept`.
     names = "".join(f", value_{i}" for i in range(values))
@@ -190,7 +191,7 @@ class _Uses(TorchFunctionMode):
 class _Tracer(fx.Tracer):
     """Follows one function."""
 
-    def __init__(self, answer: bool, holders: Holders, inside: Holders) -> None:
+    def __init__(self, answer: bool, holders: Holders, inside: Inside) -> None:
         super().__init__()
         self.answer = answer
         self.asked = 0
@@ -212,7 +213,7 @@ class _Tracer(fx.Tracer):
 
     def holder(self, parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
         """The module that holds it, one inside the followed module rather than another; None outside the model."""
-        return self._inside.of.get(id(parameter)) or self._holders.of.get(id(parameter))
+        return self._inside.get(id(parameter)) or self._holders.of.get(id(parameter))
 
     def as_node(self, value: Any, nodes: list[Any]) -> Any:
         """A node as it is, one for a parameter that was not read as an attribute, or another value; adds nodes."""

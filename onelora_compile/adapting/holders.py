@@ -17,18 +17,26 @@ from onelora_compile.kinds import is_plain
 _MOST = 10_000  # entries of a container; data beyond
 
 
+def held_in(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+    """The first module that holds each parameter, and its name there, by the identity of the parameter."""
+    found: dict[int, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), (module, name))
+    return found
+
+
 class Holders:
     """Who holds the parameters of a model; those that could be weights, of two axes and more, by their memory too."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.of: dict[int, tuple[nn.Module, str]] = {}
+        self.of = held_in(model)
         self.stored: dict[int, nn.Parameter] = {}
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    self.of.setdefault(id(parameter), (module, name))
-                    if is_plain(parameter) and parameter.ndim > 1:
-                        self.stored.setdefault(_storage(parameter), parameter)
+        for module, name in self.of.values():
+            parameter = module._parameters[name]
+            if parameter is not None and is_plain(parameter) and parameter.ndim > 1:
+                self.stored.setdefault(_storage(parameter), parameter)
         self.stored.pop(0, None)
 
     def parameter(self, value: Any) -> nn.Parameter | None:

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dis
 import functools
-import inspect
 import itertools
 import sys
 import types
@@ -45,7 +44,7 @@ def names_in_reach(module: nn.Module, known: Known) -> frozenset[str]:
     seen: set[int] = set()
     for value in vars(module).values():
         parts.update(_code_in(value, seen))
-    others = (*module.children(), *_modules_in(list(vars(module).values()), set()))
+    others = (*module.children(), *modules_elsewhere(module))
     children = {type(one) for one in others if not of_library(type(one).__module__)}
     key = type(module), frozenset(parts), frozenset(children)
     if key not in known:
@@ -148,14 +147,14 @@ def _code_in(value: Any, seen: set[int]) -> Iterator[Any]:
             yield from _code_in(one, seen)
 
 
-def leads_to_modules(module: nn.Module) -> bool:
-    """Whether a module holds others that are no children, in lists or bound to functions."""
+def modules_elsewhere(module: nn.Module) -> list[nn.Module]:
+    """The modules that a module leads to and that are none of its children: in lists, or bound to functions."""
     fields = [value for name, value in vars(module).items() if name not in ("_modules", "_parameters", "_buffers")]
-    return any(one is not module for one in _modules_in(fields, set()))
+    return [one for one in _modules_in(fields, set()) if one is not module]
 
 
 def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
-    """The modules that a container leads to, which are no children."""
+    """The modules that a value is, holds or is bound to."""
     if isinstance(value, nn.Module):
         yield value
     elif isinstance(value, (dict, list, tuple, set, frozenset, functools.partial)) and id(value) not in seen:
@@ -181,36 +180,6 @@ def _contents(value: Any) -> list[Any]:
         fields = object.__getattribute__(value, "__dict__").values()
         return [one for one in fields if callable(one) or isinstance(one, dict)]
     return []
-
-
-@functools.cache
-def attributes_named_twice(kind: type) -> frozenset[str]:
-    """What a class's forward, with the methods that it names, takes from an object in more than one place."""
-    counts: collections.Counter[str] = collections.Counter()
-    seen: set[str] = set()
-    left = ["forward", "__call__"]
-    while left:
-        name = left.pop()
-        function = next((vars(one)[name] for one in kind.__mro__ if name in vars(one)), None)
-        function = inspect.unwrap(function) if callable(function) else function
-        if name in seen or not isinstance(function, types.FunctionType) or of_library(function.__module__):
-            continue
-        seen.add(name)
-        taken = list(_taken(function.__code__))
-        counts.update(taken)
-        left += taken
-    return frozenset(name for name, count in counts.items() if count > 1)
-
-
-def _taken(code: types.CodeType) -> Iterator[str]:
-    """Each attribute where code takes it, but for those of which it only reads a parameter."""
-    steps = [one for one in dis.get_instructions(code) if one.opname != "CACHE"]
-    for one, after in itertools.pairwise(steps):
-        if one.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.argval not in ("weight", "bias"):
-            yield str(one.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _taken(constant)
 
 
 @functools.lru_cache(10_000)

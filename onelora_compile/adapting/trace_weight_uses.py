@@ -21,14 +21,15 @@ from onelora_compile.adapting.count_uses import UseCounter, bounds
 from onelora_compile.adapting.entries import Entry, entries, hooks_of
 from onelora_compile.adapting.follow_forward import PAST as PAST_MARK
 from onelora_compile.adapting.follow_forward import Followed, follow, not_entered, output_of_a_script
-from onelora_compile.adapting.holders import Holders, References, of_torch
-from onelora_compile.adapting.reachable_names import Known, leads_to_modules, names_in_reach
+from onelora_compile.adapting.holders import Holders, References, held_in, of_torch
+from onelora_compile.adapting.reachable_names import Known, modules_elsewhere, names_in_reach
 from onelora_compile.kinds import is_conv1d, is_linear, is_plain
 from onelora_compile.looking.untouched import Kept, silently
+from onelora_compile.passes.graph.writes import written
 from onelora_compile.passes.sites.contractions import CONTRACTIONS
 from onelora_compile.passes.sites.linear_site import match_linear
 from onelora_compile.passes.sites.operators import op_name
-from onelora_compile.passes.sites.other_uses import ASK, made_of_parameters, other_uses, users, written
+from onelora_compile.passes.sites.other_uses import ASK, made_of_parameters, other_uses, users
 from onelora_compile.passes.sites.weight_path import input_axes, weight_chains
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
@@ -128,7 +129,7 @@ def _by_other_names(model: nn.Module, found: dict[tuple[nn.Module, str], DirectR
 
 
 class _Code:
-    """Follows the code of a model's modules, where it could read a weight or call a linear more than once."""
+    """Follows the code of a model's modules that could read a weight or call a linear."""
 
     def __init__(self, model: nn.Module, called: Collection[nn.Module]) -> None:
         self._model = model
@@ -149,7 +150,7 @@ class _Code:
             yield DirectRead(module.out_proj, "weight", (1,), own=False)
         elif isinstance(module, torch.jit.ScriptModule):
             yield from (DirectRead(module, name, None, why=SCRIPTED) for name in _matrices(module))
-        elif self._may_read(module) or (self._inside(module) and (_holds_weights(module) or leads_to_modules(module))):
+        elif self._may_read(module) or (self._inside(module) and (_holds_weights(module) or modules_elsewhere(module))):
             yield from self._followed(module)
         elif not self._inside(module):
             if not of_torch(module) and self._writes(module):
@@ -157,7 +158,7 @@ class _Code:
         elif type(module) is nn.Sequential:
             once = dict.fromkeys(module.children(), 1)
             self._counter.add(module, once, once, known=True)
-        elif self._inside(module) and not of_torch(module) and any(one in self._called for one in module.modules()):
+        elif not of_torch(module) and any(one in self._called for one in module.modules()):
             self._count_calls(module)
 
     def times(self) -> dict[tuple[nn.Module, str], tuple[int, int]]:
@@ -221,7 +222,7 @@ class _Code:
     def _ways(self, module: nn.Module, modes: Sequence[bool]) -> Iterator[tuple[Entry, list[tuple[bool, Followed]]]]:
         """The code that a call of a module runs, with the ways through it in each mode."""
         kept = Kept(module, instead={torch.jit.ScriptFunction: not_entered})
-        inside = Holders(module)
+        inside = held_in(module)
         for entry in entries(module):
             if entry.forward and of_torch(module) and "forward" not in vars(module):
                 continue
@@ -267,7 +268,7 @@ def _reads(way: Followed) -> Iterator[DirectRead]:
         if (held := _parameter(way, root)) is None:
             continue
         past = PAST_MARK in root.meta
-        into = chains.get(into) if (into := written(node)) is not None else None
+        into = chains.get(into) if (into := written(way.gm, node)) is not None else None
         if into is not None and into.root is root and not past:
             yield DirectRead(*held[:2], None, why=WRITTEN)
         elif op_name(node).removesuffix("_") not in CONTRACTIONS:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from onelora_compile.passes.sites.operators import arguments, is_known
+from onelora_compile.passes.sites.operators import arguments, is_known, op_name
 
-_IN_PLACE_FUNCTIONS = {operator.setitem} | {
+_IN_PLACE_FUNCTIONS = {operator.setitem, setattr} | {
     getattr(operator, name) for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)
 }
 
@@ -46,6 +46,15 @@ def mutates(gm: fx.GraphModule, node: fx.Node) -> bool:
     given = arguments(node) if isinstance(target, FunctionType) else {}
     name = target.__name__
     return given is None or bool(given.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
+
+
+def written(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """What a known op writes into; None for one that gives a new value, and for what nobody knows."""
+    known = node.op == "call_method" or (node.op == "call_function" and (op_name(node) or is_known(node.target)))
+    if not known or not mutates(gm, node):
+        return None
+    into = node.kwargs.get("out", node.args[0] if node.args else None)
+    return into if isinstance(into, fx.Node) else None
 
 
 def _writes(packet: torch._ops.OpOverloadPacket) -> bool:

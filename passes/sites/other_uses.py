@@ -112,13 +112,6 @@ def made_of_parameters(gm: fx.GraphModule, parameters: Collection[fx.Node] = ())
     return made_of
 
 
-def written(node: fx.Node) -> fx.Node | None:
-    """What an op writes into, None for one that gives a new value."""
-    name = op_name(node) or getattr(node.target, "__name__", str(node.target))
-    writes = name in ("setitem", "setattr") or (name.endswith("_") and not name.endswith("__"))
-    return node.args[0] if writes and node.args and isinstance(node.args[0], fx.Node) else None
-
-
 def asks_for_no_value(name: str) -> bool:
     """Whether a property or method of a tensor gives a shape, dtype or device, and nothing of its values."""
     return name in _PROPERTIES or name in _METHODS
