@@ -76,9 +76,13 @@ def candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[s
                 result[aliases[0]] = Candidate(module, aliases, own, why)
             for parameter, why in inside.get(module, ()):
                 result[vector_key(aliases[0], parameter)] = Candidate(module, [], None, why)
+    embedded = {id(one.module.weight) for one in result.values() if one.reason == TIED_EMBEDDING}
     for key, candidate in result.items():
         if candidate.target is not None:
             often = uses.times.get((candidate.module, candidate.target.parameter), (1, 1))
+            # A linear that lends its weight to an embedding and is never called: the embedding's own weight is read.
+            if often[1] == 0 and id(candidate.module._parameters.get("weight")) in embedded:
+                candidate = dataclasses.replace(candidate, target=None, reason=TIED_EMBEDDING)
             result[key] = dataclasses.replace(candidate, uses=often)
     return result
 

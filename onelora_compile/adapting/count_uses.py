@@ -51,14 +51,14 @@ class UseCounter:
         self._most.setdefault(module, collections.Counter()).update(most)
 
     def times(self, called: Collection[nn.Module], weights: Collection[Weight]) -> dict[Weight, tuple[int, int]]:
-        """The uses of the weights, at least and at most, where these may be more than one.
+        """The uses of the weights, at least and at most, where the most is not one; of one without any: (1, 0).
 
         Args:
             called: linears whose calls are uses of their `weight`.
             weights: which to tell of.
         """
         least, most = self._times(self._least, called, weights), self._times(self._most, called, weights)
-        return {weight: (max(1, least[weight]), times) for weight, times in most.items() if times > 1}
+        return {weight: (max(1, least[weight]), times) for weight, times in most.items() if times != 1}
 
     def _times(
         self, counts: dict[nn.Module, Counts], called: Collection[nn.Module], weights: Collection[Weight]

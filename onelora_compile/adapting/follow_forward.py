@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from onelora_compile.adapting.entries import Entry
 from onelora_compile.adapting.holders import Holders
@@ -49,12 +50,14 @@ class Followed:
         held: who holds each parameter of it, and its name there, by the target of its node.
         asked: how many answers the code asked for.
         error: what ended it early; "" if nothing did.
+        replaced: the parameters in whose place `torch.func.functional_call` put something else.
     """
 
     gm: fx.GraphModule
     held: dict[str, tuple[nn.Module, str]]
     asked: int
     error: str
+    replaced: list[tuple[nn.Module, str]]
 
 
 def follow(
@@ -82,7 +85,11 @@ def follow(
         shadow.__dict__[name] = dict(getattr(module, name))
     tracer, error = _Tracer(answer, holders, inside), ""
     try:
-        with silent("stdout", "stderr"), following(), _Uses(tracer):  # what it prints is about values that it lacks
+        with (
+            silent("stdout", "stderr"),
+            following(tracer.call_with, tracer.vmap),
+            _Uses(tracer),
+        ):  # what it prints is about values that it lacks
             graph = tracer.trace(shadow)
     except (Exception, SystemExit) as failed:  # the user's code on values that it does not expect may raise anything
         error = f"{type(failed).__name__}: {failed}".partition("\n")[0]
@@ -92,7 +99,8 @@ def follow(
         tracer.note(node)
     shadow.__dict__["_parameters"].update(tracer.parameters)
     held = {target: found for target, one in tracer.parameters.items() if (found := tracer.holder(one)) is not None}
-    return Followed(fx.GraphModule(shadow, graph), held, tracer.asked, error)
+    replaced = [(module if one is shadow else one, name) for one, name in tracer.replaced]
+    return Followed(fx.GraphModule(shadow, graph), held, tracer.asked, error, replaced)
 
 
 def output_of_a_module(*args: Any, **kwargs: Any) -> None:
@@ -101,6 +109,10 @@ def output_of_a_module(*args: Any, **kwargs: Any) -> None:
 
 def output_of_a_script(*args: Any, **kwargs: Any) -> None:
     """Stands in the graph for the call of a function of `torch.jit.script`."""
+
+
+def part_of_a_value(value: Any) -> None:
+    """Stands in the graph for what `torch.func.vmap` hands to its function."""
 
 
 def not_entered(function: Any) -> Callable[..., Any]:
@@ -199,7 +211,9 @@ class _Tracer(fx.Tracer):
         self.parameters: dict[str, nn.Parameter] = {}  # by the target of their node
         self._holders = holders
         self._inside = inside
+        self.replaced: list[tuple[nn.Module, str]] = []
         self._proxies: dict[tuple[int, bool], fx.Proxy] = {}
+        self._entered: set[nn.Module] = set()
         self._thread = threading.get_ident()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -248,7 +262,7 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Some value: a submodule is followed on its own, but for one that is given a weight."""
-        if self._elsewhere():
+        if self._elsewhere() or m in self._entered:
             return forward(*args, **kwargs)
         node = self.create_proxy("call_function", output_of_a_module, args, kwargs)
         node.node.meta[CALLED] = m
@@ -256,6 +270,45 @@ class _Tracer(fx.Tracer):
             with contextlib.suppress(Exception):  # as for the whole
                 forward(*args, **kwargs)
         return node
+
+    def call_with(
+        self, call: Any, module: nn.Module, values: Any, args: Any = None, kwargs: Any = None, **options: Any
+    ) -> Any:
+        """Stands for `torch.func.functional_call`: runs a module's code on nodes in the place of its parameters."""
+        if self._elsewhere():
+            return call(module, values, args, kwargs, **options)
+        own: list[tuple[nn.Module, str, nn.Parameter]] = []
+        for key, value in values.items():
+            path, _, name = key.rpartition(".")
+            holder = module.get_submodule(path)
+            parameter = holder._parameters.get(name)
+            if parameter is not None and value is not parameter:
+                own.append((holder, name, parameter))
+                other = self._holders.parameter(value)
+                stored: Any = holder._parameters
+                stored[name] = value if other is None else self._proxy(other, past=True)
+        self.replaced += [(holder, name) for holder, name, parameter in own if parameter.ndim > 1]
+        entered = set(module.modules()) - self._entered
+        self._entered |= entered
+        try:
+            return module(*(args if isinstance(args, tuple) else () if args is None else (args,)), **(kwargs or {}))
+        finally:
+            self._entered -= entered
+            for holder, name, parameter in own:
+                holder._parameters[name] = parameter
+
+    def vmap(self, run: Any, function: Any, in_dims: Any, *options: Any) -> Any:
+        """Stands for `torch.func.vmap`: runs the function once, on some value for a part of a value."""
+        out_dims, randomness, chunk_size, *args = options
+        values, spec = pytree.tree_flatten(tuple(args))
+        if self._elsewhere() or not any(isinstance(value, fx.Proxy) for value in values):
+            return run(function, in_dims, out_dims, randomness, chunk_size, *args)
+        dims = pytree._broadcast_to_and_flatten(in_dims, spec) or [0] * len(values)
+        parts = (
+            value if dim is None else self.create_proxy("call_function", part_of_a_value, (value,), {})
+            for value, dim in zip(values, dims, strict=True)
+        )
+        return function(*pytree.tree_unflatten(parts, spec))
 
     def _gives_weight(self, args: Any, kwargs: Any) -> bool:
         """Whether a parameter, or a view of one, is among the arguments."""

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from onelora_compile.adapting.count_uses import UseCounter, bounds
 from onelora_compile.adapting.entries import Entry, entries, hooks_of
 from onelora_compile.adapting.follow_forward import PAST as PAST_MARK
-from onelora_compile.adapting.follow_forward import Followed, follow, not_entered, output_of_a_script
+from onelora_compile.adapting.follow_forward import Followed, follow, not_entered, output_of_a_script, part_of_a_value
 from onelora_compile.adapting.holders import Holders, References, held_in, of_torch
 from onelora_compile.adapting.reachable_names import Known, modules_elsewhere, names_in_reach
 from onelora_compile.kinds import is_conv1d, is_linear, is_plain
@@ -38,7 +38,8 @@ INSIDE = "used in the forward of a linear that is adapted by its own weight or o
 MIXED = "used as a view that mixes its axes, so which of them are inputs can't be told"
 PAST = "taken out of a dictionary or a list of parameters, where it can't be handed out adapted"
 WRITTEN = "written to by the forward, which would write to a copy of it"
-KEPT = (BOTH_WAYS, PAST, WRITTEN)  # reasons that no other use of the weight takes away
+REPLACED = "called with another weight in its place (torch.func.functional_call), which has no vector"
+KEPT = (BOTH_WAYS, PAST, WRITTEN, REPLACED)  # reasons that no other use of the weight takes away
 READ = "read besides by an op that is no linear one"
 GIVEN = "given to a function of torch.jit.script, which nothing can follow" + ASK
 SCRIPTED = "in a module of torch.jit.script, whose code nothing can be added to"
@@ -48,7 +49,10 @@ NOT_FOLLOWED = (
     "axis, in target_parameters if it is"
 )
 # `forward`: of a class, nn.Linear.forward(self.child, x), is no call of the child.
-_OF_PARAMETERS = {"weight", "_parameters", "parameters", "named_parameters", "get_parameter", "state_dict", "forward"}
+_OF_PARAMETERS = {
+    *("weight", "_parameters", "parameters", "named_parameters", "get_parameter", "state_dict", "forward"),
+    *("functional_call", "_functional_call"),
+}
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -79,8 +83,8 @@ class WeightUses:
 
     Attributes:
         reads: the weights that modules read themselves, each once.
-        times: how often one forward of the model uses a weight, by a call of the linear or a read, where that may be
-            more than once: at least, and with other arguments; by module and parameter.
+        times: how often one forward of the model uses a weight, by a call of the linear or a read, where that is not
+            once: at least, and with other arguments; by module and parameter.  Zero at most: never seen to.
     """
 
     reads: list[DirectRead]
@@ -98,7 +102,7 @@ def weight_uses(model: nn.Module, called: Collection[nn.Module] = ()) -> WeightU
     code = _Code(model, called)
     for module in model.modules():
         for read in code.reads(module):
-            if module in called and read.module is module and read.own and read.why != WRITTEN:
+            if module in called and read.module is module and read.own and read.why not in (WRITTEN, REPLACED):
                 if read.parameter == "weight":
                     continue
                 read = dataclasses.replace(read, dims=None, why=INSIDE)
@@ -140,6 +144,7 @@ class _Code:
         self._counted: dict[Any, list[tuple[dict[str, int], dict[str, int], bool]]] = {}
         self._counter = UseCounter(model)
         self._writing: dict[type[nn.Module], bool] = {}
+        self._replacing: set[Any] = set()
 
     def reads(self, module: nn.Module) -> Iterator[DirectRead]:
         """What the code of one module reads, without that of its children."""
@@ -159,10 +164,10 @@ class _Code:
             once = dict.fromkeys(module.children(), 1)
             self._counter.add(module, once, once, known=True)
         elif not of_torch(module) and any(one in self._called for one in module.modules()):
-            self._count_calls(module)
+            yield from self._count_calls(module)
 
     def times(self) -> dict[tuple[nn.Module, str], tuple[int, int]]:
-        """How often one forward uses each weight, at least and at most, where that may be more than once."""
+        """How often one forward uses each weight, at least and at most, where that is not once."""
         weights = {(module, name) for module in self._model.modules() for name in _matrices(module)}
         return self._counter.times(self._called, weights | {(module, "weight") for module in self._called})
 
@@ -204,7 +209,7 @@ class _Code:
             self._writing[kind] = any(read.why == WRITTEN for way in ways for read in _reads(way))
         return self._writing[kind]
 
-    def _count_calls(self, module: nn.Module) -> None:
+    def _count_calls(self, module: nn.Module) -> Iterator[DirectRead]:
         """Of a module that reads nothing; modules of one class that differ in numbers alone are taken for alike."""
         fields = ((name, value) for name, value in vars(module).items() if type(value) in (bool, str, type(None)))
         names = {child: name for name, child in module.named_modules()}
@@ -214,6 +219,11 @@ class _Code:
             for _, ways in self._ways(module, (False,)):
                 found = ({names[m]: n for m, n in one.items() if m in names} for one in bounds([w for _, w in ways]))
                 self._counted[key].append((*found, any(not way.error for _, way in ways)))  # type: ignore[arg-type]
+                if any(way.replaced for _, way in ways):
+                    self._replacing.add(key)
+        if key in self._replacing:
+            yield from self._followed(module)
+            return
         inner = module.get_submodule
         for least, most, known in self._counted[key]:
             below, above = ({inner(name): times for name, times in one.items()} for one in (least, most))
@@ -247,13 +257,15 @@ class _Code:
         named = names_in_reach(module, self._names)
         if _OF_PARAMETERS.isdisjoint(named):
             return
+        calls_with = not {"functional_call", "_functional_call"}.isdisjoint(named)
         for name, child in module.named_modules():
-            if child in self._called and name.rpartition(".")[2] in named:
-                yield DirectRead(child, "weight", None, why=READ, own=False)
+            if child in self._called and (calls_with or name.rpartition(".")[2] in named):
+                yield DirectRead(child, "weight", None, why=REPLACED if calls_with else READ, own=False)
 
 
 def _reads(way: Followed) -> Iterator[DirectRead]:
     """The weights of one graph."""
+    yield from (DirectRead(module, name, None, why=REPLACED) for module, name in way.replaced)
     for site in match_linear(way.gm):
         if site.chain is None or (held := _parameter(way, site.chain.root)) is None:
             continue
@@ -272,11 +284,23 @@ def _reads(way: Followed) -> Iterator[DirectRead]:
         if into is not None and into.root is root and not past:
             yield DirectRead(*held[:2], None, why=WRITTEN)
         elif op_name(node).removesuffix("_") not in CONTRACTIONS:
-            if past and all(one in alone for one in node.all_input_nodes):
+            if past and all(one in alone for one in node.all_input_nodes) and not _is_weight_of(node, alone):
                 continue  # a penalty on all parameters is one on the base's
             yield DirectRead(
                 *held[:2], None, why=PAST if past else GIVEN if node.target is output_of_a_script else READ
             )
+
+
+def _is_weight_of(node: fx.Node, alone: Collection[fx.Node]) -> bool:
+    """Whether what is computed from parameters alone comes to a linear op, or to `vmap`."""
+    seen, left = set(), [node]
+    while left:
+        if (one := left.pop()) in alone and one not in seen:
+            seen.add(one)
+            left += one.users
+        elif one not in seen and (op_name(one) in CONTRACTIONS or one.target is part_of_a_value):
+            return True
+    return False
 
 
 def _parameter(way: Followed, root: fx.Node) -> tuple[nn.Module, str, Tensor] | None:

@@ -55,20 +55,29 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 @contextlib.contextmanager
-def following() -> Iterator[None]:
+def following(functional_call: Callable[..., Any], vmap: Callable[..., Any]) -> Iterator[None]:
     """Inside the block `torch.fx` follows a compiled function as it is written, and leaves the globals of code alone.
 
     It puts wrappers of `math` into the globals of every module that is called, in any thread, and walks through them
     while other threads change them (`torch/fx/_symbolic_trace.py::_autowrap_check`).
+
+    Args:
+        functional_call: stands for `torch.func.functional_call`, which takes no nodes (`torch/nn/utils/stateless.py`);
+            given that first, for other threads.
+        vmap: the same for what `torch.func.vmap` runs (`torch/_functorch/apis.py`).
     """
     module: Any = torch.fx._symbolic_trace
-    before = module._autowrap_check
+    stateless: Any = torch.nn.utils.stateless
+    apis: Any = torch._functorch.apis
+    before = module._autowrap_check, stateless._functional_call, apis.vmap_impl
     module._autowrap_check = lambda *args: None
+    stateless._functional_call = functools.partial(functional_call, before[1])
+    apis.vmap_impl = functools.partial(vmap, before[2])
     try:
         with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
             yield
     finally:
-        module._autowrap_check = before
+        module._autowrap_check, stateless._functional_call, apis.vmap_impl = before
 
 
 def break_reason(gm: fx.GraphModule) -> str:
