@@ -1,9 +1,11 @@
 """Weights read by what a call runs besides the forward of the module's class, or past the model's tree: adapted too."""
 
 import functools
+import gc
 import sys
 import threading
 import types
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
+from onelora_compile.looking.one_at_a_time import silent
 from onelora_compile.testing import fill_vectors, merged_copy
 
 
@@ -289,7 +292,7 @@ def test_a_program_that_leaves_its_forward_is_adapted():
 
 
 def test_a_scripted_child_is_named_and_the_rest_adapted():
-    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.script"):
         model = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU())))
     base = model(x := torch.randn(2, 8))
     onelora.adapt(model)
@@ -360,3 +363,13 @@ def test_other_threads_neither_see_nor_keep_what_adapt_changes(capsys):
     assert wrong == []
     assert patches() == before
     assert set(capsys.readouterr().out.split()) == {"served"}
+
+
+def test_what_stands_for_a_stream_outlives_its_block():
+    """`print` holds no reference to what it writes to: another thread's would write to what is gone, and crash."""
+    with silent("stdout"):
+        inside = weakref.ref(sys.stdout)
+    gc.collect()
+    assert inside() is not None
+    with silent("stdout"):
+        assert sys.stdout is inside()
