@@ -58,8 +58,8 @@ class _Silent:
         return getattr(self._stream, name)
 
 
-# They outlive their block: `print` of another thread may still write to one, and holds no reference to it (CPython before
-# 3.14, Python/bltinmodule.c).
+# They outlive their block: `print` of another thread may still write to one, and holds no reference to it (CPython
+# before 3.14, Python/bltinmodule.c).
 _STREAMS: collections.deque[_Silent] = collections.deque(maxlen=64)
 
 
