@@ -9,7 +9,8 @@ from onelora_compile.exporters.onnx_runtime.verify import Parity, Verification, 
 from onelora_compile.exporters.tensorrt.build import EngineReport, build_engine
 from onelora_compile.exporters.tensorrt.refit import RefitReport, refit_engine
 from onelora_compile.exporters.tensorrt.runner import EngineRunner
-from onelora_compile.exporters.to_onnx.export import ExportReport, export_onnx
+from onelora_compile.exporters.to_onnx.export import export_onnx
+from onelora_compile.exporters.to_onnx.report import ExportReport
 
 __all__ = [
     "BundleReport",

@@ -21,34 +21,31 @@ from onelora_compile.adapting.adapter import (
     adapted_weights,
     refuse_disabled,
     state_or_none,
-    undo_adapt,
     unwrap,
     vectors,
 )
-from onelora_compile.errors import AdapterFileError, ConfigError, ExportError, OneLoRAError, StateError, one_of, require
+from onelora_compile.errors import ConfigError, ExportError, OneLoRAError, StateError, one_of, require
 from onelora_compile.exporters.calls.axes import Axes, axes_of
 from onelora_compile.exporters.calls.names import Names, chosen_names, name_graph
 from onelora_compile.exporters.calls.signature import Call
 from onelora_compile.exporters.jetson.device.core.modes import BASE, EXPORTED, FOLD, IDS, MODES
 from onelora_compile.exporters.onnx_file.metadata import Metadata, digest, float32
 from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
-from onelora_compile.exporters.onnx_file.trained import Trained, trained_of
+from onelora_compile.exporters.onnx_file.trained import trained_of
 from onelora_compile.exporters.onnx_runtime.verify import Parity, check_export
 from onelora_compile.exporters.opsets.lower import lower_opset
 from onelora_compile.exporters.to_onnx.capture import Frozen, Place, freeze
 from onelora_compile.exporters.to_onnx.operators import translations
-from onelora_compile.exporters.to_onnx.place_vectors import Vectors, place_vectors
+from onelora_compile.exporters.to_onnx.place_vectors import place_vectors
+from onelora_compile.exporters.to_onnx.read_bank import carrying, read_bank
+from onelora_compile.exporters.to_onnx.report import ExportReport
 from onelora_compile.file_names import as_path, as_paths
 from onelora_compile.looking.one_at_a_time import silent
 from onelora_compile.passes.exported.fold_vectors import vector_of
-from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.progress import steps
-from onelora_compile.table import Table
 from onelora_compile.version import __version__
-from onelora_compile.weights.adapter_file import AdapterFile, check_base, load_adapter, read_adapter
 from onelora_compile.weights.atomic_write import ADAPTER, refuse_ending, refuse_overwriting
 from onelora_compile.weights.fingerprint import fingerprint_of
-from onelora_compile.weights.merge import FoldLoss
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -58,64 +55,6 @@ if TYPE_CHECKING:
 
 OLDEST, NEWER = 17, 18  # what torch.onnx writes begins at NEWER; the one before is rewritten here
 _PLACES: dict[str, Place] = {"fold": "folded", "load": "weight", "input": "activation", "bank": "activation"}
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportReport(Printable):
-    """What an export wrote and how good it is.
-
-    Attributes:
-        files: the model file, and the file of its weights where it needs one.
-        bytes: of all files together.
-        opset_version: of the standard ONNX operators.
-        mode: "fold", "load", "input" or "bank"; "base" for a model that is not adapted.
-        vectors: how many the file holds or was folded with.
-        losses: what rounding lost in each folded weight, by module name.
-        unused: modules whose vector the graph does not use.
-        captured_for: what dynamic sizes must be for the file to be right (`batch <= 3`), beside 2 or more: a model that
-            branches on a size was captured for the branch that the example takes.
-        parity: the difference to eager on the example inputs; None without verification.
-        seconds: wall time.
-    """
-
-    files: list[Path]
-    bytes: int
-    opset_version: int
-    mode: str
-    vectors: int
-    losses: dict[str, FoldLoss]
-    unused: list[str]
-    captured_for: list[str]
-    parity: Parity | None
-    seconds: float
-
-    @property
-    def error(self) -> float | None:
-        """The largest relative difference to eager, None without verification."""
-        return None if self.parity is None else self.parity.relative
-
-    def __rich__(self) -> Table:
-        table = Table(title=f"exported {self.files[0]}", show_header=False)
-        table.add_row("files", "\n".join(str(file) for file in self.files))
-        table.add_row("size", bytes_text(self.bytes))
-        table.add_row("opset", str(self.opset_version))
-        if self.mode == "base":
-            table.add_row("vectors", "none: the model is not adapted")
-        elif self.mode == "fold":
-            worst = max((loss.relative for loss in self.losses.values()), default=0.0)
-            table.add_row("vectors folded", f"{len(self.losses)} (lost to rounding: at most {worst:.1e} of the update)")
-        else:
-            table.add_row("vectors", f"{self.vectors}, mode {self.mode!r}")
-        if self.unused:
-            table.add_row("not in the graph", ", ".join(self.unused))
-        if self.captured_for:
-            table.add_row("right only for", "\n".join(self.captured_for))
-        if self.parity is None:
-            table.add_row("verified", "no")
-        else:
-            table.add_row("verified", f"ONNX Runtime against eager: {self.parity.relative:.1e} relative, passed")
-        table.add_row("time", f"{self.seconds:.1f} s")
-        return table
 
 
 def export_onnx(
@@ -194,7 +133,7 @@ def export_onnx(
     refuse_disabled(root, "export")
     if mode is not FOLD and not bank and not adapted_weights(root):
         raise StateError(f"adapters={adapters!r} needs an adapted model: call adapt or load_adapter before")
-    with steps(f"export {path.name}", 4, progress) as step, _carrying(root, bank):
+    with steps(f"export {path.name}", 4, progress) as step, carrying(root, bank):
         step("read the base")
         # By the names that the adapter file has, also where the adapted model is exported inside a wrapper.
         part, adapted = adapted_part(root)
@@ -208,7 +147,7 @@ def export_onnx(
                 "linear and its vector has no name to swap it by: adapt a module that holds it, for example "
                 "torch.nn.Sequential(linear), or export with adapters='fold'"
             )
-        banked = _read_bank(adapted, trained, bank)
+        banked = read_bank(adapted, trained, bank)
         step("capture")
         call = Call.of(root, args, kwargs)
         call.check()
@@ -268,47 +207,6 @@ def export_onnx(
         parity=parity[0] if parity else None,
         seconds=time.perf_counter() - start,
     )
-
-
-@contextlib.contextmanager
-def _carrying(root: nn.Module, bank: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
-    """A model that nobody adapted carries the adapter of a bank that trained most while it is exported."""
-    if not bank or adapted_weights(root):
-        yield
-        return
-    load_adapter(root, max(bank, key=lambda path: len(read_adapter(path).tensors)))
-    try:
-        yield
-    finally:
-        undo_adapt(root)
-
-
-def _read_bank(root: nn.Module, trained: Trained, files: Sequence[str | os.PathLike[str]]) -> dict[str, Vectors]:
-    """What each file trained, by a name for it."""
-    bank: dict[str, Vectors] = {}
-    for path in files:
-        file = read_adapter(path)
-        _check_bankable(root, trained, file, path)
-        name = Path(path).name.removesuffix(".safetensors")
-        if name in bank:
-            raise ConfigError(f"two files of the bank are called {name!r}: their names tell the adapters apart")
-        bank[name] = {one: float32(value) for one, value in file.tensors.items() if one not in trained.counters}
-    return bank
-
-
-def _check_bankable(root: nn.Module, trained: Trained, file: AdapterFile, path: str | os.PathLike[str]) -> None:
-    here = adapted_weights(root)
-    if other := sorted(set(file.vectors) - set(here)):
-        raise AdapterFileError(f"{path} has vectors that the model does not have: {shortened(other)}")
-    check_base({name: here[name] for name in file.vectors}, file, path)
-    saved = {name: value for name, value in file.saved.items() if name not in trained.counters}
-    if other := sorted(set(saved) - set(trained.values)):
-        raise AdapterFileError(
-            f"{path} also trained {shortened(other)}, which the model does not train: export it adapted with "
-            "modules_to_save and train_norms as that file was, or not adapted"
-        )
-    if wrong := [name for name, value in saved.items() if tuple(value.shape) != trained.values[name].shape]:
-        raise AdapterFileError(f"{path}: {shortened(wrong)} have other shapes than the model's")
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from onelora_compile.adapting.follow_forward import CALLED, Followed
+from onelora_compile.adapting.follow_forward import Followed
+from onelora_compile.adapting.tracer import CALLED
 from onelora_compile.passes.graph.writes import written
 from onelora_compile.passes.sites.operators import op_name
 from onelora_compile.passes.sites.other_uses import users

@@ -7,38 +7,16 @@ functions of `torch.jit.script`; each is one node.  What another thread does mea
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import dis
-import functools
-import operator
-import sys
-import threading
-import types
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
 from onelora_compile.adapting.entries import Entry
 from onelora_compile.adapting.holders import Holders
+from onelora_compile.adapting.tracer import Inside, Tracer, Uses
 from onelora_compile.dynamo.private_api import following
 from onelora_compile.looking.one_at_a_time import silent
-from onelora_compile.passes.sites.other_uses import asks_for_no_value
-from onelora_compile.passes.sites.weight_path import run_of_shapes
-
-PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
-CALLED = "onelora_called"  # key in node.meta: the module whose output a node is
-Inside = dict[int, tuple[nn.Module, str]]
-_MOST_ANSWERS = 1000  # then a loop on values is taken for endless
-# What is asked of a tensor as an object, or as a number that code goes by.
-_OF_THE_OBJECT = {
-    *("__hash__", "__repr__", "__str__", "__format__", "__dir__", "__len__", "__deepcopy__", "__reduce_ex__"),
-    *("__bool__", "__int__", "__float__", "__index__", "__array__", "item", "tolist", "numpy"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +61,12 @@ def follow(
     shadow.__dict__["training"] = training
     for name in ("_parameters", "_buffers", "_modules"):
         shadow.__dict__[name] = dict(getattr(module, name))
-    tracer, error = _Tracer(answer, holders, inside), ""
+    tracer, error = Tracer(answer, holders, inside), ""
     try:
         with (
             silent("stdout", "stderr"),
             following(tracer.call_with, tracer.vmap),
-            _Uses(tracer),
+            Uses(tracer),
         ):  # what it prints is about values that it lacks
             graph = tracer.trace(shadow)
     except (Exception, SystemExit) as failed:  # the user's code on values that it does not expect may raise anything
@@ -101,279 +79,3 @@ def follow(
     held = {target: found for target, one in tracer.parameters.items() if (found := tracer.holder(one)) is not None}
     replaced = [(module if one is shadow else one, name) for one, name in tracer.replaced]
     return Followed(fx.GraphModule(shadow, graph), held, tracer.asked, error, replaced)
-
-
-def output_of_a_module(*args: Any, **kwargs: Any) -> None:
-    """Stands in the graph for the call of a submodule."""
-
-
-def output_of_a_script(*args: Any, **kwargs: Any) -> None:
-    """Stands in the graph for the call of a function of `torch.jit.script`."""
-
-
-def part_of_a_value(value: Any) -> None:
-    """Stands in the graph for what `torch.func.vmap` hands to its function."""
-
-
-def not_entered(function: Any) -> Callable[..., Any]:
-    """A function that is one node where it is followed, and itself elsewhere."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        found: list[fx.Proxy] = []
-        fx.node.map_aggregate((args, kwargs), lambda one: found.append(one) if isinstance(one, fx.Proxy) else None)
-        if not found:
-            return function(*args, **kwargs)
-        return found[0].tracer.create_proxy("call_function", output_of_a_script, args, kwargs)
-
-    return call
-
-
-class _Value(fx.Proxy):
-    """A value of which code may ask more than a graph can hold: its length, or a number. It is 1."""
-
-    def __getattr__(self, k: str) -> Any:
-        node = self.__dict__.get("node")
-        parameter = self.tracer.parameters.get(node.target) if node is not None else None  # type: ignore[attr-defined]
-        if parameter is not None:
-            getattr(parameter, k)  # an AttributeError as of the parameter
-        return _Attribute(self, k)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "data":
-            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
-        elif name not in ("grad", "requires_grad"):
-            object.__setattr__(self, name, value)
-
-    def __iter__(self) -> Iterator[fx.Proxy]:
-        frame = sys._getframe(1)
-        count = _unpacked(frame.f_code).get(frame.f_lasti)  # as of fx.Proxy, which takes the code apart each time
-        parts: Any = self
-        return self.tracer.iter(self) if count is None else iter([parts[i] for i in range(count)])
-
-    def __len__(self) -> int:
-        return self.tracer.length(self)  # type: ignore[attr-defined]
-
-    def __index__(self) -> int:
-        return 1
-
-    def __int__(self) -> int:
-        return 1
-
-    def __float__(self) -> float:
-        return 1.0
-
-
-@functools.lru_cache(1000)
-def _unpacked(code: types.CodeType) -> dict[int, int]:
-    """Into how many names code takes something apart, by the place in it."""
-    return {one.offset: one.argval for one in dis.get_instructions(code) if one.opname == "UNPACK_SEQUENCE"}
-
-
-class _Attribute(fx.proxy.Attribute, _Value):
-    """An attribute, or a method, of a value."""
-
-
-class _Uses(TorchFunctionMode):
-    """A parameter that the code comes by without an attribute stands in the graph too, where an op gets it."""
-
-    def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function of PyTorch; with nodes in the place of parameters, where it gets some."""
-        kwargs = kwargs or {}
-        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
-        if name in _OF_THE_OBJECT or asks_for_no_value(name):
-            return func(*args, **kwargs)
-        nodes: list[Any] = []  # torch.zeros(n) is not asked about n by itself
-        given: Any = fx.node.map_aggregate((args, kwargs), lambda one: self._tracer.as_node(one, nodes))
-        if not nodes:
-            return func(*args, **kwargs)
-        if func.__name__ == "__get__":
-            return getattr(given[0][0], name)
-        if func.__name__ == "__set__":  # p.requires_grad = False: what is followed changes nothing
-            return setattr(given[0][0], name, given[0][1])
-        return fx.Proxy.__torch_function__(func, types, *given)
-
-
-class _Tracer(fx.Tracer):
-    """Follows one function."""
-
-    def __init__(self, answer: bool, holders: Holders, inside: Inside) -> None:
-        super().__init__()
-        self.answer = answer
-        self.asked = 0
-        self.proxy_buffer_attributes = True
-        self.parameters: dict[str, nn.Parameter] = {}  # by the target of their node
-        self._holders = holders
-        self._inside = inside
-        self.replaced: list[tuple[nn.Module, str]] = []
-        self._proxies: dict[tuple[int, bool], fx.Proxy] = {}
-        self._entered: set[nn.Module] = set()
-        self._thread = threading.get_ident()
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """The graph of the forward of a module."""
-        own = nn.Module.get_parameter
-        nn.Module.get_parameter = _stored_parameter  # type: ignore[method-assign, assignment]
-        try:
-            return super().trace(root, concrete_args)
-        finally:
-            nn.Module.get_parameter = own  # type: ignore[method-assign]
-
-    def holder(self, parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
-        """The module that holds it, one inside the followed module rather than another; None outside the model."""
-        return self._inside.get(id(parameter)) or self._holders.of.get(id(parameter))
-
-    def as_node(self, value: Any, nodes: list[Any]) -> Any:
-        """A node as it is, one for a parameter that was not read as an attribute, or another value; adds nodes."""
-        if not isinstance(value, fx.Proxy):
-            parameter = self._holders.parameter(value)
-            if parameter is None or self._elsewhere():
-                return value
-            value = self._proxy(parameter, past=True)
-        nodes.append(value)
-        return value
-
-    def _proxy(self, parameter: nn.Parameter, past: bool) -> fx.Proxy:
-        key = (id(parameter), past)
-        if key not in self._proxies:
-            target = f"onelora_parameter_{len(self._proxies)}"
-            self.parameters[target] = parameter
-            self._proxies[key] = self.create_proxy("get_attr", target, (), {})
-            if past:
-                self._proxies[key].node.meta[PAST] = True
-        return self._proxies[key]
-
-    def _elsewhere(self) -> bool:
-        return threading.get_ident() != self._thread
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """What an attribute of a module gives."""
-        if self._elsewhere():
-            return attr_val
-        if isinstance(attr_val, nn.Parameter):
-            return self._proxy(attr_val, past=False)
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Some value: a submodule is followed on its own, but for one that is given a weight."""
-        if self._elsewhere() or m in self._entered:
-            return forward(*args, **kwargs)
-        node = self.create_proxy("call_function", output_of_a_module, args, kwargs)
-        node.node.meta[CALLED] = m
-        if not type(m).__module__.startswith("torch.") and self._gives_weight(args, kwargs):
-            with contextlib.suppress(Exception):  # as for the whole
-                forward(*args, **kwargs)
-        return node
-
-    def call_with(
-        self, call: Any, module: nn.Module, values: Any, args: Any = None, kwargs: Any = None, **options: Any
-    ) -> Any:
-        """Stands for `torch.func.functional_call`: runs a module's code on nodes in the place of its parameters."""
-        if self._elsewhere():
-            return call(module, values, args, kwargs, **options)
-        own: list[tuple[nn.Module, str, nn.Parameter]] = []
-        for key, value in values.items():
-            path, _, name = key.rpartition(".")
-            holder = module.get_submodule(path)
-            parameter = holder._parameters.get(name)
-            if parameter is not None and value is not parameter:
-                own.append((holder, name, parameter))
-                other = self._holders.parameter(value)
-                stored: Any = holder._parameters
-                stored[name] = value if other is None else self._proxy(other, past=True)
-        self.replaced += [(holder, name) for holder, name, parameter in own if parameter.ndim > 1]
-        entered = set(module.modules()) - self._entered
-        self._entered |= entered
-        try:
-            return module(*(args if isinstance(args, tuple) else () if args is None else (args,)), **(kwargs or {}))
-        finally:
-            self._entered -= entered
-            for holder, name, parameter in own:
-                holder._parameters[name] = parameter
-
-    def vmap(self, run: Any, function: Any, in_dims: Any, *options: Any) -> Any:
-        """Stands for `torch.func.vmap`: runs the function once, on some value for a part of a value."""
-        out_dims, randomness, chunk_size, *args = options
-        values, spec = pytree.tree_flatten(tuple(args))
-        if self._elsewhere() or not any(isinstance(value, fx.Proxy) for value in values):
-            return run(function, in_dims, out_dims, randomness, chunk_size, *args)
-        dims = pytree._broadcast_to_and_flatten(in_dims, spec) or [0] * len(values)
-        parts = (
-            value if dim is None else self.create_proxy("call_function", part_of_a_value, (value,), {})
-            for value, dim in zip(values, dims, strict=True)
-        )
-        return function(*pytree.tree_unflatten(parts, spec))
-
-    def _gives_weight(self, args: Any, kwargs: Any) -> bool:
-        """Whether a parameter, or a view of one, is among the arguments."""
-        found: list[bool] = []
-        fx.node.map_aggregate((args, kwargs), lambda one: found.append(self._is_weight(one)))
-        return any(found)
-
-    def _is_weight(self, value: Any) -> bool:
-        node = value.node if isinstance(value, fx.Proxy) else None
-        while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
-            node = node.args[0]  # type: ignore[assignment]
-        return isinstance(node, fx.Node) and node.target in self.parameters
-
-    def create_arg(self, a: Any) -> Any:
-        """A parameter that the code did not read as an attribute, where it would be a proxy, is marked."""
-        value = self.as_node(a, [])
-        if isinstance(value, nn.Parameter) and not self._elsewhere():
-            value = self._proxy(value, past=False)
-        return super().create_arg(value)
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        """What an `if` on a value goes by."""
-        self.asked += 1
-        if self.asked > _MOST_ANSWERS:
-            raise fx.proxy.TraceError("a loop that depends on values")
-        return self.answer
-
-    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
-        """The parts of a weight, or one stand-in for the parts of anything else."""
-        parts: Any = obj
-        return iter([parts[i] for i in range(self.length(obj))])
-
-    def keys(self, obj: fx.Proxy) -> Any:
-        """The names in a value that is handed on as keywords: none that are known."""
-        return iter(())
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """What the code gets to see of a node."""
-        return _Value(node, self)
-
-    def length(self, obj: fx.Proxy) -> int:
-        """How many parts a value has, as far as it is known."""
-        self.note(obj.node)
-        value = obj.node.meta.get("val")
-        return len(value) if isinstance(value, (tuple, Tensor)) else 1
-
-    def note(self, node: fx.Node) -> None:
-        """Leave on a node that is a parameter, or a view of one, what it would be, without memory."""
-        if "val" in node.meta:
-            return
-        node.meta["val"] = None
-        if node.op == "get_attr":
-            value: Any = self.parameters.get(str(node.target))
-            if value is None:
-                value = self.root
-                for part in str(node.target).split("."):
-                    value = getattr(value, part)
-            if isinstance(value, Tensor) and not nn.parameter.is_lazy(value):
-                node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        elif node.args and isinstance(node.args[0], fx.Node):
-            self.note(node.args[0])
-            run_of_shapes(node)
-
-
-def _stored_parameter(module: nn.Module, target: str) -> Any:
-    """Stands for `get_parameter`, which takes nothing but an `nn.Parameter`: no proxy, and no adapted weight either."""
-    path, _, name = target.rpartition(".")
-    return module.get_submodule(path)._parameters[name]

@@ -19,10 +19,11 @@ from torch import Tensor, fx, nn
 
 from onelora_compile.adapting.count_uses import UseCounter, bounds
 from onelora_compile.adapting.entries import Entry, entries, hooks_of
-from onelora_compile.adapting.follow_forward import PAST as PAST_MARK
-from onelora_compile.adapting.follow_forward import Followed, follow, not_entered, output_of_a_script, part_of_a_value
+from onelora_compile.adapting.follow_forward import Followed, follow
 from onelora_compile.adapting.holders import Holders, References, held_in, of_torch
 from onelora_compile.adapting.reachable_names import Known, modules_elsewhere, names_in_reach
+from onelora_compile.adapting.tracer import PAST as PAST_MARK
+from onelora_compile.adapting.tracer import not_entered, output_of_a_script, part_of_a_value
 from onelora_compile.kinds import is_conv1d, is_linear, is_plain
 from onelora_compile.looking.untouched import Kept, silently
 from onelora_compile.passes.graph.writes import written
