@@ -123,3 +123,25 @@ def test_a_linear_that_lends_its_weight_to_an_embedding_and_is_never_called_is_l
     model = onelora.adapt(Tied())
     assert set(onelora.vectors(model)) == {"inner"}
     assert "embedding" in onelora.summary(model).skipped["head"]
+
+
+def in_a_list(s, x):
+    s.c[2].weight = s.c[0].weight
+    return s.c(x) + s.a(x)
+
+
+def by_attribute(s, x):
+    s.b.weight = s.a.weight
+    return s.b(s.a(x).tanh()) + s.c(x)
+
+
+@pytest.mark.parametrize(("forward", "expected"), [(in_a_list, {"a", "b"}), (by_attribute, {"c.0", "c.2"})])
+def test_a_weight_that_the_forward_gives_to_another_module_is_left_out(forward, expected):
+    torch.manual_seed(0)
+    model, x = type("Model", (Model,), {"forward": forward})().eval(), torch.randn(5, 8)
+    before = model(x)
+    onelora.adapt(model)
+    assert set(onelora.vectors(model)) == expected
+    torch.testing.assert_close(model(x), before)
+    fill_vectors(model)
+    torch.testing.assert_close(model(x), merged_copy(model)(x))

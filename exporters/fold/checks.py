@@ -39,8 +39,16 @@ def missing_uses(matches: Matches, file: AdapterFile, base: Path, on_missing_use
     """The vectors whose weight the file uses less often than the model may: how often there, and in the model.
 
     Raises:
-        ExportError: less often than the model does whatever its arguments are.
+        ExportError: less often than the model does whatever its arguments are, or nobody can tell.
     """
+    unsure = [name for name, (_, most) in file.uses.items() if not most and name in matches.places]
+    if unsure and on_missing_uses == "error":
+        raise ExportError(
+            f"the uses of {shortened(unsure, 8)} can't be counted: the model has more of them where its inputs are "
+            f"longer, and one is on constants alone. The tool that wrote {base} may have computed that one, where the "
+            "base's numbers would stay. Nothing was written; export the adapted model itself, or "
+            "on_missing_uses='allow' for a file that was written without constant folding"
+        )
     found = {name: sum(len(place.uses) for place in places) for name, places in matches.places.items()}
     fewer = {name: (found[name], most) for name, (_, most) in file.uses.items() if found.get(name, most) < most}
     sure = {name: times for name, times in fewer.items() if times[0] < file.uses[name][0]}

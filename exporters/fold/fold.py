@@ -33,7 +33,7 @@ from onelora_compile.file_names import as_path
 from onelora_compile.progress import counting
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
-from onelora_compile.weights.atomic_write import ADAPTER, refuse_ending, refuse_overwriting
+from onelora_compile.weights.atomic_write import refuse_other_kinds, refuse_overwriting
 from onelora_compile.weights.merge import FoldByRows, FoldLoss
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def fold_onnx(
     weights = [value.const_value for value in model.graph.initializers.values() if _external(value)]
     read = [] if isinstance(adapter, AdapterFile) else [adapter]
     refuse_overwriting(out, [*read, *(path for one in weights if (path := getattr(one, "path", None)))])
-    refuse_ending(out, ADAPTER, "an adapter")
+    refuse_other_kinds(out, ".onnx")
     try:
         strip_vectors(model, held, str(base))
         external = any(_external(value) for value in model.graph.initializers.values())

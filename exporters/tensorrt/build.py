@@ -38,9 +38,8 @@ from onelora_compile.progress import counting
 from onelora_compile.table import Table
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import (
-    ADAPTER,
     check_writable,
-    refuse_ending,
+    refuse_other_kinds,
     refuse_overwriting,
     replacing_all,
 )
@@ -166,7 +165,7 @@ def build_engine(
     if timing_cache is not None:
         timing_cache = as_path(timing_cache, "timing_cache")
         refuse_overwriting(timing_cache, [one for one in read if isinstance(one, str | os.PathLike)], "timing_cache")
-        _refuse_other_kinds(timing_cache, "timing_cache")
+        refuse_other_kinds(timing_cache, "", "timing_cache")
     targets = targets_of(target)
     api = find_api(flavour, cross=bool(targets))
     check_targets(api, targets)
@@ -273,12 +272,7 @@ def refuse_overwriting_engine(engine: Path, inputs: Sequence[Any]) -> None:
     read = [one for one in inputs if isinstance(one, str | os.PathLike)]
     for written in (engine, manifest_path(engine), engine.with_name(f"{engine.name}.safetensors")):
         refuse_overwriting(written, read, "engine")
-    _refuse_other_kinds(engine, "engine")
-
-
-def _refuse_other_kinds(path: Path, what: str) -> None:
-    refuse_ending(path, ADAPTER, "an adapter", what)
-    refuse_ending(path, ".onnx", "an ONNX model", what)
+    refuse_other_kinds(engine, ".engine", "engine")
 
 
 def _tensors(count: int, get: Any) -> tuple[Tensor, ...]:

@@ -44,7 +44,7 @@ from onelora_compile.looking.one_at_a_time import silent
 from onelora_compile.passes.exported.fold_vectors import vector_of
 from onelora_compile.progress import steps
 from onelora_compile.version import __version__
-from onelora_compile.weights.atomic_write import ADAPTER, refuse_ending, refuse_overwriting
+from onelora_compile.weights.atomic_write import refuse_other_kinds, refuse_overwriting
 from onelora_compile.weights.fingerprint import fingerprint_of
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def export_onnx(
     if opset_version is not None and opset_version < OLDEST:
         raise ConfigError(f"opset_version={opset_version}: {OLDEST} is the oldest that a model can be written in")
     refuse_overwriting(path, bank, "path")
-    refuse_ending(path, ADAPTER, "an adapter", "path")
+    refuse_other_kinds(path, ".onnx", "path")
     mode = MODES[adapters]
     args = args if isinstance(args, (tuple, list)) else (args,)
     require("onnxscript", "onnx", "export to ONNX")

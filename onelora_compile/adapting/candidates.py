@@ -81,7 +81,7 @@ def candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[s
         if candidate.target is not None:
             often = uses.times.get((candidate.module, candidate.target.parameter), (1, 1))
             # A linear that lends its weight to an embedding and is never called: the embedding's own weight is read.
-            if often[1] == 0 and id(candidate.module._parameters.get("weight")) in embedded:
+            if often == (0, 0) and id(candidate.module._parameters.get("weight")) in embedded:
                 candidate = dataclasses.replace(candidate, target=None, reason=TIED_EMBEDDING)
             result[key] = dataclasses.replace(candidate, uses=often)
     return result

@@ -4,15 +4,18 @@
     the same call of the same value again, or one whose result is dropped   none more: a file does not hold it
 
 At least: whatever the arguments and values are.  At most: for the ways that were followed.  Code that was not followed
-calls each child once.
+calls each child once.  A weight that is used in a loop whose length only values tell, and also on constants alone, has
+no count at all: a tool that computes the constants leaves a file with one use less, and nobody can tell.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
+import itertools
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -25,6 +28,7 @@ from onelora_compile.passes.sites.other_uses import users
 
 Weight = tuple[nn.Module, str]
 Counts = collections.Counter[Any]  # of modules: calls; of weights: reads
+_SHAPES = ("shape", "size", "dim", "ndim", "numel", "len", "device", "dtype")
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal")
 
 
@@ -36,30 +40,66 @@ class UseCounter:
         self._parents = {child: module for module in model.modules() for child in module.children()}
         self._least: dict[nn.Module, Counts] = {}
         self._most: dict[nn.Module, Counts] = {}
+        self._constant: dict[nn.Module, set[Any]] = {}
+        self._sized: dict[nn.Module, set[Any]] = {}
         self._known: set[nn.Module] = set()  # whose code was followed to its end
 
-    def add(self, module: nn.Module, least: Mapping[Any, int], most: Mapping[Any, int], known: bool) -> None:
+    def add(self, module: nn.Module, bounds: Bounds, known: bool) -> None:
         """Note how often the code of a module calls others and reads weights; several pieces of code add up.
 
         Args:
             module: whose code.
-            least: how often by any way through it.
-            most: and by one of them.
+            bounds: how often by the ways through it.
             known: whether some way came to the end.
         """
         self._known |= {module} if known else set()
-        self._least.setdefault(module, collections.Counter()).update(least)
-        self._most.setdefault(module, collections.Counter()).update(most)
+        self._least.setdefault(module, collections.Counter()).update(bounds.least)
+        self._most.setdefault(module, collections.Counter()).update(bounds.most)
+        self._constant.setdefault(module, set()).update(bounds.constant)
+        self._sized.setdefault(module, set()).update(bounds.sized)
 
     def times(self, called: Collection[nn.Module], weights: Collection[Weight]) -> dict[Weight, tuple[int, int]]:
-        """The uses of the weights, at least and at most, where the most is not one; of one without any: (1, 0).
+        """The uses of the weights, at least and at most, where that is not once; of what nothing uses (0, 0).
+
+        Of one that has no count the most is 0, and the least 1 or more.
 
         Args:
             called: linears whose calls are uses of their `weight`.
             weights: which to tell of.
         """
         least, most = self._times(self._least, called, weights), self._times(self._most, called, weights)
-        return {weight: (max(1, least[weight]), times) for weight, times in most.items() if times != 1}
+        constant, sized = self._marked(self._constant, called), self._marked(self._sized, called)
+        found = {weight: (max(1, least[weight]), times) for weight, times in most.items() if times > 1}
+        found |= {weight: (0, 0) for weight, times in most.items() if not times}
+        return found | {
+            weight: (max(1, least[weight]), 0)
+            for weight, times in most.items()
+            if times and constant(weight) and sized(weight)
+        }
+
+    def _marked(self, marks: dict[nn.Module, set[Any]], called: Collection[nn.Module]) -> Callable[[Weight], bool]:
+        """Tells whether some way to a weight has a mark."""
+        users: dict[Any, list[tuple[nn.Module, bool]]] = collections.defaultdict(list)
+        for user, own in self._most.items():
+            for one in own.keys() | marks.get(user, set()):
+                users[one].append((user, one in marks.get(user, set())))
+        known: dict[nn.Module, bool] = {self._model: False}
+
+        def of(module: nn.Module) -> bool:
+            if module not in known:
+                known[module] = False  # while it is looked at
+                known[module] = any(mark or of(user) for user, mark in users[module]) or (
+                    not users[module] and module in self._parents and of(self._parents[module])
+                )
+            return known[module]
+
+        def marked(weight: Weight) -> bool:
+            module, name = weight
+            return any(mark or of(user) for user, mark in users[weight]) or (
+                module in called and name == "weight" and of(module)
+            )
+
+        return marked
 
     def _times(
         self, counts: dict[nn.Module, Counts], called: Collection[nn.Module], weights: Collection[Weight]
@@ -89,11 +129,70 @@ class UseCounter:
         return found
 
 
-def bounds(ways: Sequence[Followed]) -> tuple[Counts, Counts]:
-    """How often modules are called and weights read, by one way at least, and at most."""
-    counts = [(not way.error, _counts(way)) for way in ways]
-    whole = [one for ended, one in counts if ended] or [one for _, one in counts]
-    return functools.reduce(operator.and_, whole), functools.reduce(operator.or_, (one for _, one in counts))
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """How often modules are called and weights read by some code.
+
+    Attributes:
+        least: by any way through it.
+        most: and by one of them.
+        constant: what is called with, or used on, constants alone by one of them.
+        sized: what is called or used more often where there is more of something.
+    """
+
+    least: Mapping[Any, int]
+    most: Mapping[Any, int]
+    constant: Collection[Any]
+    sized: Collection[Any]
+
+    def renamed(self, name: Callable[[Any], Any]) -> Bounds:
+        """By other keys; what has none, None, is left out."""
+        least, most = (
+            {name(one): n for one, n in own.items() if name(one) is not None} for own in (self.least, self.most)
+        )
+        constant, sized = ({name(one) for one in own} - {None} for own in (self.constant, self.sized))
+        return Bounds(least, most, constant, sized)
+
+
+def bounds(ways: Sequence[Followed]) -> Bounds:
+    """What the ways through some code have in common, and what one of them has."""
+    counts = [(way, _counts(way)) for way in ways]
+    plain = [(way, one) for way, one in counts if way.size == 1]
+    whole = [one for way, one in plain if not way.error] or [one for _, one in plain]
+    sized: set[Any] = set()
+    for (_, few), (way, many) in itertools.pairwise(counts):
+        if way.size > 1 and not way.error:
+            sized |= {one for one in few.keys() | many.keys() if few[one] != many[one]}
+    constant = set[Any]().union(*map(_on_constants, ways)) if sized else set()
+    return Bounds(functools.reduce(operator.and_, whole), functools.reduce(operator.or_, whole), constant, sized)
+
+
+def _on_constants(way: Followed) -> set[Any]:
+    """The modules that are called with constants alone, and the weights that are used on them."""
+    hang: set[fx.Node] = set()  # on values
+    found: set[Any] = set()
+    weights = {node: held for node, root in users(way.gm) if (held := way.held.get(str(root.target))) is not None}
+    for node in way.gm.graph.nodes:
+        name = op_name(node) or str(node.target)
+        if node.op == "placeholder" or any(word in name for word in _RANDOM):
+            hang.add(node)
+        elif any(one in hang for one in node.all_input_nodes) and not _of_a_shape(node, name):
+            hang.add(node)
+        elif CALLED in node.meta:
+            found.add(node.meta[CALLED])
+        elif node in weights:
+            found.add(weights[node])
+    return found
+
+
+def _of_a_shape(node: fx.Node, name: str) -> bool:
+    """Whether a value goes by the shape of another alone."""
+    return (
+        name in _SHAPES
+        or name.startswith("new_")
+        or name.endswith("_like")
+        or (node.target is getattr and node.args[1] in _SHAPES)
+    )
 
 
 def _counts(way: Followed) -> Counts:

@@ -28,6 +28,8 @@ class Followed:
         held: who holds each parameter of it, and its name there, by the target of its node.
         asked: how many answers the code asked for.
         error: what ended it early; "" if nothing did.
+        size: what it took for sizes and numbers that only values could tell.
+        guessed: whether it met one.
         replaced: the parameters in whose place `torch.func.functional_call` put something else.
     """
 
@@ -35,11 +37,20 @@ class Followed:
     held: dict[str, tuple[nn.Module, str]]
     asked: int
     error: str
+    size: int
+    guessed: bool
     replaced: list[tuple[nn.Module, str]]
 
 
 def follow(
-    module: nn.Module, entry: Entry, values: int, answer: bool, training: bool, holders: Holders, inside: Inside
+    module: nn.Module,
+    entry: Entry,
+    values: int,
+    answer: bool,
+    size: int,
+    training: bool,
+    holders: Holders,
+    inside: Inside,
 ) -> Followed:
     """Follow some code of a module, as far as it goes.
 
@@ -48,6 +59,7 @@ def follow(
         entry: the code.
         values: how many arguments are given.
         answer: what an `if` on a value goes by.
+        size: what a loop over a value goes by.
         training: the mode that the module is in.
         holders: of the model's parameters.
         inside: `held_in` the module.
@@ -61,7 +73,7 @@ def follow(
     shadow.__dict__["training"] = training
     for name in ("_parameters", "_buffers", "_modules"):
         shadow.__dict__[name] = dict(getattr(module, name))
-    tracer, error = Tracer(answer, holders, inside), ""
+    tracer, error = Tracer(answer, size, holders, inside), ""
     try:
         with (
             silent("stdout", "stderr"),
@@ -78,4 +90,4 @@ def follow(
     shadow.__dict__["_parameters"].update(tracer.parameters)
     held = {target: found for target, one in tracer.parameters.items() if (found := tracer.holder(one)) is not None}
     replaced = [(module if one is shadow else one, name) for one, name in tracer.replaced]
-    return Followed(fx.GraphModule(shadow, graph), held, tracer.asked, error, replaced)
+    return Followed(fx.GraphModule(shadow, graph), held, tracer.asked, error, size, tracer.guessed, replaced)

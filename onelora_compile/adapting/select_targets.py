@@ -115,7 +115,7 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
         raise TargetError(_nothing_selected(model, config, skipped, not_linear))
     for key, target in targets.items():
         _check_adaptable(key, target)
-    uses = {key: candidates[key].uses for key in targets if candidates[key].uses[1] > 1}
+    uses = {key: candidates[key].uses for key in targets if candidates[key].uses not in ((0, 0), (1, 1))}
     return Selection(targets, _saved_parameters(model, config, saved_modules), skipped, not_linear, uses)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from onelora_compile.adapting.count_uses import UseCounter, bounds
+from onelora_compile.adapting.count_uses import Bounds, UseCounter, bounds
 from onelora_compile.adapting.entries import Entry, entries, hooks_of
 from onelora_compile.adapting.follow_forward import Followed, follow
 from onelora_compile.adapting.holders import Holders, References, held_in, of_torch
@@ -39,7 +39,7 @@ INSIDE = "used in the forward of a linear that is adapted by its own weight or o
 MIXED = "used as a view that mixes its axes, so which of them are inputs can't be told"
 PAST = "taken out of a dictionary or a list of parameters, where it can't be handed out adapted"
 WRITTEN = "written to by the forward, which would write to a copy of it"
-REPLACED = "called with another weight in its place (torch.func.functional_call), which has no vector"
+REPLACED = "its module is called with another weight in its place (torch.func.functional_call, or an assignment)"
 KEPT = (BOTH_WAYS, PAST, WRITTEN, REPLACED)  # reasons that no other use of the weight takes away
 READ = "read besides by an op that is no linear one"
 GIVEN = "given to a function of torch.jit.script, which nothing can follow" + ASK
@@ -142,7 +142,7 @@ class _Code:
         self._names: Known = {}
         self._holders = Holders(model)
         self._references = References(self._holders)
-        self._counted: dict[Any, list[tuple[dict[str, int], dict[str, int], bool]]] = {}
+        self._counted: dict[Any, list[tuple[Bounds, bool]]] = {}
         self._counter = UseCounter(model)
         self._writing: dict[type[nn.Module], bool] = {}
         self._replacing: set[Any] = set()
@@ -163,7 +163,7 @@ class _Code:
                 yield DirectRead(module, "weight", None, why=WRITTEN)
         elif type(module) is nn.Sequential:
             once = dict.fromkeys(module.children(), 1)
-            self._counter.add(module, once, once, known=True)
+            self._counter.add(module, Bounds(once, once, (), ()), known=True)
         elif not of_torch(module) and any(one in self._called for one in module.modules()):
             yield from self._count_calls(module)
 
@@ -198,7 +198,7 @@ class _Code:
                 continue  # how it uses its own weight is known
             # How often is asked where a model is used.
             known = any(not way.error for _, way in ways)
-            self._counter.add(module, *bounds([way for training, way in ways if not training]), known)
+            self._counter.add(module, bounds([way for training, way in ways if not training]), known)
             if not known:
                 yield from self._not_followed(module, ways[0][1].error)
 
@@ -218,17 +218,16 @@ class _Code:
         if key not in self._counted:
             self._counted[key] = []
             for _, ways in self._ways(module, (False,)):
-                found = ({names[m]: n for m, n in one.items() if m in names} for one in bounds([w for _, w in ways]))
-                self._counted[key].append((*found, any(not way.error for _, way in ways)))  # type: ignore[arg-type]
+                found = bounds([way for _, way in ways]).renamed(names.get)
+                self._counted[key].append((found, any(not way.error for _, way in ways)))
                 if any(way.replaced for _, way in ways):
                     self._replacing.add(key)
         if key in self._replacing:
             yield from self._followed(module)
             return
         inner = module.get_submodule
-        for least, most, known in self._counted[key]:
-            below, above = ({inner(name): times for name, times in one.items()} for one in (least, most))
-            self._counter.add(module, below, above, known)
+        for found, known in self._counted[key]:
+            self._counter.add(module, found.renamed(inner), known)
 
     def _ways(self, module: nn.Module, modes: Sequence[bool]) -> Iterator[tuple[Entry, list[tuple[bool, Followed]]]]:
         """The code that a call of a module runs, with the ways through it in each mode."""
@@ -242,12 +241,12 @@ class _Code:
                 if one is None or any(not way.error for _, way in ways):
                     continue
                 for values, training in itertools.product(one.arguments, modes):
-                    for answer in (False, True):
+                    for answer, size in ((False, 1), (False, 2), (True, 1)):
+                        if (size > 1 and not ways[-1][1].guessed) or (answer and not ways[-1][1].asked):
+                            continue
                         with kept:
-                            way = silently(follow, module, one, values, answer, training, self._holders, inside)
+                            way = silently(follow, module, one, values, answer, size, training, self._holders, inside)
                         ways.append((training, way))
-                        if not way.asked:
-                            break
             yield entry, ways
 
     def _not_followed(self, module: nn.Module, error: str) -> Iterator[DirectRead]:

@@ -61,7 +61,7 @@ def not_entered(function: Any) -> Callable[..., Any]:
 
 
 class _Value(fx.Proxy):
-    """A value of which code may ask more than a graph can hold: its length, or a number. It is 1."""
+    """A value of which code may ask more than a graph can hold: its length, or a number. Both are guessed."""
 
     def __getattr__(self, k: str) -> Any:
         node = self.__dict__.get("node")
@@ -89,10 +89,10 @@ class _Value(fx.Proxy):
         return self.tracer.length(self)  # type: ignore[attr-defined]
 
     def __index__(self) -> int:
-        return 1
+        return self.tracer.guess()  # type: ignore[attr-defined]
 
     def __int__(self) -> int:
-        return 1
+        return self.tracer.guess()  # type: ignore[attr-defined]
 
     def __float__(self) -> float:
         return 1.0
@@ -135,10 +135,12 @@ class Uses(TorchFunctionMode):
 class Tracer(fx.Tracer):
     """Follows one function."""
 
-    def __init__(self, answer: bool, holders: Holders, inside: Inside) -> None:
+    def __init__(self, answer: bool, size: int, holders: Holders, inside: Inside) -> None:
         super().__init__()
         self.answer = answer
         self.asked = 0
+        self.guessed = False
+        self._size = size
         self.proxy_buffer_attributes = True
         self.parameters: dict[str, nn.Parameter] = {}  # by the target of their node
         self._holders = holders
@@ -150,12 +152,14 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of the forward of a module."""
-        own = nn.Module.get_parameter
-        nn.Module.get_parameter = _stored_parameter  # type: ignore[method-assign, assignment]
+        kind: Any = nn.Module
+        own = kind.get_parameter, kind.__setattr__
+        kind.get_parameter = _stored_parameter
+        kind.__setattr__ = lambda module, name, value: self._assign(own[1], module, name, value)
         try:
             return super().trace(root, concrete_args)
         finally:
-            nn.Module.get_parameter = own  # type: ignore[method-assign]
+            kind.get_parameter, kind.__setattr__ = own
 
     def holder(self, parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
         """The module that holds it, one inside the followed module rather than another; None outside the model."""
@@ -202,6 +206,18 @@ class Tracer(fx.Tracer):
             with contextlib.suppress(Exception):  # as for the whole
                 forward(*args, **kwargs)
         return node
+
+    def _assign(self, own: Any, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute; a parameter, and the one that takes its place, can't be handed out adapted."""
+        before = vars(module).get("_parameters", {}).get(name)
+        if self._elsewhere() or before is None or not isinstance(value, (fx.Proxy, nn.Parameter)):
+            return own(module, name, value)
+        given = self.parameters.get(str(value.node.target)) if isinstance(value, fx.Proxy) else value
+        held = [self.holder(one) for one in (before, given) if isinstance(one, nn.Parameter) and one.ndim > 1]
+        self.replaced += [one for one in held if one is not None]
+        stored: Any = module._parameters
+        stored[name] = value
+        return None
 
     def call_with(
         self, call: Any, module: nn.Module, values: Any, args: Any = None, kwargs: Any = None, **options: Any
@@ -285,7 +301,12 @@ class Tracer(fx.Tracer):
         """How many parts a value has, as far as it is known."""
         self.note(obj.node)
         value = obj.node.meta.get("val")
-        return len(value) if isinstance(value, (tuple, Tensor)) else 1
+        return len(value) if isinstance(value, (tuple, Tensor)) else self.guess()
+
+    def guess(self) -> int:
+        """A number that only values could tell."""
+        self.guessed = True
+        return self._size
 
     def note(self, node: fx.Node) -> None:
         """Leave on a node that is a parameter, or a view of one, what it would be, without memory."""

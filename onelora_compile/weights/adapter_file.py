@@ -47,7 +47,7 @@ from onelora_compile.printable import shortened
 from onelora_compile.progress import over_weights
 from onelora_compile.sharded import together, whole, write_whole
 from onelora_compile.version import __version__
-from onelora_compile.weights.atomic_write import refuse_ending, replacing
+from onelora_compile.weights.atomic_write import ADAPTER, refuse_other_kinds, replacing
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of, fingerprint_of_values
 
 FORMAT = "onelora"
@@ -69,7 +69,8 @@ class AdapterFile:
         bases: fingerprints of the values that `saved` had before training, of floating tensors; empty if an older
             version wrote the file.
         aliases: of trained parameters that are tied to others, the names of these.
-        uses: how often one forward of the model uses a weight, at least and at most, where that may be more than once.
+        uses: how often one forward of the model uses a weight, at least and at most, where that may be more than once;
+            at most 0 where there is no count: the sizes of inputs tell, and one use is of constants.
     """
 
     config: OneLoRAConfig
@@ -93,12 +94,12 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     Of a model that is sharded over processes (`fully_shard`) every process must call this; one writes the file.
 
     Raises:
-        ConfigError: the path ends in .onnx.
+        ConfigError: the path is that of a file of another kind: an ONNX model, the weights of a model.
         StateError: the model is not adapted, or a `disabled` block is open.
         AdapterFileError: a vector holds NaN or infinity (training diverged).
         OSError: the file can't be written; an old file is left as it was.
     """
-    refuse_ending(path, ".onnx", "an ONNX model", "path")
+    refuse_other_kinds(path, ADAPTER, "path")
     root = unwrap(model)
     state = state_of(root, "save")
     tensors = {name: whole(vector.detach()).to("cpu", torch.float32) for name, vector in vectors(root).items()}

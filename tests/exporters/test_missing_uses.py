@@ -1,5 +1,6 @@
 """A use of a weight that a tool computed into a constant: the file is refused by name, or all uses are folded."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
+from onelora_compile.adapting.select_targets import select
 from onelora_compile.errors import ConfigError, ExportError
 from onelora_compile.exporters import OnnxRunner, convert_adapter, export_onnx, fold_onnx
 from onelora_compile.testing import fill_vectors, merged_copy
@@ -187,3 +189,69 @@ def test_the_count_travels_with_the_adapter(tmp_path):
     assert read_adapter(tmp_path / "c.safetensors").uses == {"a": (2, 2)}
     older = dataclasses.replace(read_adapter(path), uses={})  # as a version without it wrote
     assert older.vectors.keys() == read_adapter(path).vectors.keys()
+
+
+class Loop(nn.Module):
+    """Uses `b` once on what it learned, and on each of what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.block = nn.Linear(8, 8), nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.first = nn.Parameter(torch.randn(8))
+        self.register_buffer("table", torch.randn(8, 8))
+
+
+def recurrent(s, x):
+    state = s.first
+    for t in range(x.shape[1]):
+        state = torch.tanh(s.a(x[:, t]) + s.b(state))
+    return state
+
+
+def unfolded(s, x, steps: int = 3):
+    state = s.first
+    for _ in range(steps):
+        state = s.b(state) + s.a(x[:, 0])
+    return state
+
+
+LOOPS = {
+    "recurrent": recurrent,
+    "by_a_number": unfolded,
+    "unbind": lambda s, x: sum(s.b(one) for one in x.unbind(1)) + s.a(x[:, 0]) - s.b(s.first),
+    "iteration": lambda s, x: torch.stack([s.b(one) for one in x]).sum(0)[:2] + s.a(x[:, 0]) - s.b(s.first),
+    "chunk": lambda s, x: sum(s.b(one[:, 0]) for one in x.chunk(x.size(1), 1)) + s.a(x[:, 0]) - s.b(s.first),
+    "in_a_block": lambda s, x: sum(s.block(one) for one in x.unbind(1)) + s.a(x[:, 0]) - s.block(s.table).sum(0),
+    "made_of_a_size": lambda s, x: (
+        sum(s.b(one) for one in x.unbind(1)) + s.a(x[:, 0]) + s.b(torch.arange(8.0) * x.shape[1])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_use_on_constants_besides_a_loop_over_the_input_is_not_counted_but_refused(name, tmp_path):
+    torch.manual_seed(0)
+    base, x = type("Model", (Loop,), {"forward": LOOPS[name]})().eval(), torch.randn(2, 3, 8)
+    names = ["a", "block.0" if name == "in_a_block" else "b"]
+    config = onelora.OneLoRAConfig(target_modules=names)
+    model = fill_vectors(onelora.adapt(copy.deepcopy(base), config), 0.3)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    torch.onnx.export(base, (x,), tmp_path / "base.onnx", dynamo=True, verbose=False)
+    with pytest.raises(ExportError, match=r"the uses of (b|block\.0) can't be counted"):
+        fold_onnx(tmp_path / "base.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+    export_onnx(model, (x,), tmp_path / "right.onnx")
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: sum(s.b(one) for one in x.unbind(1)) + s.a(x[:, 0]) + s.first,
+        lambda s, x: s.b(s.first) + sum(s.a(one) for one in x.unbind(1)),
+        lambda s, x: s.b(x[:, 0]) + s.a(x.new_zeros(x.shape[0], 8) + x[:, 1]),
+    ],
+)
+def test_a_loop_without_a_use_on_constants_is_counted(forward):
+    torch.manual_seed(0)
+    base = type("Model", (Loop,), {"forward": forward})().eval()
+    assert all(most for _, most in select(base, onelora.OneLoRAConfig()).uses.values())

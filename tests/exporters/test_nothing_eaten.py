@@ -113,6 +113,57 @@ def test_a_pipe_stays_a_pipe(here, name, kind):
     assert not list(here.glob(".onelora-*"))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "load.onnx.vectors",
+        "base.onnx.data",
+        "other.safetensors",
+        "w.bin",
+        "w.pt",
+        "w.json",
+        "w.npz",
+        "notes",
+        "m.engine",
+    ],
+)
+@pytest.mark.parametrize("writer", ["fold", "export", "save", "engine"])
+def test_no_writer_takes_the_place_of_a_file_of_another_kind(here, writer, name):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.ones(2)}, here / "other.safetensors")
+    (here / "w.bin").write_bytes(np.ones(9, "f4").tobytes())
+    torch.save(torch.ones(2), here / "w.pt")
+    (here / "w.json").write_text('{"a": 1}')
+    np.savez(here / "w.npz", a=np.ones(2))
+    (here / "notes").write_text("mine")
+    (here / "m.engine").write_bytes(b"ftrt")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+    model = onelora.load_adapter(base, here / "a.safetensors")
+    write = {
+        "fold": lambda out: fold_onnx(here / "base.onnx", here / "a.safetensors", out, progress=False),
+        "export": lambda out: export_onnx(model, (X,), out, progress=False),
+        "save": lambda out: onelora.save_adapter(model, out),
+        "engine": lambda out: build_engine(here / "input.onnx", out, progress=False),
+    }[writer]
+    if writer == "engine" and name == "m.engine":
+        return
+    before = content(here)
+    with pytest.raises(ConfigError, match=r"a file that ends in|is there and is not|would overwrite the input"):
+        write(here / name)
+    assert content(here) == before
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.bin", "m"])
+def test_a_file_of_the_same_kind_is_replaced(here, name):
+    fold_onnx(here / "base.onnx", here / "a.safetensors", here / name, progress=False)
+    fold_onnx(here / "base.onnx", here / "b.safetensors", here / name, progress=False)
+    (here / "half.onnx").write_bytes(b"")
+    fold_onnx(here / "base.onnx", here / "b.safetensors", here / "half.onnx", progress=False)
+    np.testing.assert_array_equal(outputs(here / name), outputs(here / "half.onnx"))
+
+
 def test_an_engine_is_none_of_its_inputs(here):
     base, a = here / "base.onnx", here / "a.safetensors"
     beside = a.rename(here / "m.engine.safetensors")
