@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 _DTYPES = (torch.float32, torch.float64)  # half precision sums in float32, so its matmuls would need copies of g
 _PLAIN = (Tensor, nn.Parameter)
-_PARAMETERS = {"weight", "bias"}  # of an ordinary nn.Linear, which without a bias has None there
+_PARAMETERS = ("weight", "bias")  # of an ordinary nn.Linear, which without a bias has None there
 
 
 def takes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], vector: Tensor) -> bool:
@@ -34,9 +34,11 @@ def takes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], vect
     Subclasses of tensors (DTensor, fake and quantised ones), transforms of torch.func, autocast, a weight that is
     trained too, an overridden forward, a weight or a bias that is no parameter (pruned, computed): all False.
     """
+    if torch.compiler.is_compiling():  # first: nothing below has to be known to any release of Dynamo
+        return False
     if len(args) != 1 or kwargs or getattr(module, "_onelora_base", None) is not nn.Linear:
         return False
-    if not _PARAMETERS <= module._parameters.keys():
+    if any(name not in module._parameters for name in _PARAMETERS):
         return False
     x, weight, bias = args[0], module._parameters["weight"], module._parameters["bias"]
     if type(x) is not Tensor or type(weight) not in _PLAIN or weight is None or x.ndim < 1:
@@ -48,8 +50,7 @@ def takes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], vect
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return False
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
+        torch._C._is_tracing()
         or torch.is_autocast_enabled(x.device.type)
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
