@@ -161,6 +161,8 @@ def _bind(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
 
 def _is_of_another_type(kind: str, value: Any) -> bool:
     """What tells the overloads of aten apart besides their tensors."""
+    if kind == "str":  # the name of an axis, before 2.13
+        return not isinstance(value, str)
     if kind == "int":
         return isinstance(value, (str, list, tuple))
     return kind == "List[int]" and isinstance(value, str)

@@ -18,6 +18,7 @@ for _schema in (
     *("linear(Tensor x, Tensor w) -> Tensor", "matmul(Tensor x, Tensor w) -> Tensor", "t(Tensor w) -> Tensor"),
     *("einsum(str equation, Tensor[] xs) -> Tensor", "view(Tensor w, int[] shape) -> Tensor"),
     *("layer_norm(Tensor x, int[] shape) -> Tensor", "write(Tensor(a!) x) -> ()"),
+    *("select.Dimname(Tensor x, str dim, int index) -> Tensor", "select.int(Tensor x, int dim, int index) -> Tensor"),
 ):
     _library.define(_schema)
 MINE = torch.ops.onelora_test_identity
@@ -183,3 +184,14 @@ def test_functions_and_methods_as_operators(call, expected):
     own.output(node)
     value = torch.randn(5, 1)
     assert torch.is_tensor(fx.GraphModule({}, own)(value))
+
+
+def test_an_axis_by_its_number_is_no_axis_by_its_name():
+    """PyTorch 2.11 lists the overloads with names of axes first, and any order is right."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    by_number = graph.call_function(MINE.select, (x, -1, 0))
+    by_name = graph.call_function(MINE.select, (x, "rows", 0))
+    as_operator(by_number)
+    as_operator(by_name)
+    assert (by_number.target, by_name.target) == (MINE.select.int, MINE.select.Dimname)
