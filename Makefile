@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $(READY)
 
-demo: $(READY)  ## Train, compare, export and swap adapters on handwritten digits (2 minutes)
+demo: $(READY)  ## Adapt a pretrained sentence encoder to three tasks, compare, swap, export (3 minutes)
 	$(BIN)/onelora demo
 
 test: $(READY)  ## Run the tests

@@ -34,6 +34,7 @@ __all__ = [
     "__version__",
     "adapt",
     "detach",
+    "diagnose",
     "disabled",
     "explain",
     "load_adapter",

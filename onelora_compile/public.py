@@ -17,6 +17,7 @@ from onelora_compile.errors import (
     StateError,
     TargetError,
 )
+from onelora_compile.report.diagnose import diagnose
 from onelora_compile.report.explain import explain
 from onelora_compile.report.summary import summary
 from onelora_compile.version import __version__
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "adapt",
     "detach",
+    "diagnose",
     "disabled",
     "explain",
     "load_adapter",

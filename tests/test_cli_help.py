@@ -138,6 +138,7 @@ KEYS = {
     "verify": {"comparisons", "passed"},
     "engine": {"files", "bytes", "manifest", "losses"},
     "bundle": {"folder", "jetpack", "checks"},
+    "diagnose": {"layers", "loss", "norms"},
     "doctor": {"version", "parts"},
 }
 

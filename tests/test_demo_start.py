@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from onelora_compile.examples.digits.import_peft import import_peft, without_noise_of_torchao
+from onelora_compile.examples.imports import import_peft, without_noise_of_torchao
 
 
 def test_it_starts_in_silence():
     """All that the demo needs is imported at its start."""
     pytest.importorskip("peft")
-    code = "from onelora_compile.examples.digits.report import check_dependencies; check_dependencies()"
+    code = "from onelora_compile.examples.sentences.run import check_dependencies; check_dependencies()"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
 

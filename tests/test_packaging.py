@@ -76,7 +76,7 @@ def test_importing_needs_none_of_the_extras(package):
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
         "import onelora_compile, onelora_compile.exporters, onelora_compile.passes, onelora_compile.backend\n"
-        "import onelora_compile.cli, onelora_compile.examples.digits.run\n"
+        "import onelora_compile.cli, onelora_compile.examples.digits.run, onelora_compile.examples.sentences.run\n"
         "import torch; onelora_compile.adapt(torch.nn.Linear(2, 2))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

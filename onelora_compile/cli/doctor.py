@@ -33,7 +33,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Diagnosis(Printable):
+class Checkup(Printable):
     """Versions and devices, with what each means."""
 
     version: str
@@ -46,9 +46,9 @@ class Diagnosis(Printable):
         return table
 
 
-def diagnose() -> Diagnosis:
+def examine() -> Checkup:
     """Look at what is installed and which devices there are."""
-    return Diagnosis(__version__, [*_needed(), *_optional(), *map(_tensorrt, ("tensorrt", "rtx"))])
+    return Checkup(__version__, [*_needed(), *_optional(), *map(_tensorrt, ("tensorrt", "rtx"))])
 
 
 def _needed() -> Iterator[Part]:

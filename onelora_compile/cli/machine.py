@@ -10,10 +10,11 @@ import typer
 from onelora_compile.cli.app import command
 
 if TYPE_CHECKING:
-    from onelora_compile.cli.doctor import Diagnosis
+    from onelora_compile.cli.doctor import Checkup
     from onelora_compile.cli.user_function import Loaded
-    from onelora_compile.examples.digits.results import DemoResult
+    from onelora_compile.examples.sentences.results import DemoResult
     from onelora_compile.report.bench import BenchReport
+    from onelora_compile.report.diagnose import LayerReport
 
 
 @command("onelora bench mymodels:make --rounds 21")
@@ -31,12 +32,28 @@ def bench(
         return measure(loaded.model, loaded.args, loaded.kwargs, rounds=rounds, compiled=compiled)
 
 
-@command("onelora doctor")
-def doctor() -> Diagnosis:
-    """Show versions, compiler, runtimes and GPU, and what each means for you."""
-    from onelora_compile.cli.doctor import diagnose
+@command("onelora diagnose mymodels:make")
+def diagnose(
+    target: Annotated[str, typer.Argument(help="module:function, as in export; best with real data and labels.")],
+    layers: Annotated[list[str] | None, typer.Option("--target", help="Only these layers, as target_modules.")] = None,
+) -> LayerReport:
+    """Tell which layers 1LoRA can move: the share of each gradient that lies along the ones, before any training."""
+    from onelora_compile.adapting.config import OneLoRAConfig
+    from onelora_compile.cli.user_function import load_target
+    from onelora_compile.report.diagnose import diagnose as look
 
-    return diagnose()
+    loaded = load_target(target)
+    with loaded.blamed():
+        config = OneLoRAConfig(target_modules=layers) if layers else OneLoRAConfig()
+        return look(loaded.model, loaded.args, loaded.kwargs, config=config)
+
+
+@command("onelora doctor")
+def doctor() -> Checkup:
+    """Show versions, compiler, runtimes and GPU, and what each means for you."""
+    from onelora_compile.cli.doctor import examine
+
+    return examine()
 
 
 @command("onelora demo -o onelora-demo")
@@ -44,11 +61,12 @@ def demo(
     folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for what it writes.")] = Path("onelora-demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only: to see that it runs.")] = False,
+    data: Annotated[Path | None, typer.Option(help="The archive of the sentences; downloaded once without.")] = None,
 ) -> DemoResult:
-    """Adapt a small vision transformer to shifted digits, compare methods, export to ONNX (about 2 minutes)."""
-    from onelora_compile.examples.digits.run import run_demo
+    """Adapt a pretrained sentence encoder to three tasks, compare methods, deploy the adapters (about 3 minutes)."""
+    from onelora_compile.examples.sentences.run import run_demo
 
-    return run_demo(folder, seed=seed, quick=quick)
+    return run_demo(folder, seed=seed, quick=quick, data=data)
 
 
 def _own_model() -> Loaded:

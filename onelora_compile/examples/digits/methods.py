@@ -10,7 +10,7 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.errors import require
-from onelora_compile.examples.digits.import_peft import import_peft
+from onelora_compile.examples.imports import import_peft
 
 # Learning rates: the best mean accuracy over seeds 0, 1, 2 on a fifth of the training images of domain A, which
 # that search did not train on, out of 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1; 300 steps each. Where an end of this

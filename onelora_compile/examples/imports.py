@@ -1,8 +1,8 @@
-"""PEFT without what torchao says while it is imported.
+"""PEFT and transformers without what they say about nothing that the reader of an example could see or change.
 
 PEFT imports transformers, which imports torchao wherever it is installed. torchao then logs each of its CUDA kernels
-that is for another GPU or Python, and registers two enums in a way that newer PyTorch logs as deprecated. The demo
-quantises nothing, so these lines are about nothing that its reader could see or change.
+that is for another GPU or Python, and registers two enums in a way that newer PyTorch logs as deprecated. The examples
+quantise nothing. Loading weights, transformers shows a bar for a part of a second and lists a pooler that is not used.
 """
 
 from __future__ import annotations
@@ -26,6 +26,33 @@ def import_peft() -> ModuleType:
     """
     with without_noise_of_torchao():
         return require("peft", "demo", "compare with LoRA and MiSS")
+
+
+def import_transformers() -> ModuleType:
+    """The module `transformers`.
+
+    Raises:
+        MissingExtraError: it is not installed; the message names the extra.
+    """
+    with without_noise_of_torchao():
+        transformers = require("transformers", "demo", "load a pretrained model")
+        require("transformers.modeling_utils", "demo", "load a pretrained model")  # imports torchao
+    return transformers
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Weights are loaded without a bar and without a list of what the file holds besides."""
+    logging_of = import_transformers().utils.logging
+    level, shown = logging_of.get_verbosity(), logging_of.is_progress_bar_enabled()
+    logging_of.set_verbosity_error()
+    logging_of.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging_of.set_verbosity(level)
+        if shown:
+            logging_of.enable_progress_bar()
 
 
 @contextlib.contextmanager

