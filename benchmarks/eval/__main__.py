@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from onelora_compile.examples.measure import machine
+from onelora_compile.examples.recipes import accuracy
 from onelora_compile.examples.sentences.data import Task, load_tasks
 from onelora_compile.examples.sentences.methods import METHODS, trained_numbers
 from onelora_compile.examples.sentences.model import SentenceClassifier, Tokens
 from onelora_compile.examples.sentences.rates import RATES
-from onelora_compile.examples.sentences.train import STEPS, accuracy, batches, predict, train
+from onelora_compile.examples.sentences.train import STEPS, batches, predict, train
 from onelora_compile.testing import saved_bytes
 
 from . import store

@@ -9,8 +9,7 @@ from pathlib import Path
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.errors import require
-from onelora_compile.examples.imports import import_peft
+from onelora_compile.examples.recipes import Prepare, save_onelora, save_peft, save_trained, train_only, with_peft
 
 # Learning rates: the best mean accuracy over seeds 0, 1, 2 on a fifth of the training images of domain A, which
 # that search did not train on, out of 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1; 300 steps each. Where an end of this
@@ -31,7 +30,7 @@ class Method:
 
     name: str
     learning_rate: float
-    prepare: Callable[[nn.Module], nn.Module]
+    prepare: Prepare
     save: Callable[[nn.Module, Path], Path]
     compiled: bool = False
 
@@ -44,52 +43,15 @@ def all_methods() -> list[Method]:
     """In the order of the tables; 1LoRA adapts the same linears as LoRA and MiSS: all of them."""
     norms = onelora.OneLoRAConfig(train_norms=True)
     return [
-        Method("head only", 0.3, _train_only(lambda name: name.startswith("head.")), _save_trained),
-        Method("BitFit", 0.1, _train_only(lambda name: name.endswith(".bias")), _save_trained),
-        Method("LoRA r=1", 0.03, _lora, _save_peft),
-        Method("MiSS r=1", 0.03, _miss, _save_peft),
-        Method(ONE_LORA, 0.03, onelora.adapt, _save_onelora, compiled=True),
-        Method("1LoRA(norms)", 0.01, lambda model: onelora.adapt(model, norms), _save_onelora),
-        Method("full fine-tuning", 0.01, lambda model: model, _save_trained),
+        Method("head only", 0.3, train_only(lambda name: name.startswith("head.")), save_trained),
+        Method("BitFit", 0.1, train_only(lambda name: name.endswith(".bias")), save_trained),
+        Method("LoRA r=1", 0.03, with_peft("LoraConfig", _linears, lora_alpha=1), save_peft),
+        Method("MiSS r=1", 0.03, with_peft("MissConfig", _linears), save_peft),
+        Method(ONE_LORA, 0.03, onelora.adapt, save_onelora, compiled=True),
+        Method("1LoRA(norms)", 0.01, lambda model: onelora.adapt(model, norms), save_onelora),
+        Method("full fine-tuning", 0.01, lambda model: model, save_trained),
     ]
-
-
-def _train_only(chosen: Callable[[str], bool]) -> Callable[[nn.Module], nn.Module]:
-    def prepare(model: nn.Module) -> nn.Module:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(chosen(name))
-        return model
-
-    return prepare
 
 
 def _linears(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-
-def _lora(model: nn.Module) -> nn.Module:
-    peft = import_peft()
-    return peft.get_peft_model(model, peft.LoraConfig(r=1, lora_alpha=1, target_modules=_linears(model)))
-
-
-def _miss(model: nn.Module) -> nn.Module:
-    peft = import_peft()
-    return peft.get_peft_model(model, peft.MissConfig(r=1, target_modules=_linears(model)))
-
-
-def _save_trained(model: nn.Module, folder: Path) -> Path:
-    safetensors = require("safetensors.torch", "demo", "write the trained tensors")
-    file = folder / "trained.safetensors"
-    safetensors.save_file({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, file)
-    return file
-
-
-def _save_peft(model: nn.Module, folder: Path) -> Path:
-    model.save_pretrained(folder)  # type: ignore[operator]
-    return folder / "adapter_model.safetensors"
-
-
-def _save_onelora(model: nn.Module, folder: Path) -> Path:
-    file = folder / "adapter.safetensors"
-    onelora.save_adapter(model, file)
-    return file

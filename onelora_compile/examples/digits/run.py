@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapter import unwrap
 from onelora_compile.examples.digits.data import Domain, load_domains
 from onelora_compile.examples.digits.methods import BASE, Method, all_methods
-from onelora_compile.examples.digits.train import BATCH, accuracy, predict, pretrain, train
+from onelora_compile.examples.digits.train import BATCH, predict, pretrain, train
 from onelora_compile.examples.measure import step_times, training_step
 from onelora_compile.examples.progress import Announce, progress
+from onelora_compile.examples.recipes import accuracy
 from onelora_compile.printable import bytes_text
 from onelora_compile.table import Table
 from onelora_compile.testing import saved_bytes
@@ -40,7 +41,7 @@ def compare(seed: int = 0, pretrain_steps: int = 1000, steps: int = 300, rounds:
     """
     methods = all_methods()
     with torch.random.fork_rng(devices=[]), progress(pretrain_steps + steps * len(methods)) as announce:
-        original, shifted, _ = load_domains(seed)
+        original, shifted = load_domains(seed)
         announce("pretraining")
         base = pretrain(original, pretrain_steps, seed, announce.tick)
         models: dict[str, nn.Module] = {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from onelora_compile.examples.digits.data import Domain, augmented, batches
 from onelora_compile.examples.digits.model import DigitViT
+from onelora_compile.examples.recipes import fit
 
 BATCH = 32
 COPIES = 3  # changed versions of each image to pretrain on
@@ -55,16 +56,10 @@ def train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    losses = []
-    for batch in batches(len(images), BATCH, steps, seed):
-        loss = F.cross_entropy(model(images[batch]), labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        tick()
-    return losses
+    losses = (
+        F.cross_entropy(model(images[batch]), labels[batch]) for batch in batches(len(images), BATCH, steps, seed)
+    )
+    return fit(losses, optimizer, schedule, tick)
 
 
 def predict(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -72,8 +67,3 @@ def predict(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     with torch.no_grad():
         parts = [model(torch.cat([part, part.new_zeros(BATCH - len(part), 8, 8)])) for part in images.split(BATCH)]
     return torch.cat(parts)[: len(images)]
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of right answers."""
-    return (logits.argmax(dim=-1) == labels).double().mean().item()

@@ -7,6 +7,7 @@ is in the source archive of the package vaderSentiment (MIT licence).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import html
@@ -16,7 +17,7 @@ import random
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from onelora_compile.errors import MissingExtraError, OneLoRAError
@@ -61,7 +62,9 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Source:
+class Source:
+    """Where a task's sentences are, and what class a mean rating is; None for a sentence that is left out."""
+
     name: str
     question: str
     answers: tuple[str, str]
@@ -79,10 +82,10 @@ def _feeling(rating: float) -> int | None:
     return 0 if abs(rating) <= 0.4 else 1 if abs(rating) >= 1.2 else None
 
 
-_SOURCES = (
-    _Source("films", "Does the critic like the film?", ("no", "yes"), "movieReviewSnippets", _sign),
-    _Source("products", "Is the customer content?", ("no", "yes"), "amazonReviewSnippets", _sign),
-    _Source("news", "Does the sentence carry feeling?", ("no", "yes"), "nytEditorialSnippets", _feeling),
+SOURCES = (
+    Source("films", "Does the critic like the film?", ("no", "yes"), "movieReviewSnippets", _sign),
+    Source("products", "Is the customer content?", ("no", "yes"), "amazonReviewSnippets", _sign),
+    Source("news", "Does the sentence carry feeling?", ("no", "yes"), "nytEditorialSnippets", _feeling),
 )
 TRAIN, VALIDATION, TEST = 1600, 300, 500  # sentences of each task; test is what is left where that is less
 
@@ -97,17 +100,25 @@ def load_tasks(archive: str | os.PathLike[str] | None = None) -> list[Task]:
         OneLoRAError: the archive can't be had, or is another one.
         OSError: it can't be read.
     """
-    content = Path(archive or _cached()).read_bytes()
+    with opened(archive) as files:
+        return [_task(source, read_rows(files, source)) for source in SOURCES]
+
+
+@contextlib.contextmanager
+def opened(archive: str | os.PathLike[str] | None = None) -> Iterator[tarfile.TarFile]:
+    """The rated sentences inside the archive; arguments and errors as of `load_tasks`."""
+    path = _cached() if archive is None else Path(archive)
+    content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise OneLoRAError(f"{archive or _cached()} is not the {ARCHIVE} that this demo was made with: another SHA-256")
+        raise OneLoRAError(f"{path} is not the {ARCHIVE} that this demo was made with: another SHA-256")
     with tarfile.open(fileobj=io.BytesIO(content)) as outer:
         inner = outer.extractfile(_INNER)
         assert inner is not None
         with tarfile.open(fileobj=inner) as files:
-            return [_task(source, _rows(files, source)) for source in _SOURCES]
+            yield files
 
 
-def _rows(files: tarfile.TarFile, source: _Source) -> list[tuple[str, float, str]]:
+def read_rows(files: tarfile.TarFile, source: Source) -> list[tuple[str, float, str]]:
     """The group, the mean rating and the text of each sentence."""
     file = files.extractfile(f"hutto_ICWSM_2014/{source.file}_GroundTruth.txt")
     assert file is not None
@@ -118,7 +129,7 @@ def _rows(files: tarfile.TarFile, source: _Source) -> list[tuple[str, float, str
     return rows
 
 
-def _task(source: _Source, rows: Sequence[tuple[str, float, str]]) -> Task:
+def _task(source: Source, rows: Sequence[tuple[str, float, str]]) -> Task:
     groups: dict[str, list[tuple[str, int]]] = {}
     for group, rating, text in rows:
         label = source.label(rating)

@@ -16,8 +16,9 @@ from torch._dynamo.utils import counters
 import onelora_compile as onelora
 from onelora_compile.adapting.adapter import unwrap
 from onelora_compile.errors import MissingExtraError, require
+from onelora_compile.examples.recipes import accuracy
 from onelora_compile.examples.sentences.results import BankResult, EngineResult, FoldResult, SwapResult
-from onelora_compile.examples.sentences.train import Encoded, accuracy, predict, trimmed
+from onelora_compile.examples.sentences.train import Encoded, predict, trimmed
 from onelora_compile.exporters import OnnxRunner, build_engine, export_onnx
 
 AXES = {"tokens": {0: "batch", 1: "length"}, "mask": {0: "batch", 1: "length"}}

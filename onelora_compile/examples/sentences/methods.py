@@ -9,8 +9,7 @@ from pathlib import Path
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.errors import require
-from onelora_compile.examples.imports import import_peft
+from onelora_compile.examples.recipes import Prepare, save_onelora, save_peft, save_trained, train_only, with_peft
 
 HEAD = "head"
 PROJECTIONS = ["query", "value"]  # what PEFT adapts of a BERT by default
@@ -31,7 +30,7 @@ class Method:
     """
 
     name: str
-    prepare: Callable[[nn.Module], nn.Module]
+    prepare: Prepare
     save: Callable[[nn.Module, Path], Path]
 
 
@@ -39,20 +38,27 @@ ADAPTER = onelora.OneLoRAConfig(target_modules=PROJECTIONS, modules_to_save=[HEA
 _NORMS = onelora.OneLoRAConfig(target_modules=PROJECTIONS, modules_to_save=[HEAD], train_norms=True)
 _ALL = onelora.OneLoRAConfig(modules_to_save=[HEAD])
 
+
+def _with_head(chosen: Callable[[str], bool]) -> Prepare:
+    return train_only(lambda name: name.startswith(HEAD) or chosen(name))
+
+
+def _by_peft(config: str, **options: object) -> Prepare:
+    return with_peft(config, lambda model: PROJECTIONS, modules_to_save=[HEAD], **options)
+
+
 METHODS = {
     method.name: method
     for method in (
-        Method(HEAD_ONLY, lambda model: _train_only(model, lambda name: False), lambda m, f: _save_trained(m, f)),
-        Method(
-            BITFIT, lambda model: _train_only(model, lambda n: n.endswith("bias")), lambda m, f: _save_trained(m, f)
-        ),
-        Method(NORMS, lambda model: _train_only(model, lambda n: "LayerNorm" in n), lambda m, f: _save_trained(m, f)),
-        Method(ONE_LORA, lambda model: onelora.adapt(model, ADAPTER), lambda m, f: _save_onelora(m, f)),
-        Method(ONE_LORA_NORMS, lambda model: onelora.adapt(model, _NORMS), lambda m, f: _save_onelora(m, f)),
-        Method(ONE_LORA_ALL, lambda model: onelora.adapt(model, _ALL), lambda m, f: _save_onelora(m, f)),
-        Method(LORA, lambda model: _peft(model, "LoraConfig", lora_alpha=1), lambda m, f: _save_peft(m, f)),
-        Method(MISS, lambda model: _peft(model, "MissConfig"), lambda m, f: _save_peft(m, f)),
-        Method(FULL, lambda model: _train_only(model, lambda name: True), lambda m, f: _save_trained(m, f)),
+        Method(HEAD_ONLY, _with_head(lambda name: False), save_trained),
+        Method(BITFIT, _with_head(lambda name: name.endswith("bias")), save_trained),
+        Method(NORMS, _with_head(lambda name: "LayerNorm" in name), save_trained),
+        Method(ONE_LORA, lambda model: onelora.adapt(model, ADAPTER), save_onelora),
+        Method(ONE_LORA_NORMS, lambda model: onelora.adapt(model, _NORMS), save_onelora),
+        Method(ONE_LORA_ALL, lambda model: onelora.adapt(model, _ALL), save_onelora),
+        Method(LORA, _by_peft("LoraConfig", lora_alpha=1), save_peft),
+        Method(MISS, _by_peft("MissConfig"), save_peft),
+        Method(FULL, train_only(lambda name: True), save_trained),
     )
 }
 
@@ -60,34 +66,3 @@ METHODS = {
 def trained_numbers(model: nn.Module) -> int:
     """How many numbers are trained, the head's among them."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _train_only(model: nn.Module, chosen: Callable[[str], bool]) -> nn.Module:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(HEAD) or chosen(name))
-    return model
-
-
-def _peft(model: nn.Module, config: str, **options: object) -> nn.Module:
-    peft = import_peft()
-    chosen = getattr(peft, config)(r=1, target_modules=PROJECTIONS, modules_to_save=[HEAD], **options)
-    adapted: nn.Module = peft.get_peft_model(model, chosen)
-    return adapted
-
-
-def _save_trained(model: nn.Module, folder: Path) -> Path:
-    safetensors = require("safetensors.torch", "demo", "write the trained tensors")
-    file = folder / "trained.safetensors"
-    safetensors.save_file({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, file)
-    return file
-
-
-def _save_peft(model: nn.Module, folder: Path) -> Path:
-    model.save_pretrained(folder)  # type: ignore[operator]
-    return folder / "adapter_model.safetensors"
-
-
-def _save_onelora(model: nn.Module, folder: Path) -> Path:
-    file = folder / "adapter.safetensors"
-    onelora.save_adapter(model, file)
-    return file

@@ -13,7 +13,6 @@ from onelora_compile.examples.imports import import_transformers, quiet_loading
 from onelora_compile.examples.sentences.data import Part
 
 LONGEST = 32  # tokens; what is longer is cut off
-Batch = tuple[Tensor, Tensor]  # token ids [rows, tokens] int64, mask [rows, tokens] int64
 
 
 def folder() -> Path:

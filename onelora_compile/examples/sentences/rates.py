@@ -13,11 +13,12 @@ from onelora_compile.examples.sentences.methods import (
     ONE_LORA_ALL,
     ONE_LORA_NORMS,
 )
+from onelora_compile.examples.sentences.train import HEAD_RATE
 
 # Of each method that the demo shows the best on the validation sentences of films, seed 0, 80 steps:
 # `python -m benchmarks.eval --tasks films`, each run in benchmarks/results/eval/films. Of the others where to begin.
 RATES = {
-    HEAD_ONLY: 1e-2,
+    HEAD_ONLY: HEAD_RATE,
     BITFIT: 3e-3,
     NORMS: 3e-3,
     ONE_LORA: 3e-3,

@@ -18,13 +18,14 @@ from onelora_compile.errors import require
 from onelora_compile.examples.imports import import_peft
 from onelora_compile.examples.measure import Clock, Step, machine, step_times, training_step
 from onelora_compile.examples.progress import Announce, progress
+from onelora_compile.examples.recipes import accuracy
 from onelora_compile.examples.sentences import deploy, page
 from onelora_compile.examples.sentences.data import Task, load_tasks
 from onelora_compile.examples.sentences.methods import ADAPTER, METHODS, ONE_LORA, Method, trained_numbers
 from onelora_compile.examples.sentences.model import SentenceClassifier, Tokens
 from onelora_compile.examples.sentences.rates import RATES, SHOWN
 from onelora_compile.examples.sentences.results import DemoResult, Row, TaskResult
-from onelora_compile.examples.sentences.train import BATCH, STEPS, Encoded, accuracy, batches, predict, train
+from onelora_compile.examples.sentences.train import BATCH, STEPS, Encoded, batches, predict, train
 from onelora_compile.testing import saved_bytes
 
 

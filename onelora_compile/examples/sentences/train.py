@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onelora_compile.examples.recipes import fit
+
 BATCH, STEPS = 16, 80
 HEAD_RATE = 1e-2  # peak
 Encoded = tuple[Tensor, Tensor, Tensor]  # token ids, mask, labels
@@ -45,16 +47,8 @@ def train(
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], total_steps=steps)
-    losses = []
-    for tokens, mask, labels in batches(data, steps, seed):
-        loss = F.cross_entropy(model(tokens, mask), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        tick()
-    return losses
+    losses = (F.cross_entropy(model(tokens, mask), labels) for tokens, mask, labels in batches(data, steps, seed))
+    return fit(losses, optimizer, schedule, tick)
 
 
 def batches(data: Encoded, steps: int, seed: int) -> Iterator[Encoded]:
@@ -91,8 +85,3 @@ def predict(model: Callable[[Tensor, Tensor], Tensor], data: Encoded, rows: int 
             tokens, mask, _ = trimmed(tuple(one[part] for one in data))
             logits[part] = model(tokens, mask)
     return logits
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of right answers."""
-    return (logits.argmax(dim=-1) == labels).double().mean().item()

@@ -1,0 +1,93 @@
+"""What the examples have in common: training what is trained, writing it as a method's users do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import onelora_compile as onelora
+from onelora_compile.errors import require
+from onelora_compile.examples.imports import import_peft
+
+Prepare = Callable[[nn.Module], nn.Module]
+
+
+def fit(losses: Iterable[Tensor], optimizer: Any, schedule: Any, tick: Callable[[], None]) -> list[float]:
+    """Take a step for each loss.
+
+    Args:
+        losses: each computed when it is asked for, after the step before.
+        optimizer: of what is trained.
+        schedule: of its rates.
+        tick: called after each step.
+
+    Returns:
+        The loss of each step.
+    """
+    found = []
+    for loss in losses:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        found.append(loss.item())
+        tick()
+    return found
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of right answers."""
+    return (logits.argmax(dim=-1) == labels).double().mean().item()
+
+
+def train_only(chosen: Callable[[str], bool]) -> Prepare:
+    """Train the parameters that are chosen by their names."""
+
+    def prepare(model: nn.Module) -> nn.Module:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(chosen(name))
+        return model
+
+    return prepare
+
+
+def with_peft(config: str, linears: Callable[[nn.Module], Sequence[str]], **options: object) -> Prepare:
+    """Adapt linears by a method of PEFT, of rank one.
+
+    Args:
+        config: the class of its configuration.
+        linears: their names in a model.
+        options: of the configuration.
+    """
+
+    def prepare(model: nn.Module) -> nn.Module:
+        peft = import_peft()
+        chosen = getattr(peft, config)(r=1, target_modules=linears(model), **options)
+        adapted: nn.Module = peft.get_peft_model(model, chosen)
+        return adapted
+
+    return prepare
+
+
+def save_trained(model: nn.Module, folder: Path) -> Path:
+    """Write what requires a gradient."""
+    safetensors = require("safetensors.torch", "demo", "write the trained tensors")
+    file = folder / "trained.safetensors"
+    safetensors.save_file({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, file)
+    return file
+
+
+def save_peft(model: nn.Module, folder: Path) -> Path:
+    """Write as PEFT does."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return folder / "adapter_model.safetensors"
+
+
+def save_onelora(model: nn.Module, folder: Path) -> Path:
+    """Write an adapter file."""
+    file = folder / "adapter.safetensors"
+    onelora.save_adapter(model, file)
+    return file
