@@ -33,7 +33,8 @@ from onelora_compile.file_names import as_path
 from onelora_compile.progress import counting
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
-from onelora_compile.weights.atomic_write import refuse_other_kinds, refuse_overwriting
+from onelora_compile.weights.atomic_write import refuse_overwriting
+from onelora_compile.weights.file_kinds import refuse_other_kinds
 from onelora_compile.weights.merge import FoldByRows, FoldLoss
 
 if TYPE_CHECKING:

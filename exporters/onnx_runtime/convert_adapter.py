@@ -23,6 +23,7 @@ from onelora_compile.exporters.onnx_file.metadata import Metadata, float32
 from onelora_compile.file_names import as_path
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
+from onelora_compile.weights.file_kinds import refuse_other_kinds
 
 PathLike = str | os.PathLike[str]
 _FORMATS = (".safetensors", ".onnx_adapter", ".vectors")
@@ -52,6 +53,7 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
         if path.suffix not in _FORMATS:
             raise ConfigError(f"{path}: the ending names the format, one of {', '.join(_FORMATS)}")
     refuse_overwriting(out, [source, *([] if like is None else [like])])
+    refuse_other_kinds(out, out.suffix)
     model = None if like is None else _metadata(as_path(like, "like"))
     needs = ".vectors" in (source.suffix, out.suffix) or (
         source.suffix != ".safetensors" and out.suffix == ".safetensors"

@@ -39,10 +39,10 @@ from onelora_compile.table import Table
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import (
     check_writable,
-    refuse_other_kinds,
     refuse_overwriting,
     replacing_all,
 )
+from onelora_compile.weights.file_kinds import refuse_other_kinds
 from onelora_compile.weights.merge import FoldLoss
 
 PathLike = str | os.PathLike[str]

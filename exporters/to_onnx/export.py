@@ -44,7 +44,8 @@ from onelora_compile.looking.one_at_a_time import silent
 from onelora_compile.passes.exported.fold_vectors import vector_of
 from onelora_compile.progress import steps
 from onelora_compile.version import __version__
-from onelora_compile.weights.atomic_write import refuse_other_kinds, refuse_overwriting
+from onelora_compile.weights.atomic_write import refuse_overwriting
+from onelora_compile.weights.file_kinds import refuse_other_kinds
 from onelora_compile.weights.fingerprint import fingerprint_of
 
 if TYPE_CHECKING:

@@ -47,10 +47,10 @@ from onelora_compile.printable import shortened
 from onelora_compile.progress import over_weights
 from onelora_compile.sharded import together, whole, write_whole
 from onelora_compile.version import __version__
-from onelora_compile.weights.atomic_write import ADAPTER, refuse_other_kinds, replacing
+from onelora_compile.weights.atomic_write import replacing
+from onelora_compile.weights.file_kinds import ADAPTER, FORMAT, refuse_other_kinds
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of, fingerprint_of_values
 
-FORMAT = "onelora"
 FORMAT_VERSION = 1
 Model = TypeVar("Model", bound=nn.Module)
 PathLike = str | os.PathLike[str]

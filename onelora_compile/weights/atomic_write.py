@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from onelora_compile.errors import ConfigError
@@ -18,22 +18,7 @@ if sys.platform != "win32":
     import fcntl
 
 PathLike = str | os.PathLike[str]
-ADAPTER = ".safetensors"  # how the name of an adapter file ends
-# What the names of files tell.
-KINDS = {
-    ".onnx": "an ONNX model",
-    ADAPTER: "an adapter",
-    ".engine": "a TensorRT engine",
-    ".data": "the weights of a model",
-    ".vectors": "the vectors of a model",
-}
-_LARGEST_HEADER = 100_000_000  # of safetensors, in bytes
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
-_BEGINS: dict[str, Callable[[bytes], bool]] = {
-    ".onnx": lambda start: start[:1] == b"\x08",  # the first field of a ModelProto
-    ADAPTER: lambda start: _is_adapter(start),
-    ".engine": lambda start: start[1:4] == b"trt",
-}
 _TEMPORARY = ".onelora-"  # short whatever the name of the file is: a name has at most 255 bytes
 
 
@@ -57,51 +42,6 @@ def refuse_overwriting(out: PathLike, inputs: Iterable[PathLike], what: str = "o
         if same or inside:
             found = f"is a folder that holds the input {one}" if inside else f"would overwrite the input {one}"
             raise ConfigError(f"{what}={str(out)!r} {found}: give another name")
-
-
-def refuse_other_kinds(out: PathLike, ending: str, what: str = "out") -> None:
-    """Check that what is written takes the place of no file of another kind.
-
-    A file is known by its name, and what is there already under a name that tells nothing by how it begins.
-
-    Args:
-        out: what is written.
-        ending: of names of its kind, one of `KINDS`; "" for a kind without one, which is known by nothing.
-        what: how the call names `out`.
-
-    Raises:
-        ConfigError: it is named like another kind, or would replace a file of one, or is no name of a file.
-    """
-    path = as_path(out, what)
-    named = path.suffix.lower()
-    if named != ending and named in KINDS:
-        raise ConfigError(f"{what}={str(out)!r}: a file that ends in {named} is {KINDS[named]}: give another name")
-    if not ending or not path.is_file() or not (start := _start(path)):
-        return
-    foreign = not _BEGINS[ending](start) if named != ending else ending == ADAPTER and _other_tensors(start)
-    if foreign:
-        raise ConfigError(f"{what}={str(out)!r} is there and is not {KINDS[ending]}: remove it, or give another name")
-
-
-def _start(path: Path) -> bytes:
-    """The first bytes of a file; of safetensors, its header."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            size = int.from_bytes(start, "little")
-            return start + file.read(size if size < _LARGEST_HEADER else 64)
-    except OSError:  # what can't be read is told of where it is written
-        return b""
-
-
-def _is_adapter(start: bytes) -> bool:
-    return b'"onelora"' in start
-
-
-def _other_tensors(start: bytes) -> bool:
-    """Whether this is a whole header of safetensors, and no adapter's: weights of a model."""
-    whole = len(start) == 8 + int.from_bytes(start[:8], "little")
-    return whole and start[8:9] == b"{" and not _is_adapter(start)
 
 
 @contextlib.contextmanager

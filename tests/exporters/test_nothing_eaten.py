@@ -131,7 +131,7 @@ def test_a_pipe_stays_a_pipe(here, name, kind):
 def test_no_writer_takes_the_place_of_a_file_of_another_kind(here, writer, name):
     from safetensors.torch import save_file
 
-    save_file({"weight": torch.ones(2)}, here / "other.safetensors")
+    save_file({"onelora": torch.ones(2)}, here / "other.safetensors")
     (here / "w.bin").write_bytes(np.ones(9, "f4").tobytes())
     torch.save(torch.ones(2), here / "w.pt")
     (here / "w.json").write_text('{"a": 1}')
@@ -152,6 +152,17 @@ def test_no_writer_takes_the_place_of_a_file_of_another_kind(here, writer, name)
     before = content(here)
     with pytest.raises(ConfigError, match=r"a file that ends in|is there and is not|would overwrite the input"):
         write(here / name)
+    assert content(here) == before
+
+
+def test_a_converted_adapter_takes_not_the_place_of_the_weights_of_a_model(here):
+    from safetensors.torch import save_file
+
+    convert_adapter(here / "a.safetensors", here / "a.onnx_adapter")
+    save_file({"weight": torch.ones(2)}, here / "model.safetensors")
+    before = content(here)
+    with pytest.raises(ConfigError, match="is there and is not an adapter"):
+        convert_adapter(here / "a.onnx_adapter", here / "model.safetensors", like=here / "input.onnx")
     assert content(here) == before
 
 

@@ -1,0 +1,75 @@
+"""What a file is, by its name and by how it begins: nothing that is written takes the place of another kind."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from onelora_compile.errors import ConfigError
+from onelora_compile.file_names import as_path
+
+ADAPTER = ".safetensors"  # how the name of an adapter file ends
+FORMAT = "onelora"  # what its metadata says
+# What the names of files tell.
+KINDS = {
+    ".onnx": "an ONNX model",
+    ADAPTER: "an adapter",
+    ".engine": "a TensorRT engine",
+    ".data": "the weights of a model",
+    ".vectors": "the vectors of a model",
+}
+_BEGINS: dict[str, Callable[[bytes], bool]] = {
+    ".onnx": lambda start: start[:1] == b"\x08",  # the first field of a ModelProto
+    ADAPTER: lambda start: _format(start) == FORMAT,
+    ".engine": lambda start: start[1:4] == b"trt",
+}
+_LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors package
+
+
+def refuse_other_kinds(out: str | os.PathLike[str], ending: str, what: str = "out") -> None:
+    """Check that what is written takes the place of no file of another kind.
+
+    A file is known by its name, and what is there already under a name that tells nothing by how it begins.
+
+    Args:
+        out: what is written.
+        ending: of names of its kind, one of `KINDS`; another for a kind that is known by nothing else.
+        what: how the call names `out`.
+
+    Raises:
+        ConfigError: it is named like another kind, or would replace a file of one, or is no name of a file.
+    """
+    path = as_path(out, what)
+    named = path.suffix.lower()
+    if named != ending and named in KINDS:
+        raise ConfigError(f"{what}={str(out)!r}: a file that ends in {named} is {KINDS[named]}: give another name")
+    if ending not in _BEGINS or not path.is_file() or not (start := _start(path)):
+        return
+    if named != ending:
+        foreign = not _BEGINS[ending](start)
+    else:  # a damaged file of the right name may be replaced, but the weights of a model are no adapter
+        foreign = ending == ADAPTER and _format(start) not in (None, FORMAT)
+    if foreign:
+        raise ConfigError(f"{what}={str(out)!r} is there and is not {KINDS[ending]}: remove it, or give another name")
+
+
+def _start(path: Path) -> bytes:
+    """The first bytes of a file; of safetensors, its header."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            size = int.from_bytes(start, "little")
+            return start + file.read(size if size < _LONGEST_HEADER else 64)
+    except OSError:  # what can't be read is told of where it is written
+        return b""
+
+
+def _format(start: bytes) -> str | None:
+    """What the metadata of a header of safetensors calls its format, "" without; None where it is no such header."""
+    try:
+        header = json.loads(start[8:])
+        return str(header.get("__metadata__", {}).get("format", ""))
+    except (ValueError, AttributeError, RecursionError):
+        return None
