@@ -40,8 +40,8 @@ class UseCounter:
         self._parents = {child: module for module in model.modules() for child in module.children()}
         self._least: dict[nn.Module, Counts] = {}
         self._most: dict[nn.Module, Counts] = {}
-        self._constant: dict[nn.Module, set[Any]] = {}
-        self._sized: dict[nn.Module, set[Any]] = {}
+        self._constant: set[tuple[nn.Module, Any]] = set()  # who uses what
+        self._sized: set[tuple[nn.Module, Any]] = set()
         self._known: set[nn.Module] = set()  # whose code was followed to its end
 
     def add(self, module: nn.Module, bounds: Bounds, known: bool) -> None:
@@ -55,8 +55,8 @@ class UseCounter:
         self._known |= {module} if known else set()
         self._least.setdefault(module, collections.Counter()).update(bounds.least)
         self._most.setdefault(module, collections.Counter()).update(bounds.most)
-        self._constant.setdefault(module, set()).update(bounds.constant)
-        self._sized.setdefault(module, set()).update(bounds.sized)
+        self._constant |= {(module, one) for one in bounds.constant}
+        self._sized |= {(module, one) for one in bounds.sized}
 
     def times(self, called: Collection[nn.Module], weights: Collection[Weight]) -> dict[Weight, tuple[int, int]]:
         """The uses of the weights, at least and at most, where that is not once; of what nothing uses (0, 0).
@@ -77,29 +77,23 @@ class UseCounter:
             if times and constant(weight) and sized(weight)
         }
 
-    def _marked(self, marks: dict[nn.Module, set[Any]], called: Collection[nn.Module]) -> Callable[[Weight], bool]:
+    def _marked(self, marks: set[tuple[nn.Module, Any]], called: Collection[nn.Module]) -> Callable[[Weight], bool]:
         """Tells whether some way to a weight has a mark."""
-        users: dict[Any, list[tuple[nn.Module, bool]]] = collections.defaultdict(list)
-        for user, own in self._most.items():
-            for one in own.keys() | marks.get(user, set()):
-                users[one].append((user, one in marks.get(user, set())))
+        users: dict[Any, set[nn.Module]] = collections.defaultdict(set)
+        for user, one in itertools.chain(marks, ((user, one) for user, own in self._most.items() for one in own)):
+            users[one].add(user)
         known: dict[nn.Module, bool] = {self._model: False}
+
+        def by(one: Any) -> bool:
+            return any((user, one) in marks or of(user) for user in users[one])
 
         def of(module: nn.Module) -> bool:
             if module not in known:
                 known[module] = False  # while it is looked at
-                known[module] = any(mark or of(user) for user, mark in users[module]) or (
-                    not users[module] and module in self._parents and of(self._parents[module])
-                )
+                known[module] = by(module) if users[module] else of(self._parents.get(module, self._model))
             return known[module]
 
-        def marked(weight: Weight) -> bool:
-            module, name = weight
-            return any(mark or of(user) for user, mark in users[weight]) or (
-                module in called and name == "weight" and of(module)
-            )
-
-        return marked
+        return lambda weight: by(weight) or (weight[0] in called and weight[1] == "weight" and of(weight[0]))
 
     def _times(
         self, counts: dict[nn.Module, Counts], called: Collection[nn.Module], weights: Collection[Weight]

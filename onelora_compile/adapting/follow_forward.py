@@ -30,7 +30,7 @@ class Followed:
         error: what ended it early; "" if nothing did.
         size: what it took for sizes and numbers that only values could tell.
         guessed: whether it met one.
-        replaced: the parameters in whose place `torch.func.functional_call` put something else.
+        replaced: the parameters in whose place the code put something else, and those that it put in such places.
     """
 
     gm: fx.GraphModule
@@ -75,11 +75,8 @@ def follow(
         shadow.__dict__[name] = dict(getattr(module, name))
     tracer, error = Tracer(answer, size, holders, inside), ""
     try:
-        with (
-            silent("stdout", "stderr"),
-            following(tracer.call_with, tracer.vmap),
-            Uses(tracer),
-        ):  # what it prints is about values that it lacks
+        # What it prints is about values that it lacks.
+        with silent("stdout", "stderr"), following(tracer.call_with, tracer.vmap), Uses(tracer):
             graph = tracer.trace(shadow)
     except (Exception, SystemExit) as failed:  # the user's code on values that it does not expect may raise anything
         error = f"{type(failed).__name__}: {failed}".partition("\n")[0]

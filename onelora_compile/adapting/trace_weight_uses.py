@@ -50,9 +50,9 @@ NOT_FOLLOWED = (
     "axis, in target_parameters if it is"
 )
 # `forward`: of a class, nn.Linear.forward(self.child, x), is no call of the child.
-_OF_PARAMETERS = {
+_CALLS_WITH = {"functional_call", "_functional_call"}
+_OF_PARAMETERS = _CALLS_WITH | {
     *("weight", "_parameters", "parameters", "named_parameters", "get_parameter", "state_dict", "forward"),
-    *("functional_call", "_functional_call"),
 }
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -142,10 +142,9 @@ class _Code:
         self._names: Known = {}
         self._holders = Holders(model)
         self._references = References(self._holders)
-        self._counted: dict[Any, list[tuple[Bounds, bool]]] = {}
+        self._counted: dict[Any, list[tuple[Bounds, bool, bool]]] = {}
         self._counter = UseCounter(model)
         self._writing: dict[type[nn.Module], bool] = {}
-        self._replacing: set[Any] = set()
 
     def reads(self, module: nn.Module) -> Iterator[DirectRead]:
         """What the code of one module reads, without that of its children."""
@@ -219,14 +218,13 @@ class _Code:
             self._counted[key] = []
             for _, ways in self._ways(module, (False,)):
                 found = bounds([way for _, way in ways]).renamed(names.get)
-                self._counted[key].append((found, any(not way.error for _, way in ways)))
-                if any(way.replaced for _, way in ways):
-                    self._replacing.add(key)
-        if key in self._replacing:
+                known, replaces = any(not way.error for _, way in ways), any(way.replaced for _, way in ways)
+                self._counted[key].append((found, known, replaces))
+        if any(replaces for *_, replaces in self._counted[key]):
             yield from self._followed(module)
             return
         inner = module.get_submodule
-        for found, known in self._counted[key]:
+        for found, known, _ in self._counted[key]:
             self._counter.add(module, found.renamed(inner), known)
 
     def _ways(self, module: nn.Module, modes: Sequence[bool]) -> Iterator[tuple[Entry, list[tuple[bool, Followed]]]]:
@@ -257,7 +255,7 @@ class _Code:
         named = names_in_reach(module, self._names)
         if _OF_PARAMETERS.isdisjoint(named):
             return
-        calls_with = not {"functional_call", "_functional_call"}.isdisjoint(named)
+        calls_with = not _CALLS_WITH.isdisjoint(named)
         for name, child in module.named_modules():
             if child in self._called and (calls_with or name.rpartition(".")[2] in named):
                 yield DirectRead(child, "weight", None, why=REPLACED if calls_with else READ, own=False)

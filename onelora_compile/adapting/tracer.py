@@ -226,22 +226,21 @@ class Tracer(fx.Tracer):
         if self._elsewhere():
             return call(module, values, args, kwargs, **options)
         own: list[tuple[nn.Module, str, nn.Parameter]] = []
-        for key, value in values.items():
-            path, _, name = key.rpartition(".")
-            holder = module.get_submodule(path)
-            parameter = holder._parameters.get(name)
-            if parameter is not None and value is not parameter:
-                own.append((holder, name, parameter))
-                other = self._holders.parameter(value)
-                stored: Any = holder._parameters
-                stored[name] = value if other is None else self._proxy(other, past=True)
-        self.replaced += [(holder, name) for holder, name, parameter in own if parameter.ndim > 1]
         entered = set(module.modules()) - self._entered
         self._entered |= entered
         try:
+            for key, value in values.items():
+                path, _, name = key.rpartition(".")
+                stored: Any = module.get_submodule(path)._parameters
+                parameter = stored.get(name)
+                if parameter is not None and value is not parameter:
+                    own.append((module.get_submodule(path), name, parameter))
+                    other = self._holders.parameter(value)
+                    stored[name] = value if other is None else self._proxy(other, past=True)
             return module(*(args if isinstance(args, tuple) else () if args is None else (args,)), **(kwargs or {}))
         finally:
             self._entered -= entered
+            self.replaced += [(holder, name) for holder, name, parameter in own if parameter.ndim > 1]
             for holder, name, parameter in own:
                 holder._parameters[name] = parameter
 
