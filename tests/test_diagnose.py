@@ -115,3 +115,17 @@ def test_a_layer_that_the_loss_does_not_reach_is_named():
     assert {layer.name: layer.share is None for layer in report.layers} == {"used": False, "unused": True}
     assert any("get no gradient" in sentence and "unused" in sentence for sentence in report.advice)
     assert "unused" in str(report)
+
+
+def test_what_the_forward_keeps_of_its_calls_is_as_before():
+    class Counts(nn.Sequential):
+        seen: list[int]
+
+        def forward(self, x):
+            self.seen.append(x.shape[0])
+            return super().forward(x)
+
+    model: Any = Counts(nn.Linear(4, 4))
+    model.seen = [7]
+    onelora.diagnose(model, (torch.randn(2, 4),))
+    assert model.seen == [7]

@@ -27,6 +27,7 @@ from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.select_targets import is_norm, select
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.errors import ConfigError
+from onelora_compile.looking.untouched import Kept
 from onelora_compile.printable import Printable, shortened
 from onelora_compile.table import Table
 
@@ -142,7 +143,7 @@ def diagnose(
     selection = select(model, config or OneLoRAConfig())
     weights = {name: weight for name, target in selection.targets.items() if (weight := target.weight) is not None}
     sums = _Sums(selection.targets)
-    with _differentiable(model, list(weights.values())), sums.watched(), torch.enable_grad():
+    with _differentiable(model, list(weights.values())), sums.watched():
         output = model(*args, **(kwargs or {}))
         number, what = _loss(output, loss)
         if not number.requires_grad:
@@ -185,24 +186,17 @@ def _share(gradient: Tensor, target: Target) -> float | None:
 
 @contextlib.contextmanager
 def _differentiable(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Evaluation mode, with gradients for the weights alone; afterwards all is as it was, the random state too."""
-    modes = {module: module.training for module in model.modules()}
+    """Evaluation mode, with gradients for the weights alone; afterwards all that the model can reach is as it was."""
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        for module in modes:
-            module.training = False
-        for parameter in asked:
-            parameter.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        with torch.random.fork_rng(devices):
+        with Kept(model, tensors=True), torch.enable_grad():
+            model.eval().requires_grad_(False)
+            for weight in weights:
+                weight.requires_grad_(True)
             yield
     finally:
         for parameter, before in asked.items():
             parameter.requires_grad_(before)
-        for module, training in modes.items():
-            module.training = training
 
 
 class _Sums:
