@@ -89,9 +89,9 @@ def test_what_is_called_with_another_weight_is_left_out_on_every_path(name, tmp_
     with torch.no_grad():
         merged = merged_copy(model).double()(x.double())
         assert not torch.allclose(merged, base.double()(x.double()), rtol=1e-3)
-        torch.testing.assert_close(model(x).double(), merged, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x).double(), merged, rtol=1e-5, atol=1e-5)
         compiled = torch.compile(model, backend="onelora", options={"inner": "eager"})
-        torch.testing.assert_close(compiled(x).double(), merged, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(x).double(), merged, rtol=1e-5, atol=1e-5)
         export_onnx(model, (x,), tmp_path / "exported.onnx", adapters="fold")
         check(tmp_path / "exported.onnx", x, merged)
         onelora.save_adapter(model, tmp_path / "a.safetensors")
@@ -107,7 +107,7 @@ def test_what_is_called_with_another_weight_is_left_out_on_every_path(name, tmp_
 
 def check(path, x, expected):
     out = torch.from_numpy(OnnxRunner(path).run([x.numpy()])[0])
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_linear_that_lends_its_weight_to_an_embedding_and_is_never_called_is_left_out():

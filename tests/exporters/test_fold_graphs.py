@@ -122,6 +122,6 @@ def test_weights_of_loops(inside, tmp_path):
     adapter, (vector,) = adapter_of(tmp_path, 0.3 * weight)
     fold_onnx(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
     x = np.random.default_rng(1).normal(size=(2, 6)).astype(np.float32)
-    expected = x @ np.linalg.matrix_power(0.3 * weight.T + vector, 3)
+    expected = x.astype(np.float64) @ np.linalg.matrix_power(0.3 * weight.T.astype(np.float64) + vector, 3)
     actual = session(tmp_path / "out.onnx").run(None, {"x": x})[0]
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)

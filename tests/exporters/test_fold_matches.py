@@ -15,7 +15,7 @@ from torch import nn
 import onelora_compile as onelora
 from onelora_compile.errors import BaseMismatchError, ExportError
 from onelora_compile.exporters import fold_onnx
-from onelora_compile.testing import fill_vectors, perturb_norms
+from onelora_compile.testing import fill_vectors, merged_copy, perturb_norms
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -55,8 +55,7 @@ def test_a_tied_embedding_never_changes(tool, tmp_path):
     model = fill_vectors(onelora.adapt(copy.deepcopy(base), config), 0.5)
     onelora.save_adapter(model, tmp_path / "a.safetensors")
     fold_onnx(path, tmp_path / "a.safetensors", tmp_path / "out.onnx")
-    with torch.no_grad():
-        expected = model(ids).numpy()
+    expected = merged_copy(model, torch.float64)(ids).detach().numpy()
     np.testing.assert_allclose(tools.run(tmp_path / "out.onnx", (ids,)), expected, rtol=1e-5, atol=1e-5)
     stored = [onnx.numpy_helper.to_array(one) for one in onnx.load(tmp_path / "out.onnx").graph.initializer]
     assert any(np.array_equal(one, base.embed.weight.detach().numpy()) for one in stored)
@@ -81,8 +80,7 @@ def test_layers_with_equal_weights_are_told_apart_by_their_names(tool, adapted, 
     model = fill_vectors(onelora.adapt(copy.deepcopy(base), onelora.OneLoRAConfig(target_modules=adapted)), 0.5)
     onelora.save_adapter(model, tmp_path / "a.safetensors")
     fold_onnx(path, tmp_path / "a.safetensors", tmp_path / "out.onnx")
-    with torch.no_grad():
-        expected = model(x).numpy()
+    expected = merged_copy(model, torch.float64)(x.double()).detach().numpy()
     np.testing.assert_allclose(tools.run(tmp_path / "out.onnx", (x,)), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -117,8 +115,7 @@ def test_a_vector_whose_layer_the_export_dropped_is_refused_by_name(tmp_path):
     assert not (tmp_path / "out.onnx").exists()
     report = fold_onnx(path, tmp_path / "a.safetensors", tmp_path / "out.onnx", on_unmatched="skip")
     assert list(report.skipped) == ["pooler.dense"]
-    with torch.no_grad():
-        expected = model(*args).last_hidden_state.numpy()
+    expected = merged_copy(model, torch.float64)(*args).last_hidden_state.detach().numpy()
     np.testing.assert_allclose(tools.run(tmp_path / "out.onnx", args), expected, rtol=1e-5, atol=1e-5)
 
 
