@@ -45,8 +45,8 @@ def missing_uses(matches: Matches, file: AdapterFile, base: Path, on_missing_use
     if unsure and on_missing_uses == "error":
         raise ExportError(
             f"the uses of {shortened(unsure, 8)} can't be counted: the model has more of them where its inputs are "
-            f"longer, and one is on constants alone. The tool that wrote {base} may have computed that one, where the "
-            "base's numbers would stay. Nothing was written; export the adapted model itself, or "
+            "longer, and one is on constants alone; or it takes a derivative, whose tangents may be constants; or "
+            f"it reads the weight, which an embedding shares. By {base} nobody can tell which uses to adapt. Nothing was written; export the adapted model itself, or "
             "on_missing_uses='allow' for a file that was written without constant folding"
         )
     found = {name: sum(len(place.uses) for place in places) for name, places in matches.places.items()}

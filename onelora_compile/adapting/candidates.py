@@ -80,9 +80,10 @@ def candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[s
     for key, candidate in result.items():
         if candidate.target is not None:
             often = uses.times.get((candidate.module, candidate.target.parameter), (1, 1))
-            # A linear that lends its weight to an embedding and is never called: the embedding's own weight is read.
-            if often == (0, 0) and id(candidate.module._parameters.get("weight")) in embedded:
-                candidate = dataclasses.replace(candidate, target=None, reason=TIED_EMBEDDING)
+            if id(candidate.module._parameters.get("weight")) in embedded:
+                if often == (0, 0):  # it is never called: the embedding's own weight is read
+                    candidate = dataclasses.replace(candidate, target=None, reason=TIED_EMBEDDING)
+                often = (max(1, often[0]), 0)  # a file does not tell of which of the two it is read
             result[key] = dataclasses.replace(candidate, uses=often)
     return result
 

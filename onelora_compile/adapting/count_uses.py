@@ -58,6 +58,13 @@ class UseCounter:
         self._constant |= {(module, one) for one in bounds.constant}
         self._sized |= {(module, one) for one in bounds.sized}
 
+    def add_uncounted(self, module: nn.Module) -> None:
+        """Note that nobody can tell how often the code of a module uses what is inside it, and on what."""
+        for one in module.modules():
+            marks = {(module, one), *((module, (one, name)) for name in one._parameters)}
+            self._constant |= marks
+            self._sized |= marks
+
     def times(self, called: Collection[nn.Module], weights: Collection[Weight]) -> dict[Weight, tuple[int, int]]:
         """The uses of the weights, at least and at most, where that is not once; of what nothing uses (0, 0).
 

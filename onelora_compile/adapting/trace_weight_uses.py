@@ -54,6 +54,8 @@ _CALLS_WITH = {"functional_call", "_functional_call"}
 _OF_PARAMETERS = _CALLS_WITH | {
     *("weight", "_parameters", "parameters", "named_parameters", "get_parameter", "state_dict", "forward"),
 }
+# Of torch.func and torch.autograd.forward_ad: a function is run on values and on tangents, which may be constants.
+_DERIVATIVES = {"jvp", "vjp", "jacfwd", "jacrev", "hessian", "linearize", "grad", "grad_and_value", "make_dual"}
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -101,13 +103,15 @@ def weight_uses(model: nn.Module, called: Collection[nn.Module] = ()) -> WeightU
     """
     found: dict[tuple[nn.Module, str], DirectRead] = {}
     code = _Code(model, called)
+    linears = {id(module._parameters.get("weight")) for module in called}
     for module in model.modules():
+        code.note_derivatives(module)
         for read in code.reads(module):
             if module in called and read.module is module and read.own and read.why not in (WRITTEN, REPLACED):
                 if read.parameter == "weight":
                     continue
                 read = dataclasses.replace(read, dims=None, why=INSIDE)
-            if read.why == READ and (read.module not in called or read.parameter != "weight"):
+            if read.why == READ and id(read.module._parameters[read.parameter]) not in linears:
                 continue  # no weight of a linear op, as far as this tells
             key = (read.module, read.parameter)
             known = found.get(key)
@@ -165,6 +169,11 @@ class _Code:
             self._counter.add(module, Bounds(once, once, (), ()), known=True)
         elif not of_torch(module) and any(one in self._called for one in module.modules()):
             yield from self._count_calls(module)
+
+    def note_derivatives(self, module: nn.Module) -> None:
+        """Uses under a derivative have no count: it runs its function on tangents too, which may be constants."""
+        if not of_torch(module) and not _DERIVATIVES.isdisjoint(names_in_reach(module, self._names)):
+            self._counter.add_uncounted(module)
 
     def times(self) -> dict[tuple[nn.Module, str], tuple[int, int]]:
         """How often one forward uses each weight, at least and at most, where that is not once."""

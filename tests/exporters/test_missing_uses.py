@@ -255,3 +255,60 @@ def test_a_loop_without_a_use_on_constants_is_counted(forward):
     torch.manual_seed(0)
     base = type("Model", (Loop,), {"forward": forward})().eval()
     assert all(most for _, most in select(base, onelora.OneLoRAConfig()).uses.values())
+
+
+def dual(s, x):
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(s.b(torch.autograd.forward_ad.make_dual(x, s.table[:2]))).tangent
+
+
+DERIVED = {
+    "jvp": lambda s, x: torch.func.jvp(lambda z: torch.tanh(s.b(z)), (x,), (s.table[:2],))[1] + s.a(x),
+    "jvp_of_a_block": lambda s, x: torch.func.jvp(s.block, (x,), (s.table[:2],))[1] + s.a(x),
+    "vjp": lambda s, x: torch.func.vjp(s.b, x)[1](s.table[:2])[0] + s.a(x),
+    "dual": dual,
+    "jacfwd": lambda s, x: torch.func.jacfwd(lambda z: s.b(z).sum())(x) + s.a(x),
+    "grad": lambda s, x: torch.func.grad(lambda z: s.b(z).sin().sum())(x) + s.a(x),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_uses_under_a_derivative_are_not_counted_but_refused(name, tmp_path):
+    torch.manual_seed(0)
+    base, x = type("Model", (Loop,), {"forward": DERIVED[name]})().eval(), torch.randn(2, 8)
+    used = "block.0" if name == "jvp_of_a_block" else "b"
+    model = onelora.adapt(copy.deepcopy(base), onelora.OneLoRAConfig(target_modules=[used]))
+    onelora.save_adapter(fill_vectors(model, 0.3), tmp_path / "a.safetensors")
+    assert read_adapter(tmp_path / "a.safetensors").uses == {used: (1, 0)}
+
+
+SHARED = {
+    "a_lookup": lambda s, ids: F.embedding(ids, s.head.weight) + s.embed(ids),
+    "rows": lambda s, ids: s.head.weight[ids],
+    "by_both_names": lambda s, ids: F.embedding(ids, s.head.weight) + F.embedding(ids, s.embed.weight),
+    "the_embedding's": lambda s, ids: s.embed.weight[ids],
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_reads_of_a_weight_that_an_embedding_shares_are_adapted_and_a_file_of_them_refused(name, tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.middle, self.head = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.middle(SHARED[name](self, ids)))
+
+    torch.manual_seed(0)
+    model, ids = Tied().eval(), torch.tensor([[1, 3, 5]])
+    WRITERS["torchscript"](model, ids, tmp_path / "base.onnx")
+    fill_vectors(onelora.adapt(model, onelora.OneLoRAConfig(target_modules=["head"])), 0.3)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    expected = merged_copy(model)(ids)
+    torch.testing.assert_close(model(ids), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ExportError, match=r"the uses of head can't be counted: .* an embedding shares"):
+        fold_onnx(tmp_path / "base.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx", progress=False)
+    export_onnx(model, (ids,), tmp_path / "right.onnx")
+    np.testing.assert_allclose(run(tmp_path / "right.onnx", ids), expected.detach(), rtol=1e-5, atol=1e-5)
