@@ -45,9 +45,10 @@ def missing_uses(matches: Matches, file: AdapterFile, base: Path, on_missing_use
     if unsure and on_missing_uses == "error":
         raise ExportError(
             f"the uses of {shortened(unsure, 8)} can't be counted: the model has more of them where its inputs are "
-            "longer, and one is on constants alone; or it takes a derivative, whose tangents may be constants; or "
-            f"it reads the weight, which an embedding shares. By {base} nobody can tell which uses to adapt. Nothing was written; export the adapted model itself, or "
-            "on_missing_uses='allow' for a file that was written without constant folding"
+            "longer, and one is on constants alone; or it takes a derivative, whose tangents may be constants; or it "
+            f"reads the weight, which an embedding shares. {base} does not tell which numbers depend on the weight, or "
+            "which uses to adapt. Nothing was written; export the adapted model itself, or on_missing_uses='allow' for "
+            "a file that was written without constant folding"
         )
     found = {name: sum(len(place.uses) for place in places) for name, places in matches.places.items()}
     fewer = {name: (found[name], most) for name, (_, most) in file.uses.items() if found.get(name, most) < most}

@@ -275,7 +275,7 @@ DERIVED = {
 @pytest.mark.parametrize("name", DERIVED)
 def test_uses_under_a_derivative_are_not_counted_but_refused(name, tmp_path):
     torch.manual_seed(0)
-    base, x = type("Model", (Loop,), {"forward": DERIVED[name]})().eval(), torch.randn(2, 8)
+    base = type("Model", (Loop,), {"forward": DERIVED[name]})().eval()
     used = "block.0" if name == "jvp_of_a_block" else "b"
     model = onelora.adapt(copy.deepcopy(base), onelora.OneLoRAConfig(target_modules=[used]))
     onelora.save_adapter(fill_vectors(model, 0.3), tmp_path / "a.safetensors")
