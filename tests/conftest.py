@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(config, items):
     seen: Counter[tuple[str, Path]] = Counter()
     for item in items:
         step = THINNED.get(item.path.name)
-        if step and hasattr(item, "callspec") and "slow" not in item.keywords:
+        if step and hasattr(item, "callspec") and not item.get_closest_marker("slow"):
             if seen[item.originalname, item.path] % step:
                 item.add_marker(pytest.mark.slow)
             seen[item.originalname, item.path] += 1

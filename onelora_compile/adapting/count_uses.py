@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -58,12 +58,46 @@ class UseCounter:
         self._constant |= {(module, one) for one in bounds.constant}
         self._sized |= {(module, one) for one in bounds.sized}
 
+    @property
+    def unknown(self) -> set[nn.Module]:
+        """Whose code no way came to the end of."""
+        return self._least.keys() - self._known
+
     def add_uncounted(self, module: nn.Module) -> None:
         """Note that nobody can tell how often the code of a module uses what is inside it, and on what."""
         for one in module.modules():
             marks = {(module, one), *((module, (one, name)) for name in one._parameters)}
             self._constant |= marks
             self._sized |= marks
+
+    def shared(self) -> Iterator[Shared]:
+        """Modules that several others call, where following these together tells whether with the same."""
+        users: dict[Any, list[nn.Module]] = collections.defaultdict(list)
+        for user, own in self._most.items():
+            for one in own:
+                users[one].append(user)
+        for module, own in [*users.items()]:
+            if not isinstance(module, nn.Module) or len(own) < 2:
+                continue
+            ways = [self._way_to(user) for user in own]
+            root = next((one for one in ways[0] if all(one in way for way in ways)), self._model)
+            between = {one for way in ways for one in way[: way.index(root)]}
+            if all(between.union([root]).issuperset(users[one]) for one in between):
+                yield Shared(module, own, root, between)
+
+    def _way_to(self, module: nn.Module) -> list[nn.Module]:
+        """The module and those around it."""
+        way = [module]
+        while way[-1] in self._parents:
+            way.append(self._parents[way[-1]])
+        return way
+
+    def add_shared(self, shared: Shared, bounds: Bounds) -> None:
+        """Take the calls of a shared module from the ways through all that call it."""
+        for counts, found in ((self._least, bounds.least), (self._most, bounds.most)):
+            for user in shared.users:
+                counts[user].pop(shared.module, None)
+            counts[shared.root][shared.module] = found.get(shared.module, 0)
 
     def times(self, called: Collection[nn.Module], weights: Collection[Weight]) -> dict[Weight, tuple[int, int]]:
         """The uses of the weights, at least and at most, where that is not once; of what nothing uses (0, 0).
@@ -128,6 +162,23 @@ class UseCounter:
             reads = sum(of(user) * times for user, times in users[module, name])
             found[module, name] = reads + (of(module) if module in called and name == "weight" else 0)
         return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """A module that several others call.
+
+    Attributes:
+        module: it.
+        users: the others.
+        root: the innermost module around all of them.
+        between: the users and what is around them inside the root.
+    """
+
+    module: nn.Module
+    users: Sequence[nn.Module]
+    root: nn.Module
+    between: Collection[nn.Module]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +285,8 @@ def _numbers(gm: fx.GraphModule) -> dict[fx.Node, int]:
         key = str((node.op, what, fx.node.map_arg((node.args, node.kwargs), shown)))
         if (into := written(gm, node)) is not None or any(word in name for word in _RANDOM):
             key = f"{place}"
+        elif node.target is getattr and node.args[1] in ("dtype", "device"):
+            key = str(node.args[1])  # of all values the same, as far as a use goes by it
         numbers[node] = known.setdefault(key, place)
         if into is not None:
             numbers[into] = place

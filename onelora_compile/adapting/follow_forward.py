@@ -8,6 +8,7 @@ functions of `torch.jit.script`; each is one node.  What another thread does mea
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
@@ -51,6 +52,7 @@ def follow(
     training: bool,
     holders: Holders,
     inside: Inside,
+    entered: Collection[nn.Module] = (),
 ) -> Followed:
     """Follow some code of a module, as far as it goes.
 
@@ -63,6 +65,7 @@ def follow(
         training: the mode that the module is in.
         holders: of the model's parameters.
         inside: `held_in` the module.
+        entered: submodules that are followed with it.
     """
     # A module of its own, as the class is another; what the code changes elsewhere is put back by `Kept`.
     names = "".join(f", value_{i}" for i in range(values))
@@ -73,10 +76,14 @@ def follow(
     shadow.__dict__["training"] = training
     for name in ("_parameters", "_buffers", "_modules"):
         shadow.__dict__[name] = dict(getattr(module, name))
-    tracer, error = Tracer(answer, size, holders, inside), ""
+    tracer, error = Tracer(answer, size, holders, inside, entered), ""
     try:
         # What it prints is about values that it lacks.
-        with silent("stdout", "stderr"), following(tracer.call_with, tracer.vmap), Uses(tracer):
+        with (
+            silent("stdout", "stderr"),
+            following(tracer.call_with, tracer.vmap, tracer.made, tracer.about),
+            Uses(tracer),
+        ):
             graph = tracer.trace(shadow)
     except (Exception, SystemExit) as failed:  # the user's code on values that it does not expect may raise anything
         error = f"{type(failed).__name__}: {failed}".partition("\n")[0]

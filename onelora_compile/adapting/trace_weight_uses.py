@@ -54,7 +54,8 @@ _CALLS_WITH = {"functional_call", "_functional_call"}
 _OF_PARAMETERS = _CALLS_WITH | {
     *("weight", "_parameters", "parameters", "named_parameters", "get_parameter", "state_dict", "forward"),
 }
-# Of torch.func and torch.autograd.forward_ad: a function is run on values and on tangents, which may be constants.
+# Of torch.func and torch.autograd.forward_ad: a function is run on values and on tangents, which may be constants, so
+# that uses under one have no count.
 _DERIVATIVES = {"jvp", "vjp", "jacfwd", "jacrev", "hessian", "linearize", "grad", "grad_and_value", "make_dual"}
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -105,7 +106,6 @@ def weight_uses(model: nn.Module, called: Collection[nn.Module] = ()) -> WeightU
     code = _Code(model, called)
     linears = {id(module._parameters.get("weight")) for module in called}
     for module in model.modules():
-        code.note_derivatives(module)
         for read in code.reads(module):
             if module in called and read.module is module and read.own and read.why not in (WRITTEN, REPLACED):
                 if read.parameter == "weight":
@@ -170,13 +170,15 @@ class _Code:
         elif not of_torch(module) and any(one in self._called for one in module.modules()):
             yield from self._count_calls(module)
 
-    def note_derivatives(self, module: nn.Module) -> None:
-        """Uses under a derivative have no count: it runs its function on tangents too, which may be constants."""
-        if not of_torch(module) and not _DERIVATIVES.isdisjoint(names_in_reach(module, self._names)):
-            self._counter.add_uncounted(module)
-
     def times(self) -> dict[tuple[nn.Module, str], tuple[int, int]]:
         """How often one forward uses each weight, at least and at most, where that is not once."""
+        for module in self._counter.unknown:  # a derivative takes no stand-ins for values
+            if not _DERIVATIVES.isdisjoint(names_in_reach(module, self._names)):
+                self._counter.add_uncounted(module)
+        for shared in self._counter.shared():
+            ways = [way for _, own in self._ways(shared.root, (False,), shared.between) for _, way in own]
+            if any(not way.error for way in ways):
+                self._counter.add_shared(shared, bounds(ways))
         weights = {(module, name) for module in self._model.modules() for name in _matrices(module)}
         return self._counter.times(self._called, weights | {(module, "weight") for module in self._called})
 
@@ -236,8 +238,10 @@ class _Code:
         for found, known, _ in self._counted[key]:
             self._counter.add(module, found.renamed(inner), known)
 
-    def _ways(self, module: nn.Module, modes: Sequence[bool]) -> Iterator[tuple[Entry, list[tuple[bool, Followed]]]]:
-        """The code that a call of a module runs, with the ways through it in each mode."""
+    def _ways(
+        self, module: nn.Module, modes: Sequence[bool], entered: Collection[nn.Module] = ()
+    ) -> Iterator[tuple[Entry, list[tuple[bool, Followed]]]]:
+        """The code that a call of a module runs, with the ways through it, and some submodules, in each mode."""
         kept = Kept(module, instead={torch.jit.ScriptFunction: not_entered})
         inside = held_in(module)
         for entry in entries(module):
@@ -251,8 +255,9 @@ class _Code:
                     for answer, size in ((False, 1), (False, 2), (True, 1)):
                         if (size > 1 and not ways[-1][1].guessed) or (answer and not ways[-1][1].asked):
                             continue
+                        how = values, answer, size, training, self._holders, inside, entered
                         with kept:
-                            way = silently(follow, module, one, values, answer, size, training, self._holders, inside)
+                            way = silently(follow, module, one, *how)
                         ways.append((training, way))
             yield entry, ways
 

@@ -12,7 +12,7 @@ import operator
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -135,7 +135,9 @@ class Uses(TorchFunctionMode):
 class Tracer(fx.Tracer):
     """Follows one function."""
 
-    def __init__(self, answer: bool, size: int, holders: Holders, inside: Inside) -> None:
+    def __init__(
+        self, answer: bool, size: int, holders: Holders, inside: Inside, entered: Collection[nn.Module] = ()
+    ) -> None:
         super().__init__()
         self.answer = answer
         self.asked = 0
@@ -147,7 +149,7 @@ class Tracer(fx.Tracer):
         self._inside = inside
         self.replaced: list[tuple[nn.Module, str]] = []
         self._proxies: dict[tuple[int, bool], fx.Proxy] = {}
-        self._entered: set[nn.Module] = set()
+        self._entered = set(entered)
         self._thread = threading.get_ident()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -257,6 +259,17 @@ class Tracer(fx.Tracer):
         )
         return function(*pytree.tree_unflatten(parts, spec))
 
+    def made(self, make: Any, *sizes: Any, **kwargs: Any) -> Any:
+        """Stands for `torch.ones` and its like."""
+        if self._elsewhere() or not any(isinstance(size, fx.Proxy) for size in sizes):
+            return make(*sizes, **kwargs)
+        return self.create_proxy("call_function", make, sizes, kwargs)
+
+    def about(self, kind: Any, *dtype: Any, **kwargs: Any) -> Any:
+        """Stands for `torch.finfo` and `torch.iinfo`."""
+        known = self._elsewhere() or not any(isinstance(one, fx.Proxy) for one in (*dtype, *kwargs.values()))
+        return kind(*dtype, **kwargs) if known else kind(torch.float32 if kind.__name__ == "finfo" else torch.int64)
+
     def _gives_weight(self, args: Any, kwargs: Any) -> bool:
         """Whether a parameter, or a view of one, is among the arguments."""
         found: list[bool] = []
@@ -274,7 +287,10 @@ class Tracer(fx.Tracer):
         value = self.as_node(a, [])
         if isinstance(value, nn.Parameter) and not self._elsewhere():
             value = self._proxy(value, past=False)
-        return super().create_arg(value)
+        try:
+            return super().create_arg(value)
+        except NotImplementedError:  # an object of the user's, such as a cache: itself and no other
+            return f"{type(value).__name__} at {id(value)}"
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """What an `if` on a value goes by."""

@@ -312,3 +312,64 @@ def test_reads_of_a_weight_that_an_embedding_shares_are_adapted_and_a_file_of_th
         fold_onnx(tmp_path / "base.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx", progress=False)
     export_onnx(model, (ids,), tmp_path / "right.onnx")
     np.testing.assert_allclose(run(tmp_path / "right.onnx", ids), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+class Caller(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.out = inner, nn.Linear(8, 8)
+
+    def forward(self, x, t):
+        return self.out(x) * self.inner(t, dtype=x.dtype)
+
+
+class Embed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, t, dtype):
+        return torch.tanh(self.fc(t)).to(dtype)
+
+
+SEVERAL = {
+    "the_same_value": (lambda s, x, t: s.block(x, t) + s.block.inner(t, dtype=x.sin().dtype), {}),
+    "another_value": (
+        lambda s, x, t: s.block(x, t) + s.block.inner(t.sin(), dtype=x.dtype),
+        {"block.inner.fc": (2, 2)},
+    ),
+    "by_two_blocks": (lambda s, x, t: s.block(x, t) + s.second(x, t), {}),
+    "by_two_blocks_of_others": (lambda s, x, t: s.block(x, t) + s.second(x, t.cos()), {"block.inner.fc": (2, 2)}),
+    "on_a_constant": (lambda s, x, t: s.block(x, t) + s.block.inner(s.table, x.dtype), {"block.inner.fc": (2, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_a_module_that_several_call_with_the_same_is_used_once(name, tmp_path):
+    use, expected = SEVERAL[name]
+
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Caller(Embed())
+            self.second = Caller(self.block.inner) if name.startswith("by_two") else None
+            self.register_buffer("table", torch.randn(5, 8))
+
+        def forward(self, x, t):
+            return use(self, x, t)
+
+    torch.manual_seed(0)
+    model, given = Several().eval(), (torch.randn(5, 8), torch.randn(5, 8))
+    tools.torchscript(model, given, tmp_path / "base.onnx")
+    fill_vectors(onelora.adapt(model), 0.3)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    assert read_adapter(tmp_path / "a.safetensors").uses == expected
+    try:
+        fold_onnx(tmp_path / "base.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx", progress=False)
+    except ExportError:
+        assert name == "on_a_constant"  # the file holds what the exporter computed of it
+        return
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx")
+    feed = {one.name: value.numpy() for one, value in zip(session.get_inputs(), given, strict=True)}
+    right = merged_copy(model, torch.float64)(*(one.double() for one in given))
+    np.testing.assert_allclose(session.run(None, feed)[0], right.detach(), rtol=1e-5, atol=1e-5)
