@@ -123,7 +123,7 @@ def test_nan_and_infinity_are_refused_both_ways(saved, value, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": "2"}, "format version '2'.*upgrade"),
+        ({"format_version": "3"}, "format version '3'.*upgrade"),
         ({"format_version": "one"}, "format version 'one'"),
         ({"format": "pt"}, "not an adapter of onelora"),
         ({"format": None}, "not an adapter of onelora"),

@@ -98,6 +98,7 @@ def fold_onnx(
     start = time.perf_counter()
     base, out = as_path(base, "base"), as_path(out, "out")
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(as_path(adapter, "adapter"))
+    file.require_fingerprints("the adapter" if isinstance(adapter, AdapterFile) else adapter)
     model = load_model(base)
     held = Metadata.from_props(model.metadata_props, str(base))
     weights = [value.const_value for value in model.graph.initializers.values() if _external(value)]

@@ -108,6 +108,7 @@ class Metadata(HasMode):
             AdapterFileError: it has other vectors or trained tensors, or other shapes.
             BaseMismatchError: it was trained on another base.
         """
+        file.require_fingerprints("the adapter")
         tensors = file.tensors
         if missing := sorted(set(file.vectors) - set(self.vectors) - set(self.constant)):
             raise AdapterFileError(

@@ -3,6 +3,7 @@
 .safetensors     this project's adapter file (onelora_compile/weights/adapter_file.py)
 .onnx_adapter    ONNX Runtime's adapter, for models of mode "input": `LoraAdapter.Load`, `RunOptions.add_active_adapter`
 .vectors         raw float32 in the order of one model of mode "load": put in the place of its `<model>.vectors`
+a folder         PEFT's (onelora_compile/weights/peft_folder.py)
 """
 
 from __future__ import annotations
@@ -17,52 +18,70 @@ import numpy as np
 import torch
 
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.errors import AdapterFileError, ConfigError, require
+from onelora_compile.errors import AdapterFileError, ConfigError, one_of, require
 from onelora_compile.exporters.onnx_file.load import load_model
 from onelora_compile.exporters.onnx_file.metadata import Metadata, float32
 from onelora_compile.file_names import as_path
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
 from onelora_compile.weights.file_kinds import refuse_other_kinds
+from onelora_compile.weights.peft_folder import PEFT, PEFT_FORMATS, refuse_other_folders, write_folder
 
 PathLike = str | os.PathLike[str]
 _FORMATS = (".safetensors", ".onnx_adapter", ".vectors")
 
 
-def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = None) -> Path:
-    """Write an adapter in the format that the ending of `out` names.
+def convert_adapter(
+    source: PathLike, out: PathLike, like: PathLike | None = None, format: str | None = None, approximate: bool = False
+) -> Path:
+    """Write an adapter in the format that the ending of `out` names, or as a folder of PEFT.
 
     Args:
         source: an adapter in one of the formats.
-        out: the file to write, replaced in one step. The `.vectors` file of a model of mode "load" may be it: the model
-            begins with this adapter then.
+        out: the file or folder to write, replaced in one step. The `.vectors` file of a model of mode "load" may be it:
+            the model begins with this adapter then.
         like: an ONNX model of the adapter's base, of mode "load" or "input", written by this package: gives the order
             of ".vectors", and what the formats of runtimes do not hold (configuration, fingerprints) to ".safetensors".
             With it, an adapter that does not belong to the model is refused.
+        format: "peft" or "peft-miss" writes a folder of PEFT, as `save_adapter` does. None goes by the ending of
+            `out`; without an ending it is "peft".
+        approximate: of a folder with a LoRA that is more than vectors: take the best vector of each layer.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: `out` is `source` or `like`; an unknown ending; `like` is missing where it is needed.
+        ConfigError: `out` is `source` or `like`; an unknown ending; `like` is missing where it is needed; PEFT has no
+            place for a part of the adapter.
         AdapterFileError: a damaged source, or one with other vectors than the model.
         BaseMismatchError: the adapter was trained on another base than the model.
     """
     source, out = as_path(source, "source"), as_path(out, "out")
+    one_of("format", format, [None, *PEFT_FORMATS])
+    if format is None and not out.suffix:
+        format = PEFT
     for path in (source, out):
-        if path.suffix not in _FORMATS:
-            raise ConfigError(f"{path}: the ending names the format, one of {', '.join(_FORMATS)}")
+        if path.suffix not in _FORMATS and not (path.is_dir() if path is source else format):
+            raise ConfigError(
+                f"{path}: the ending names the format, one of {', '.join(_FORMATS)}; an adapter of PEFT is a folder "
+                "(format='peft', --to peft)"
+            )
     refuse_overwriting(out, [source, *([] if like is None else [like])])
-    refuse_other_kinds(out, out.suffix)
+    if format is None:
+        refuse_other_kinds(out, out.suffix)
+    else:
+        refuse_other_folders(out, "out")
     model = None if like is None else _metadata(as_path(like, "like"))
-    needs = ".vectors" in (source.suffix, out.suffix) or (
-        source.suffix != ".safetensors" and out.suffix == ".safetensors"
-    )
+    whole = source.is_dir() or source.suffix == ".safetensors"
+    needs = ".vectors" in (source.suffix, out.suffix) or (not whole and out.suffix == ".safetensors")
     if needs and model is None:
         raise ConfigError(f"{source} to {out}: give the ONNX model that it belongs to (like=, --like)")
-    file, values = _read(source, model)
+    file, values = _read(source, model, approximate)
     if file is not None and model is not None:
         model.check_fits(file, str(like))
+    if format is not None:
+        write_folder(file or _adapter_like(model, values), out, format)
+        return out
     with replacing(out) as beside:
         if out.suffix == ".onnx_adapter":
             _write_ort(values, beside)
@@ -70,11 +89,16 @@ def convert_adapter(source: PathLike, out: PathLike, like: PathLike | None = Non
             assert model is not None
             beside.write_bytes(b"".join(values[name].astype("<f4").tobytes() for name in model.vectors))
         else:
-            if file is None:
-                assert model is not None
-                file = adapter_of(model, values, model.producer)
-            write_adapter(file, beside)
+            write_adapter(file or _adapter_like(model, values), beside)
     return out
+
+
+def _adapter_like(model: Metadata | None, values: Mapping[str, np.ndarray]) -> AdapterFile:
+    if model is None:
+        raise ConfigError(
+            "an .onnx_adapter holds numbers alone: give the ONNX model that it belongs to (like=, --like)"
+        )
+    return adapter_of(model, values, model.producer)
 
 
 def adapter_of(
@@ -100,9 +124,9 @@ def adapter_of(
     return AdapterFile(config, vectors, saved, prints, producer, bases, uses=dict(model.uses))
 
 
-def _read(source: Path, model: Metadata | None) -> tuple[AdapterFile | None, dict[str, np.ndarray]]:
-    if source.suffix == ".safetensors":
-        file = read_adapter(source)
+def _read(source: Path, model: Metadata | None, approximate: bool) -> tuple[AdapterFile | None, dict[str, np.ndarray]]:
+    if source.suffix == ".safetensors" or source.is_dir():
+        file = read_adapter(source, approximate)
         taken = (
             file.tensors
             if model is None

@@ -18,9 +18,9 @@ class OneLoRAConfig:
     """Selection and storage of the vectors; the words and rules are PEFT's.
 
     Args:
-        target_modules: `"all-linear"` (every linear but the output head of a transformers model), or one regular
-            expression that must match the whole module name, or a list of names, each matching a module of
-            that name or any module whose name ends with `.name`.
+        target_modules: `"all-linear"` (every linear but the output head of a transformers model, and what PEFT has put
+            on the model), or one regular expression that must match the whole module name, or a list of names, each
+            matching a module of that name or any module whose name ends with `.name`.
         exclude_modules: modules to leave out, by the same rules (no shorthand); None leaves out nothing.
         modules_to_save: modules, by name or ending, whose own parameters are trained as they are and travel in
             the adapter file (a new classification head, for example). They get no vector.

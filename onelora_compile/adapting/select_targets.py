@@ -11,6 +11,7 @@ from torch import nn
 
 from onelora_compile.adapting.candidates import NOT_LINEAR, Candidate, candidates_of
 from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.peft_parts import PEFT_PART, peft_parts
 from onelora_compile.adapting.weight_target import Target, reading, vector_key
 from onelora_compile.errors import TargetError
 from onelora_compile.kinds import is_linear, is_plain
@@ -83,6 +84,7 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     saved_roots = _matching_roots(names, config.modules_to_save)
     saved_modules = {inner for root in saved_roots for inner in root.modules()}
     heads = output_heads(model) if config.target_modules == ALL_LINEAR else set()
+    theirs = peft_parts(model) if config.target_modules == ALL_LINEAR else set()
 
     targets: dict[str, Target] = {}
     skipped: dict[str, str] = {}
@@ -96,6 +98,8 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
             reason = SAVED
         elif module in heads:
             reason = OUTPUT_HEAD
+        elif module in theirs:
+            reason = PEFT_PART
         elif candidate.reason in NOT_LINEAR and not (named and candidate.target):
             not_linear[key] = candidate.reason
             continue

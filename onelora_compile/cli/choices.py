@@ -15,6 +15,13 @@ class ExportMode(enum.StrEnum):
     BANK = "bank"
 
 
+class PeftFormat(enum.StrEnum):
+    """The forms of an adapter that PEFT reads."""
+
+    PEFT = "peft"
+    PEFT_MISS = "peft-miss"
+
+
 class EngineMode(enum.StrEnum):
     """Where the vectors of an engine are."""
 

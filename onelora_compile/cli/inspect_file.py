@@ -183,13 +183,15 @@ Content = AdapterContent | ModelContent | EngineContent
 
 
 def inspect_file(path: Path) -> Content:
-    """What an adapter file, an ONNX model or an engine holds.
+    """What an adapter (a file, or a folder of PEFT), an ONNX model or an engine holds.
 
     Raises:
         AdapterFileError: no adapter file, or damaged.
         ExportError: no ONNX model or manifest of an engine, or damaged, or of another engine.
         FileNotFoundError: there is no such file.
     """
+    if path.is_dir():
+        return _adapter(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.with_name(f"{path.name}.json").is_file() or path.suffix in (".engine", ".plan", ".trt"):
@@ -197,17 +199,25 @@ def inspect_file(path: Path) -> Content:
     return _model(path) if path.suffix == ".onnx" else _adapter(path)
 
 
+def size_of(path: Path) -> int:
+    """The bytes of a file, or of all files in a folder."""
+    return path.stat().st_size if path.is_file() else sum(one.stat().st_size for one in path.iterdir())
+
+
 def _adapter(path: Path) -> AdapterContent:
     file = read_adapter(path)
     vectors = {}
     for name, vector in file.vectors.items():
-        base = file.fingerprints[name]
+        base = file.fingerprints.get(name)
+        if base is None:
+            vectors[name] = VectorContent(tuple(vector.shape), None, None, None, None)
+            continue
         update = float(vector.double().norm()) * base.shape[1] ** 0.5  # Frobenius norm of b 1ᵀ
         ratio = update / base.norm if base.norm else None
         vectors[name] = VectorContent(tuple(vector.shape), tuple(base.shape), base.dtype, base.norm, ratio)
     return AdapterContent(
         file=path,
-        bytes=path.stat().st_size,
+        bytes=size_of(path),
         producer=file.producer,
         vectors=vectors,
         numbers=sum(vector.numel() for vector in file.vectors.values()),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onelora_compile.cli.app import Output, Sizes, command, load_arrays
-from onelora_compile.cli.choices import ExportMode
+from onelora_compile.cli.choices import ExportMode, PeftFormat
 from onelora_compile.cli.sizes import each_size, parse_axes, parse_sizes
 from onelora_compile.errors import ConfigError
 
@@ -118,18 +118,38 @@ def fold(
     )
 
 
-@command("onelora convert a.safetensors -o a.onnx_adapter --like input.onnx")
+@command(
+    "onelora convert a.safetensors -o a.onnx_adapter --like input.onnx",
+    "onelora convert a.safetensors -o peft_folder --to peft",
+    "onelora convert peft_folder -o b.safetensors",
+)
 def convert(
-    source: Annotated[Path, typer.Argument(help="An adapter: .safetensors, .onnx_adapter or .vectors.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; its ending names the format.")],
+    source: Annotated[
+        Path, typer.Argument(help="An adapter: .safetensors, .onnx_adapter, .vectors, or a folder of PEFT.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="What to write; an ending names the format, a folder is PEFT's.")
+    ],
     like: Annotated[Path | None, typer.Option(help="The ONNX model that the adapter is for.")] = None,
+    to: Annotated[
+        PeftFormat | None, typer.Option(help="A folder of PEFT: LoRA r=1, which servers read, or MiSS r=1.")
+    ] = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Take the best vector of each layer of a LoRA; says what that keeps.")
+    ] = False,
 ) -> Conversion:
-    """Convert an adapter to or from the formats of ONNX Runtime."""
+    """Convert an adapter to or from PEFT, or ONNX Runtime.
+
+    A folder of PEFT is read if it is LoRA whose lora_A is constant, or MiSS or Bone of r=1.
+    """
+    from onelora_compile.cli.inspect_file import size_of
     from onelora_compile.cli.reports import Conversion
     from onelora_compile.exporters import convert_adapter
+    from onelora_compile.weights.adapter_file import read_adapter
 
-    written = convert_adapter(source, output, like)
-    return Conversion(written, written.stat().st_size)
+    written = convert_adapter(source, output, like, to.value if to else None, approximate)
+    kept = read_adapter(source, True).projection if approximate and source.is_dir() else None
+    return Conversion(written, size_of(written), kept)
 
 
 @command(

@@ -10,17 +10,26 @@ from rich.text import Text
 
 from onelora_compile.exporters import Verification
 from onelora_compile.printable import Printable, bytes_text
+from onelora_compile.weights.adapter_content import Projection
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion(Printable):
-    """What `onelora convert` wrote."""
+    """What `onelora convert` wrote.
+
+    Attributes:
+        file: the file, or the folder of PEFT.
+        bytes: of all of it.
+        projection: what an approximation keeps; None where nothing was approximated.
+    """
 
     file: Path
     bytes: int
+    projection: Projection | None = None
 
-    def __rich__(self) -> Text:
-        return Text(f"wrote {self.file}, {bytes_text(self.bytes)}", no_wrap=True, overflow="ignore")
+    def __rich__(self) -> Group:
+        wrote = Text(f"wrote {self.file}, {bytes_text(self.bytes)}", no_wrap=True, overflow="ignore")
+        return Group(wrote) if self.projection is None else Group(wrote, self.projection)
 
 
 @dataclasses.dataclass(frozen=True)

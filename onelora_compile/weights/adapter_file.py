@@ -1,22 +1,22 @@
 """Adapter files: vectors, configuration and fingerprints of the base weights in one safetensors file.
 
-Layout, format version 1
+Layout, format versions 1 and 2
     tensors     `<module name>`               float32 [out_features], one per adapted weight; a parameter that is
                                               not called `weight` has its own name, one of experts [experts, out]
                 `<parameter or buffer name>`  as trained: modules_to_save, norms, batch-norm statistics
-    metadata    format = "onelora", format_version = "1", config, fingerprints (JSON), producer; saved_fingerprints,
-                saved_aliases (JSON): of the base values of what is stored as trained, and the other names of tied ones;
-                uses (JSON): how often one forward uses a weight, [at least, at most], where that may be more than once;
-                older versions wrote none of these
-A name is a vector's if and only if `fingerprints` holds it.
+    metadata    format = "onelora", format_version, config (JSON), and what `adapter_metadata.py` lists; older versions
+                wrote no more than fingerprints and producer of that
+A name is a vector's if and only if `fingerprints` holds it. Version 2 is written where a fingerprint is not known (an
+adapter of PEFT that was converted without its base), which version 1 could not say.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import warnings
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,80 +39,91 @@ from onelora_compile.adapting.adapter import (
     was_adapted,
 )
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.select_targets import Selection, available_targets, clean_name, select
+from onelora_compile.adapting.select_targets import (
+    Selection,
+    available_targets,
+    clean_name,
+    matches,
+    named_modules,
+    select,
+)
 from onelora_compile.adapting.weight_target import Target
-from onelora_compile.errors import AdapterFileError, BaseMismatchError, ConfigError
+from onelora_compile.errors import AdapterFileError, BaseMismatchError, ConfigError, OneLoRAWarning, one_of
 from onelora_compile.file_names import as_path
+from onelora_compile.kinds import is_linear
 from onelora_compile.printable import shortened
 from onelora_compile.progress import over_weights
 from onelora_compile.sharded import together, whole, write_whole
 from onelora_compile.version import __version__
+from onelora_compile.weights.adapter_content import AdapterFile as AdapterFile
+from onelora_compile.weights.adapter_content import check_finite, check_vectors
+from onelora_compile.weights.adapter_metadata import base_to_metadata, parsed_base
 from onelora_compile.weights.atomic_write import replacing
 from onelora_compile.weights.file_kinds import ADAPTER, FORMAT, refuse_other_kinds
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of, fingerprint_of_values
+from onelora_compile.weights.layers import STATISTICS, base_model_of, layers_of, task_type_of, whole_modules
+from onelora_compile.weights.peft_folder import PEFT_FORMATS, read_folder, refuse_other_folders, write_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Model = TypeVar("Model", bound=nn.Module)
 PathLike = str | os.PathLike[str]
+ONELORA = "onelora"  # the format of save_adapter that is a file
 
 
-@dataclasses.dataclass(frozen=True)
-class AdapterFile:
-    """The content of an adapter file, checked.
-
-    Attributes:
-        config: with which the model was adapted.
-        vectors: float32 [out_features] or [experts, out_features], by name.
-        saved: what else was trained, by parameter or buffer name.
-        fingerprints: of the base weight of each vector, by the same name.
-        producer: the package and version that wrote it.
-        bases: fingerprints of the values that `saved` had before training, of floating tensors; empty if an older
-            version wrote the file.
-        aliases: of trained parameters that are tied to others, the names of these.
-        uses: how often one forward of the model uses a weight, at least and at most, where that may be more than once;
-            at most 0 where there is no count: the sizes of inputs tell, and one use is of constants.
-    """
-
-    config: OneLoRAConfig
-    vectors: dict[str, Tensor]
-    saved: dict[str, Tensor]
-    fingerprints: dict[str, Fingerprint]
-    producer: str
-    bases: dict[str, Fingerprint] = dataclasses.field(default_factory=dict)
-    aliases: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    uses: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All that was trained, by name."""
-        return self.vectors | self.saved
-
-
-def save_adapter(model: nn.Module, path: PathLike) -> None:
-    """Write the adapter to one safetensors file; an existing file is replaced in one step.
+def save_adapter(model: nn.Module, path: PathLike, format: str = ONELORA) -> None:
+    """Write the adapter to one safetensors file, or as a folder of PEFT; an existing one is replaced in one step.
 
     Of a model that is sharded over processes (`fully_shard`) every process must call this; one writes the file.
 
+    Args:
+        model: the adapted model.
+        path: the file, or the folder for PEFT.
+        format: "onelora" is this package's file. "peft" is a folder with LoRA of r=1, lora_A of ones, which PEFT,
+            transformers, diffusers and servers of LoRA read; "peft-miss" one with MiSS of r=1, which PEFT reads.
+
     Raises:
-        ConfigError: the path is that of a file of another kind: an ONNX model, the weights of a model.
+        ConfigError: the path is that of a file of another kind: an ONNX model, the weights of a model; an unknown
+            format; PEFT has no place for a part of the adapter, which is named.
         StateError: the model is not adapted, or a `disabled` block is open.
         AdapterFileError: a vector holds NaN or infinity (training diverged).
         OSError: the file can't be written; an old file is left as it was.
     """
-    refuse_other_kinds(path, ADAPTER, "path")
+    one_of("format", format, [ONELORA, *PEFT_FORMATS])
+    if format == ONELORA:
+        refuse_other_kinds(path, ADAPTER, "path")
+    else:
+        refuse_other_folders(path)
     root = unwrap(model)
-    state = state_of(root, "save")
-    tensors = {name: whole(vector.detach()).to("cpu", torch.float32) for name, vector in vectors(root).items()}
-    extra = {name: whole(tensor.detach()).to("cpu", copy=True) for name, tensor in saved_tensors(root, state).items()}
-    _check_finite(tensors | extra, "nothing was written: the training has diverged")
-    targets = over_weights("fingerprint of the base", adapted_weights(root))
-    prints = {name: fingerprint_of(target) for name, target in targets}
-    tied = _tied(root, state)
-    file = AdapterFile(state.config, tensors, extra, prints, "", bases_of(state.originals), tied, state.uses)
+    file = _content(root, state_of(root, "save"))
+    if format != ONELORA:
+        file = dataclasses.replace(file, saved=whole_modules(root, file))
+    check_finite(file.tensors, "nothing was written: the training has diverged")
     with together(list(root.parameters()), Path(path)) as mine:
-        if mine:
+        if mine and format != ONELORA:
+            write_folder(file, path, format, {name for name, _ in named_modules(root)})
+        elif mine:
             with replacing(path) as beside:
                 write_adapter(file, beside)
+
+
+def _content(root: nn.Module, state: AdapterState) -> AdapterFile:
+    """What a file of the model holds."""
+    targets = adapted_weights(root)
+    return AdapterFile(
+        config=state.config,
+        vectors={name: whole(vector.detach()).to("cpu", torch.float32) for name, vector in vectors(root).items()},
+        saved={n: whole(tensor.detach()).to("cpu", copy=True) for n, tensor in saved_tensors(root, state).items()},
+        fingerprints={
+            name: fingerprint_of(target) for name, target in over_weights("fingerprint of the base", targets)
+        },
+        producer="",
+        bases=bases_of(state.originals),
+        aliases=_tied(root, state),
+        uses=state.uses,
+        layers=layers_of(root, targets),
+        base_model=base_model_of(root),
+        task_type=task_type_of(root),
+    )
 
 
 def bases_of(originals: Mapping[str, Tensor]) -> dict[str, Fingerprint]:
@@ -136,34 +147,38 @@ def write_adapter(file: AdapterFile, path: PathLike) -> None:
     """Write what an adapter file holds, to a path that nothing reads yet (`replacing`)."""
     metadata = {
         "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "producer": f"onelora-compile {__version__}",
+        "format_version": "2" if file.unknown else "1",
         "config": file.config.to_json(),
-        "fingerprints": json.dumps({name: one.to_json() for name, one in file.fingerprints.items()}),
-        "saved_fingerprints": json.dumps({name: one.to_json() for name, one in file.bases.items()}),
-        "saved_aliases": json.dumps(file.aliases),
-        "uses": json.dumps(file.uses),
+        **base_to_metadata(file),
     }
     save_file({name: tensor.contiguous() for name, tensor in file.tensors.items()}, path, metadata)
 
 
-def load_adapter(model: Model, path: PathLike) -> Model:
-    """Load an adapter file into a model; a compiled model is not compiled again.
+def load_adapter(model: Model, path: PathLike, approximate: bool = False) -> Model:
+    """Load an adapter file, or a folder of PEFT, into a model; a compiled model is not compiled again.
 
     Of a model that is sharded over processes every process must call this, and can read the file. A model that is
     not adapted yet is adapted as the file says. Everything is checked before the first value is
-    written: after an error the model is as it was.
+    written: after an error the model is as it was. A folder that PEFT wrote does not know its base: that this can't be
+    checked is a `OneLoRAWarning`; names and shapes are checked.
+
+    Args:
+        model: the model, plain or compiled, adapted or not.
+        path: a file of `save_adapter`, or a folder of PEFT: LoRA whose lora_A is constant, MiSS or Bone of r=1.
+        approximate: take the best vector of each layer of a LoRA that is more than that, b = ΔW 1 / in_features; a
+            `OneLoRAWarning` says which share of ‖ΔW‖² that keeps.
 
     Returns:
         The same object.
 
     Raises:
-        AdapterFileError: a damaged file, a newer format, other modules or shapes than the model's, NaN or infinity.
+        AdapterFileError: a damaged file, a newer format, other modules or shapes than the model's, NaN or infinity, an
+            adapter of PEFT that vectors can't hold.
         BaseMismatchError: the adapter was trained on another base.
         StateError: a `disabled` block is open.
     """
     root = unwrap(model)
-    file = read_adapter(path)
+    file = read_adapter(path, approximate)
     fresh, new = not adapted_weights(root), not was_adapted(root)
     if fresh:
         refuse_sharded(root, "adapt", "load the adapter before fully_shard")
@@ -177,20 +192,48 @@ def load_adapter(model: Model, path: PathLike) -> Model:
             release(root, state)
         raise
     current: dict[str, Tensor] = {**vectors(root), **saved_tensors(root, state)}
+    values = {name: state.originals[name] for name in _left_to_the_base(state, file)} | file.tensors
     with torch.inference_mode(False), torch.no_grad():
-        for name, value in (file.vectors | file.saved).items():
+        for name, value in values.items():
             write_whole(current[name], value)
+    if file.projection is not None:
+        warnings.warn(f"{path} was approximated: vectors keep {file.projection.text}", OneLoRAWarning, stacklevel=2)
+    if file.unknown:
+        warnings.warn(_unchecked(root, file, path), OneLoRAWarning, stacklevel=2)
     return model
 
 
-def read_adapter(path: PathLike) -> AdapterFile:
-    """Read and check an adapter file by itself, without a model.
+def _left_to_the_base(state: AdapterState, file: AdapterFile) -> list[str]:
+    """The running statistics of batch norms that a file has none of, as PEFT's: they are the base's there."""
+    held = {name.rpartition(".")[0] for name in file.saved}
+    return [name for name in state.originals if name.endswith(STATISTICS) and name.rpartition(".")[0] not in held]
+
+
+def _unchecked(root: nn.Module, file: AdapterFile, path: PathLike) -> str:
+    named = f", which it says is {file.base_model!r}" if file.base_model else ""
+    here = base_model_of(root)
+    model = f"; the model is from {here!r}" if here and here != file.base_model else ""
+    return (
+        f"{path} has no fingerprints of its base{named}{model}: names and shapes fit, but whether it was trained on "
+        "these weights could not be checked. onelora.save_adapter writes a file that knows"
+    )
+
+
+def read_adapter(path: PathLike, approximate: bool = False) -> AdapterFile:
+    """Read and check an adapter file, or a folder of PEFT, by itself, without a model.
+
+    Args:
+        path: a file of `save_adapter`, or a folder of PEFT.
+        approximate: as in `load_adapter`; the result's `projection` says what is kept.
 
     Raises:
-        AdapterFileError: not an adapter file, damaged, of a newer format version, or with NaN or infinity.
+        AdapterFileError: not an adapter file, damaged, of a newer format version, or with NaN or infinity; an adapter
+            of PEFT that vectors can't hold.
         FileNotFoundError: there is no such file.
     """
     path = as_path(path, "path")
+    if path.is_dir():
+        return read_folder(path, approximate)
     if not path.is_file():
         raise FileNotFoundError(f"there is no adapter file {path}")
     try:
@@ -202,31 +245,21 @@ def read_adapter(path: PathLike) -> AdapterFile:
         raise AdapterFileError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     try:
         config = OneLoRAConfig.from_json(metadata["config"])
-        raw = json.loads(metadata["fingerprints"])
-        prints = {name: Fingerprint.from_json(fields) for name, fields in raw.items()}
-        raw = json.loads(metadata.get("saved_fingerprints", "{}"))
-        bases = {name: Fingerprint.from_json(fields) for name, fields in raw.items()}
-        raw = json.loads(metadata.get("saved_aliases", "{}"))
-        aliases = {name: tuple(map(str, others)) for name, others in raw.items()}
-        uses = {name: (int(a), int(b)) for name, (a, b) in json.loads(metadata.get("uses", "{}")).items()}
+        base = parsed_base(metadata)
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise AdapterFileError(f"{path}: damaged metadata: {error}") from error
-    if missing := sorted(set(prints) - set(tensors)):
+    if missing := sorted(set(base.names) - set(tensors)):
         raise AdapterFileError(f"{path}: the file names vectors that it does not hold: {shortened(missing)}")
-    found = {name: tensors[name] for name in tensors if name in prints}
-    for name, vector in found.items():
-        if vector.ndim < 1 or vector.numel() != prints[name].shape[0] or vector.dtype != torch.float32:
-            raise AdapterFileError(
-                f"{path}: the vector of {name!r} is {vector.dtype} {list(vector.shape)}; its base weight of "
-                f"{list(prints[name].shape)} needs torch.float32 [{prints[name].shape[0]}]"
-            )
+    found = {name: tensors[name] for name in tensors if name in base.names}
+    check_vectors(found, base.fingerprints, path)
     if not found:
         raise AdapterFileError(f"{path} holds no vector")
-    _check_finite(tensors, f"{path} was not loaded")
-    saved = {name: tensor for name, tensor in tensors.items() if name not in prints}
-    if strange := sorted(set(bases) - set(saved)):
+    check_finite(tensors, f"{path} was not loaded")
+    saved = {name: tensor for name, tensor in tensors.items() if name not in found}
+    if strange := sorted(set(base.bases) - set(saved)):
         raise AdapterFileError(f"{path}: the file names trained tensors that it does not hold: {shortened(strange)}")
-    return AdapterFile(config, found, saved, prints, metadata.get("producer", "unknown"), bases, aliases, uses)
+    known = {field.name: getattr(base, field.name) for field in dataclasses.fields(base) if field.name != "names"}
+    return AdapterFile(config=config, vectors=found, saved=saved, **known)
 
 
 def attach_like(root: nn.Module, file: AdapterFile, path: PathLike) -> AdapterState:
@@ -259,6 +292,7 @@ def _check_fits(root: nn.Module, state: AdapterState, file: AdapterFile, path: P
     current = saved_tensors(root, state)
     # A file that was an ONNX model's adapter in between has no counters, which say nothing to a model in evaluation.
     counted = {name for name, value in current.items() if not value.is_floating_point()} - set(file.saved)
+    counted |= set(_left_to_the_base(state, file))
     for what, here, there in (
         ("vectors", set(targets), set(file.vectors)),
         ("trained parameters", set(current) - counted, set(file.saved)),
@@ -275,7 +309,29 @@ def _check_fits(root: nn.Module, state: AdapterState, file: AdapterFile, path: P
             raise AdapterFileError(
                 f"{path}: {name!r} is {list(value.shape)} in the file and {list(current[name].shape)} in the model"
             )
+    if file.unknown:
+        _check_named(root, state, file, path)
     check_base(targets, file, path)
+
+
+def _check_named(root: nn.Module, state: AdapterState, file: AdapterFile, path: PathLike) -> None:
+    """Of an adapter of PEFT: whether it has all that its configuration names, and nothing that is tied here."""
+    config = file.config
+    if not isinstance(config.target_modules, str):
+        linears = [name for name, module in named_modules(root) if is_linear(module)]
+        linears = [one for one in linears if matches(config.target_modules, one) and one not in file.vectors]
+        apart = [*(config.exclude_modules or ()), *config.modules_to_save]
+        if missing := [one for one in linears if not matches(apart, one)]:
+            raise AdapterFileError(
+                f"{path} has no tensors for {shortened(missing)}, which its target_modules select: they would stay the "
+                "base's"
+            )
+    if tied := _tied(root, state):
+        raise AdapterFileError(
+            f"{path} trained {shortened(tied)} apart (modules_to_save), which is tied to other parameters in this "
+            f"model ({shortened(other for others in tied.values() for other in others)}): they would change with it. "
+            "Untie them first"
+        )
 
 
 def check_base(targets: dict[str, Target], file: AdapterFile, path: PathLike) -> None:
@@ -287,13 +343,14 @@ def check_base(targets: dict[str, Target], file: AdapterFile, path: PathLike) ->
     """
     wrong = []
     for name, target in over_weights("check of the base", targets):
-        expected, found = file.fingerprints[name], (target.out_features, target.in_features)
-        if found != expected.shape or file.vectors[name].shape != target.shape:
+        expected, found = file.fingerprints.get(name), (target.out_features, target.in_features)
+        shape = expected.shape if expected else _shape(file, name, target.in_features)
+        if found != shape or file.vectors[name].shape != target.shape:
             raise AdapterFileError(
                 f"{path}: the vector {list(file.vectors[name].shape)} of {name!r} is for a weight of "
-                f"{list(expected.shape)}; the model's is {list(found)} and takes {list(target.shape)}"
+                f"{list(shape)}; the model's is {list(found)} and takes {list(target.shape)}"
             )
-        if not (here := fingerprint_of(target)).agrees(expected):
+        if expected and not (here := fingerprint_of(target)).agrees(expected):
             wrong.append(f"{name} (differs by {here.distance(expected):.1%})")
     if wrong:
         raise BaseMismatchError(
@@ -301,6 +358,12 @@ def check_base(targets: dict[str, Target], file: AdapterFile, path: PathLike) ->
             f"with: {shortened(wrong, 5)}. Load the base model that it was trained on (a merged or further trained "
             "model is another base)"
         )
+
+
+def _shape(file: AdapterFile, name: str, in_features: int) -> tuple[int, int]:
+    """Of the weight of a vector whose fingerprint is not known; in_features where the file does not tell."""
+    layer = file.layers.get(name)
+    return file.vectors[name].numel(), in_features if layer is None or layer.inputs is None else prod(layer.inputs)
 
 
 def _check_format(metadata: dict[str, str], path: Path) -> None:
@@ -314,9 +377,3 @@ def _check_format(metadata: dict[str, str], path: Path) -> None:
             f"{path} has format version {version!r}; this onelora-compile {__version__} reads up to {FORMAT_VERSION}: "
             "upgrade it with pip install -U onelora-compile"
         )
-
-
-def _check_finite(tensors: dict[str, Tensor], consequence: str) -> None:
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise AdapterFileError(f"NaN or infinity in {shortened(bad)}; {consequence}")

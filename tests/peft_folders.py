@@ -1,0 +1,49 @@
+"""Folders that PEFT writes and reads, quietly: the other side of the tests of `test_peft*.py`."""
+
+import json
+import warnings
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def loaded(base, folder):
+    """What `PeftModel.from_pretrained` makes of a folder; a missing or unknown tensor fails."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        warnings.filterwarnings("ignore", message=".*copy_.*|.*inference_mode.*")
+        return peft.PeftModel.from_pretrained(base, str(folder)).eval()
+
+
+def written(base, folder, config, fill=True):
+    """A folder that PEFT writes of a base that it has adapted, with random values; returns its model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(base, config).eval()
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if fill and parameter.requires_grad:
+                    scale = 0.02 if any(one in name for one in ("miss_", "lora_")) else 1.0
+                    parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(str(folder))
+    return model
+
+
+def edit_config(folder, **changes):
+    path = Path(folder) / CONFIG
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | changes))
+
+
+def edit_tensors(folder, change):
+    """Let `change` have the dictionary of tensors, and write it back without metadata, as PEFT does."""
+    path = Path(folder) / TENSORS
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: one.contiguous() for name, one in tensors.items()}, path, {"format": "pt"})

@@ -1,0 +1,351 @@
+"""What vectors can't hold of PEFT, what PEFT can't hold of vectors, and damaged folders: named, and nothing is lost."""
+
+import contextlib
+import copy
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import architectures
+import peft
+import peft_folders
+import pytest
+import torch
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.exporters import convert_adapter
+from onelora_compile.testing import fill_vectors
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A LoRA r=1 of this package as PEFT writes it: no metadata."""
+    base, _ = zoo.tiny_vit()
+    onelora.save_adapter(fill_vectors(onelora.adapt(base)), tmp_path / "a", format="peft")
+    peft_folders.edit_tensors(tmp_path / "a", lambda tensors: None)
+    return tmp_path / "a"
+
+
+def refused(folder, message):
+    """Neither reading nor loading takes it, and the model stays as it was."""
+    model, inputs = zoo.tiny_vit()
+    before = model(**inputs)
+    for call in (lambda: onelora.read_adapter(folder), lambda: onelora.load_adapter(model, folder)):
+        with pytest.raises(onelora.AdapterFileError, match=message):
+            call()
+    assert torch.equal(model(**inputs), before)
+    assert not onelora.vectors(model)
+
+
+OTHERS = {
+    "dora": (peft.LoraConfig(r=1, use_dora=True, target_modules=["fc1"]), "use_dora: DoRA"),
+    "bias": (peft.LoraConfig(r=1, bias="all", target_modules=["fc1"]), "bias='all': biases of the base were trained"),
+    "lora_bias": (peft.LoraConfig(r=1, lora_bias=True, target_modules=["fc1"]), "lora_bias: a bias"),
+    "pissa": (peft.LoraConfig(r=1, init_lora_weights="pissa", target_modules=["fc1"]), "the base was changed"),
+    "loha": (peft.LoHaConfig(r=1, target_modules=["fc1"]), "a LOHA adapter is not one vector"),
+    "ia3": (peft.IA3Config(target_modules=["fc1"], feedforward_modules=[]), "a IA3 adapter is not one vector"),
+    "miss 2": (peft.MissConfig(r=2, target_modules=["fc1"]), "MISS of r=2: 2 vectors for each layer"),
+    "bat": (peft.MissConfig(r=1, init_weights="bat", target_modules=["fc1"]), "init_weights='bat'"),
+    "mini": (peft.MissConfig(r=1, init_weights="mini", mini_r=2, target_modules=["fc1"]), "init_weights='mini'"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_maps_of_peft_are_named(case, tmp_path):
+    config, message = OTHERS[case]
+    peft_folders.written(zoo.tiny_vit()[0], tmp_path / "a", copy.deepcopy(config))
+    refused(tmp_path / "a", message)
+
+
+def test_attention_of_torch_and_embeddings_as_peft_adapts_them_are_refused(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.attn = nn.Embedding(7, 8), nn.MultiheadAttention(8, 2)
+
+    peft_folders.written(Net(), tmp_path / "attn", peft.LoraConfig(r=1, target_modules=["attn"]))
+    peft_folders.written(Net(), tmp_path / "words", peft.LoraConfig(r=1, target_modules=["words"]))
+    refused(tmp_path / "attn", "inside of an adapted module")
+    refused(tmp_path / "words", "holds no tensors of LORA; it has .*lora_embedding")
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown field": ({"use_magic": True}, "use_magic.*does not know"),
+    "rank": ({"r": 3}, "of rank 1; adapter_config.json says 3"),
+    "rank pattern": ({"rank_pattern": {"fc1": 2}}, "'blocks.0.fc1' is of rank 1; adapter_config.json says 2"),
+    "r of no number": ({"r": "one"}, "damaged: r is 'one'"),
+    "no alpha": ({"lora_alpha": None}, "damaged: lora_alpha is None"),
+    "a hostile pattern": ({"alpha_pattern": {"(a+)+$": 2}}, "more than one repetition"),
+    "no pattern": ({"alpha_pattern": {"(": 2}}, "no regular expression"),
+    "patterns of no dict": ({"rank_pattern": [1]}, "rank_pattern is "),
+    "no names": ({"target_modules": [1]}, "damaged: target_modules"),
+    "no type": ({"peft_type": None}, "names no peft_type"),
+    "a head that is not there": ({"modules_to_save": ["head"]}, r"misses the tensors of modules_to_save: head"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configurations_that_say_something_else(case, folder):
+    changes, message = CONFIGS[case]
+    peft_folders.edit_config(folder, **changes)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff", "[" * 100000], ids=range(6))
+def test_a_configuration_that_is_no_json(text, folder):
+    (folder / peft_folders.CONFIG).write_text(text, encoding="latin-1")
+    refused(folder, "adapter_config.json")
+
+
+KEY = "base_model.model.blocks.0.fc1.lora_{}.weight"
+TENSORS = {
+    "missing B": (lambda t: t.pop(KEY.format("B")), "'blocks.0.fc1' has lora_A, and misses lora_B"),
+    "missing A": (lambda t: t.pop(KEY.format("A")), "'blocks.0.fc1' has lora_B, and misses lora_A"),
+    "shapes": (lambda t: t.update({KEY.format("A"): torch.ones(2, 48)}), "lora_A of 'blocks.0.fc1' is .2, 48."),
+    "empty": (lambda t: t.update({KEY.format("A"): torch.ones(0, 48)}), "lora_A of 'blocks.0.fc1' is .0, 48."),
+    "vector": (lambda t: t.update({KEY.format("A"): torch.ones(48)}), "lora_A of 'blocks.0.fc1' is .48."),
+    "nan": (lambda t: t[KEY.format("B")].fill_(float("nan")), "NaN or infinity in .*lora_B"),
+    "overflow": (lambda t: [t[KEY.format(one)].fill_(1e30) for one in "AB"], "too large for float32"),
+    "strange": (lambda t: t.update({"base_model.model.head.bias": torch.ones(5)}), "head.bias, which is neither"),
+    "magnitude": (
+        lambda t: t.update({"base_model.model.head.lora_magnitude_vector": torch.ones(5)}),
+        "lora_magnitude_vector, which is neither",
+    ),
+    "two": (
+        lambda t: t.update({KEY.format("A").replace("weight", f"{n}.weight"): torch.ones(1, 48) for n in "ab"}),
+        "several adapters .a, b.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_do_not_belong_together(case, folder):
+    change, message = TENSORS[case]
+    peft_folders.edit_tensors(folder, change)
+    refused(folder, message)
+
+
+def test_names_of_adapters_compiled_models_and_no_prefix_are_understood(folder):
+    expected = onelora.read_adapter(folder).vectors
+
+    def rename(tensors):
+        for key in list(tensors):
+            name = key.removeprefix("base_model.model.").replace(".weight", ".my_adapter.weight")
+            tensors[f"_orig_mod.{name}"] = tensors.pop(key)
+
+    peft_folders.edit_tensors(folder, rename)
+    found = onelora.read_adapter(folder).vectors
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("opened",)
+
+
+def test_pickles_are_not_opened_and_sharded_or_foreign_folders_are_named(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tensors = folder / peft_folders.TENSORS
+    kept = tensors.read_bytes()
+    tensors.unlink()
+    refused(folder, "has no adapter_model.safetensors; it holds adapter_config.json")
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap()))
+    refused(folder, "as a pickle .*is not opened")
+    tensors.write_bytes(pickle.dumps(Trap()))  # under the name of the other format
+    refused(folder, "not a safetensors file, or is damaged")
+    assert not Path("opened").exists()
+    tensors.unlink()
+    for name in ("adapter_model-00001-of-00002.safetensors", "adapter_model.safetensors.index.json"):
+        (folder / name).write_bytes(kept)
+    refused(folder, "split over several files")
+    refused(tmp_path, r"no adapter of PEFT: it has no adapter_config.json; .*a is one")
+
+
+def test_another_base_is_refused_by_fingerprint_or_by_shape(folder, tmp_path):
+    base, _ = zoo.tiny_vit()
+    model = fill_vectors(onelora.adapt(copy.deepcopy(base)))
+    onelora.save_adapter(model, tmp_path / "known", format="peft")
+    with torch.no_grad():
+        base.blocks[0].fc1.weight.mul_(2)
+    with pytest.raises(onelora.BaseMismatchError, match=r"blocks\.0\.fc1 \(differs"):
+        onelora.load_adapter(base, tmp_path / "known")
+    with pytest.warns(onelora.OneLoRAWarning, match="could not be checked"):
+        onelora.load_adapter(base, folder)
+    with pytest.raises(
+        onelora.AdapterFileError, match=r"'embed' is for a weight of \[48, 12\]; the model's is \[60, 12\]"
+    ):
+        onelora.load_adapter(zoo.TinyViT(width=60), folder)
+    with pytest.raises(onelora.AdapterFileError, match="vectors for linears that Sequential does not have"):
+        onelora.load_adapter(nn.Sequential(nn.Linear(3, 3)), folder)
+
+
+def test_a_layer_that_the_configuration_selects_and_the_tensors_lack(folder):
+    peft_folders.edit_tensors(folder, lambda tensors: [tensors.pop(k) for k in list(tensors) if "blocks.1.fc2" in k])
+    with pytest.raises(
+        onelora.AdapterFileError, match=r"no tensors for blocks\.1\.fc2, which its target_modules select"
+    ):
+        onelora.load_adapter(zoo.tiny_vit()[0], folder)
+
+
+def test_a_trained_head_that_is_tied_here(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.fc, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+
+        def forward(self, ids):
+            return self.head(self.fc(self.words(ids)))
+
+    base = Tied()
+    config = peft.MissConfig(r=1, target_modules=["fc"], modules_to_save=["head"])
+    peft_folders.written(copy.deepcopy(base), tmp_path / "a", config)
+    base.head.weight = base.words.weight
+    with pytest.raises(onelora.AdapterFileError, match=r"head\.weight apart .*tied to other .*words\.weight"):
+        onelora.load_adapter(base, tmp_path / "a")
+    chosen = onelora.OneLoRAConfig(target_modules=["fc"], modules_to_save=["head"])
+    with pytest.raises(onelora.ConfigError, match=r"head\.weight is tied .*PEFT would train a copy"):
+        onelora.save_adapter(onelora.adapt(base, chosen), tmp_path / "b", format="peft")
+    assert not (tmp_path / "b").exists()
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Sequential(self.a)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def _attention():
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+
+def _experts():
+    return architectures.ARCHITECTURES["mixtral"]()[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_attention, r"self_attn\.in_proj_weight, self_attn\.out_proj: a parameter that is read"),
+        (_experts, "experts.*: weights of experts in one parameter"),
+        (Shared, "a: a module that is registered in several places"),
+        (lambda: nn.Linear(3, 3), "the model itself: the model itself, not a module in it"),
+    ],
+    ids=["attention", "experts", "shared", "root"],
+)
+@pytest.mark.parametrize("way", ["peft", "peft-miss"])
+def test_what_peft_has_no_place_for_is_named_from_the_model_and_from_its_file(make, message, way, tmp_path):
+    model = onelora.adapt(make())
+    with pytest.raises(onelora.ConfigError, match=message):
+        onelora.save_adapter(model, tmp_path / "a", format=way)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(onelora.ConfigError, match=message):
+        convert_adapter(tmp_path / "a.safetensors", tmp_path / "a", format=way)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_head_whose_name_ends_another(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.pre_head, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.pre_head(self.fc(x)))
+
+    model = onelora.adapt(Net(), onelora.OneLoRAConfig(modules_to_save=["head"]))
+    with pytest.raises(onelora.ConfigError, match=r"every module whose name ends like .* so also pre_head"):
+        onelora.save_adapter(model, tmp_path / "a", format="peft")
+
+
+def test_only_a_folder_of_peft_is_replaced(folder, tmp_path):
+    model = onelora.adapt(zoo.tiny_vit()[0])
+    onelora.save_adapter(model, folder, format="peft")
+    (folder / "notes.txt").write_text("mine")
+    for path, message in (
+        (folder, "holds notes.txt"),
+        (tmp_path / "a.safetensors", "that ends in .safetensors is an adapter"),
+        (Path(__file__), "is a file, and a folder is written"),
+    ):
+        with pytest.raises(onelora.ConfigError, match=message):
+            onelora.save_adapter(model, path, format="peft")
+    assert (folder / "notes.txt").read_text() == "mine"
+    with pytest.raises(onelora.ConfigError, match="format='pefft' is not one of 'onelora', 'peft', 'peft-miss'"):
+        onelora.save_adapter(model, tmp_path / "b", format="pefft")
+    with pytest.raises(onelora.ConfigError, match="would overwrite the input"):
+        convert_adapter(folder, folder, format="peft")
+    with pytest.raises(FileNotFoundError):
+        onelora.save_adapter(model, tmp_path / "no" / "a", format="peft")
+
+
+KILLED = """
+import sys, os, signal, zoo
+import onelora_compile as onelora
+from onelora_compile.weights import peft_folder
+model = onelora.adapt(zoo.tiny_vit()[0])
+real = peft_folder.replacing
+def killed(path, *rest):
+    if path.name == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(path, *rest)
+peft_folder.replacing = killed
+onelora.save_adapter(model, sys.argv[1], format="peft")
+"""
+
+
+@pytest.mark.parametrize("when", [peft_folders.TENSORS, peft_folders.CONFIG])
+def test_killed_while_writing_leaves_the_old_folder(when, folder):
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), when], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_damage_is_a_clear_error_or_the_same_adapter(data, tmp_path_factory):
+    source = tmp_path_factory.getbasetemp() / "sound"
+    if not source.exists():
+        onelora.save_adapter(fill_vectors(onelora.adapt(zoo.MLP())), source, format="peft")
+    place = tmp_path_factory.mktemp("damaged") / "a"
+    shutil.copytree(source, place)
+    name = data.draw(st.sampled_from(sorted(os.listdir(place))))
+    content = bytearray((place / name).read_bytes())
+    header = len(content) if name == peft_folders.CONFIG else 8 + int.from_bytes(content[:8], "little")
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
+    (place / name).write_bytes(
+        content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    )
+    with contextlib.suppress(onelora.OneLoRAError):
+        file = onelora.read_adapter(place)
+        assert all(torch.isfinite(one).all() and one.dtype == torch.float32 for one in file.vectors.values())
+
+
+def test_a_file_of_an_older_version_says_that_it_does_not_know(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    onelora.save_adapter(onelora.adapt(zoo.MLP()), tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "layers"}
+    assert json.loads(metadata["fingerprints"])
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", metadata)
+    with pytest.raises(onelora.ConfigError, match=r"does not say what its vectors are on .*an older version"):
+        convert_adapter(tmp_path / "b.safetensors", tmp_path / "b")
