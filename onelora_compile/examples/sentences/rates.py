@@ -7,11 +7,7 @@ from onelora_compile.examples.sentences.methods import (
     FULL,
     HEAD_ONLY,
     LORA,
-    MISS,
-    NORMS,
     ONE_LORA,
-    ONE_LORA_ALL,
-    ONE_LORA_NORMS,
 )
 from onelora_compile.examples.sentences.train import HEAD_RATE
 
@@ -20,12 +16,8 @@ from onelora_compile.examples.sentences.train import HEAD_RATE
 RATES = {
     HEAD_ONLY: HEAD_RATE,
     BITFIT: 3e-3,
-    NORMS: 3e-3,
     ONE_LORA: 3e-3,
-    ONE_LORA_NORMS: 3e-3,
-    ONE_LORA_ALL: 3e-4,
     LORA: 1e-2,
-    MISS: 3e-3,
     FULL: 1e-4,
 }
 SHOWN = (HEAD_ONLY, BITFIT, ONE_LORA, LORA, FULL)  # in the order of the table
