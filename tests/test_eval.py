@@ -256,6 +256,15 @@ def test_one_rate_for_all_is_judged_by_its_worst_task(tmp_path):
     assert "| one for all vectors, 0.1 | 0.0% | 50.0% | 50.0% |" in rate_study.table(tmp_path, [first, second])
 
 
-def test_the_page_shows_the_results_that_are_there():
-    text = tables.PAGE.read_text()
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.stem)
+def test_the_pages_show_the_results_that_are_there(page):
+    text = page.read_text()
+    assert "<!-- results: " in text
     assert tables.filled(text, store.RESULTS, [make() for make in TASKS.values()]) == text
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if list((store.RESULTS / name / "test").glob("*.json"))])
+def test_the_figures_show_the_results_that_are_there(name):
+    drawing = tables.figure(store.RESULTS, TASKS[name]())
+    assert (tables.DOCS / f"evaluation-{name}.svg").read_text() == drawing
+    assert f"(evaluation-{name}.svg)" in tables.PAGES[0].read_text()

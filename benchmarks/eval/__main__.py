@@ -37,7 +37,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "news": lambda: Sentences("news", 30),
     "digits": Digits,
 }
-GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # for every method of every task
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # for every method of every task
 SEEDS = (1, 2, 3)
 
 
@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a few steps at one rate: shows that it works, not how well"
     )
-    parser.add_argument("--table", action="store_true", help="run nothing, write the tables and figures into the page")
+    parser.add_argument(
+        "--table", action="store_true", help="run nothing, write the tables and figures into the documentation"
+    )
     chosen = parser.parse_args()
     if chosen.rule and chosen.methods != [ONE_LORA]:
         parser.error("--rule gives vectors their rates: it needs --methods 1LoRA")
@@ -99,8 +101,8 @@ def _run(chosen: argparse.Namespace, folder: Path) -> None:
 def _show(chosen: argparse.Namespace, folder: Path) -> None:
     texts = [text for name in chosen.tasks if (text := tables.whole(folder, TASKS[name]()))]
     Console(width=120).print(Markdown("\n\n".join(texts) or "no results yet"))
-    if folder == store.RESULTS:
-        tables.write_page(folder, [make() for make in TASKS.values()])
+    if chosen.table and folder == store.RESULTS:
+        tables.write_pages(folder, [make() for make in TASKS.values()])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables in Markdown and figures in SVG of the results that there are, and the page that shows them."""
+"""Tables in Markdown and figures in SVG of the results that there are, and the pages that show them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from . import rate_study, stages, store
 from .methods import METHODS
 from .task import Task
 
-PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = [DOCS / name for name in ("evaluation.md", "which-method.md", "tutorials/vision.md")]
 STYLE = (
     "<style>text{font:12px sans-serif;fill:#444}.dot{fill:#5b7083}.own{fill:#c2410c}.grid{stroke:#ccc}"
     "@media(prefers-color-scheme:dark){text{fill:#ccc}.dot{fill:#9fb3c8}.own{fill:#fb923c}.grid{stroke:#555}}</style>"
@@ -66,20 +67,37 @@ def whole(folder: Path, task: Task) -> str:
     return "\n\n".join([f"### {task.name}", task.base, *parts]) if parts else ""
 
 
-def write_page(folder: Path, tasks: Sequence[Task], page: Path = PAGE) -> None:
-    """Write the tables into the page, between their marks, and the figures beside it."""
-    with replacing(page) as beside:
-        beside.write_text(filled(page.read_text(encoding="utf-8"), folder, tasks), encoding="utf-8")
+def summary(folder: Path, tasks: Sequence[Task]) -> str:
+    """The mean share of right answers to the test of every method on every task."""
+    tested: dict[tuple[str, str], list[float]] = {}
+    for task in tasks:
+        for run in store.read(folder, task.name, "test"):
+            tested.setdefault((task.name, store.label(run)), []).append(run["test"]["accuracy"])
+    names = [task.name for task in tasks if any(task.name == name for name, _ in tested)]
+    rows = [
+        [method, *(f"{statistics.fmean(one):.1%}" if (one := tested.get((name, method))) else "–" for name in names)]
+        for method in METHODS
+        if any(method == one for _, one in tested)
+    ]
+    return markdown(["test: right answers", *names], rows)
+
+
+def write_pages(folder: Path, tasks: Sequence[Task]) -> None:
+    """Write the tables into the pages, between their marks, and the figures beside the first."""
+    for page in PAGES:
+        text = filled(page.read_text(encoding="utf-8"), folder, tasks)
+        with replacing(page) as beside:
+            beside.write_text(text, encoding="utf-8")
     for task in tasks:
         if drawing := figure(folder, task):
-            with replacing(page.with_name(f"{page.stem}-{task.name}.svg")) as beside:
+            with replacing(DOCS / f"evaluation-{task.name}.svg") as beside:
                 beside.write_text(drawing, encoding="utf-8")
 
 
 def filled(text: str, folder: Path, tasks: Sequence[Task]) -> str:
     """A page with the tables of the results between its marks, `<!-- results: NAME -->` and `<!-- end -->`."""
     made = {f"{kind} {task.name}": make(folder, task) for task in tasks for kind, make in KINDS.items()}
-    made["rates"] = rate_study.table(folder, tasks)
+    made |= {"rates": rate_study.table(folder, tasks), "summary": summary(folder, tasks)}
 
     def fill(mark: re.Match[str]) -> str:
         return f"{mark[1]}\n{made[mark[2]]}\n{mark[3]}"
