@@ -27,9 +27,9 @@ STYLE = (
 def quality(folder: Path, task: Task) -> str:
     """What each method reached, "" where nothing was tested."""
     rows = []
-    for method in METHODS:
-        if runs := store.read(folder, task.name, "test", method):
-            rows.append(_row(task, method, runs, store.read(folder, task.name, "validation", method)))
+    for method in sorted({store.label(run) for run in store.read(folder, task.name, "test")}, key=_place):
+        runs = store.read(folder, task.name, "test", method)
+        rows.append(_row(task, method, runs, store.read(folder, task.name, "validation", method)))
     head = ["", "trained numbers", "kept for backward", "peak", "step, CPU", "rate", "validation", "test", "range"]
     head += ["test loss"] if task.chosen_by == "loss" else []
     return markdown(head, rows) if rows else ""
@@ -76,8 +76,7 @@ def summary(folder: Path, tasks: Sequence[Task]) -> str:
     names = [task.name for task in tasks if any(task.name == name for name, _ in tested)]
     rows = [
         [method, *(f"{statistics.fmean(one):.1%}" if (one := tested.get((name, method))) else "–" for name in names)]
-        for method in METHODS
-        if any(method == one for _, one in tested)
+        for method in sorted({one for _, one in tested}, key=_place)
     ]
     return markdown(["test: right answers", *names], rows)
 

@@ -59,7 +59,7 @@ def quality(rows: Sequence[Point | Row]) -> str:
         taken.append((across, label))
         anchor = "end" if across > _WIDTH - 120 else "start" if across < _LEFT + 60 else "middle"
         parts.append(_text(across, label, f"{row.name} {row.accuracy:.1%}", anchor, "own" if own else ""))
-    return _svg("right answers on unseen sentences over trained numbers, by method", parts, _WIDTH, _HEIGHT)
+    return _svg("right answers on unseen data over trained numbers, by method", parts, _WIDTH, _HEIGHT)
 
 
 def bars(result: DemoResult) -> list[str]:
