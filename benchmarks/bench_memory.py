@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,29 +23,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
+from onelora_compile.examples.measure import peak_bytes
 from onelora_compile.testing import saved_bytes
 
 BIASES = "base, adaLN biases trained"
 MODES = ("eager", "compiled")
-
-
-def peak_bytes(run: Callable[[], None]) -> int:
-    """The highest sum of allocations during a call.
-
-    Source: the "[memory]" events of torch/autograd/profiler.py::profile._parse_kineto_results, torch 2.13.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(itertools.accumulate(changes), default=0)
 
 
 def with_trained_biases(base: nn.Module) -> nn.Module:

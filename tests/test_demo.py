@@ -6,16 +6,17 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from eval import stages, store
 
 import onelora_compile as onelora
 from onelora_compile.errors import MissingExtraError, OneLoRAError
 from onelora_compile.examples.sentences import data
-from onelora_compile.examples.sentences.rates import RATES, SHOWN
+from onelora_compile.examples.sentences.methods import METHODS
+from onelora_compile.examples.sentences.rates import RATES
 from onelora_compile.exporters import OnnxRunner
 
 
@@ -92,10 +93,7 @@ def test_no_review_or_article_is_in_two_parts_of_a_task():
 
 
 def test_rates_are_those_that_the_evaluation_chose():
-    folder = Path(__file__).parents[1] / "benchmarks" / "results" / "eval" / "films"
-    runs = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    for method in SHOWN[1:]:  # the head has the same rate in all
-        own = [run for run in runs if run["method"] == method and run["seed"] == 0]
-        assert len(own) > 1, method
-        best = max(own, key=lambda run: (run["validation"], -run["validation_loss"]))
-        assert best["rate"] == RATES[method], method
+    for method in list(METHODS)[1:]:  # the head has the same rate in all
+        runs = store.read(store.RESULTS, "films", "validation", method)
+        assert len(runs) > 1, method
+        assert stages.best(runs, "accuracy")["rate"] == RATES[method], method

@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from onelora_compile.errors import OneLoRAError
+from onelora_compile.weights.atomic_write import replacing
 
 RESULTS = Path(__file__).parents[1] / "results" / "eval"
+Stage = Literal["validation", "test"]
 
 
-def place(task: str, method: str, rate: float, seed: int) -> Path:
-    """Where the result of a run is."""
-    name = method.replace(",", "").replace("+", "and").replace("=", "").replace(" ", "-").lower()
-    return RESULTS / task / f"{name}_{rate:g}_{seed}.json"
+def place(folder: Path, task: str, stage: Stage, method: str, key: str) -> Path:
+    """Where the result of a run is: the key is the rate where rates are chosen, the seed where they are tested."""
+    name = re.sub(r"[^a-z0-9]+", "-", method.lower().replace("+", "and"))
+    return folder / task / stage / f"{name}_{key}.json"
 
 
-def read(task: str) -> list[dict[str, Any]]:
-    """All runs of a task."""
-    return [json.loads(path.read_text()) for path in sorted((RESULTS / task).glob("*.json"))]
+def read(folder: Path, task: str, stage: Stage, method: str | None = None) -> list[dict[str, Any]]:
+    """All runs of a task in one stage, or those of a method.
+
+    Raises:
+        OneLoRAError: a file is no result of a run.
+    """
+    runs = [_one(path) for path in sorted((folder / task / stage).glob("*.json"))]
+    return [run for run in runs if method in (None, label(run))]
+
+
+def label(run: dict[str, Any]) -> str:
+    """The method of a run, with the rule of its rates."""
+    return f"{run['method']}, rate {run['rule']}" if run["rule"] else str(run["method"])
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
     """Write the result of a run, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    beside.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def best_rate(runs: list[dict[str, Any]], method: str) -> float | None:
-    """The rate with the most right validation answers, of seed 0; the lowest loss decides between equal ones."""
-    own = [run for run in runs if run["method"] == method and run["seed"] == 0]
-    return max(own, key=lambda run: (run["validation"], -run["validation_loss"]))["rate"] if own else None
+def _one(path: Path) -> dict[str, Any]:
+    try:
+        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        run["method"], run["rule"], run["rate"], run["seed"], run["settings"], run["validation"]["accuracy"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OneLoRAError(
+            f"{path} is no result of a run ({type(error).__name__}: {error}): remove it, and it is measured again"
+        ) from error
+    return run

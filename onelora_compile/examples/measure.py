@@ -1,8 +1,9 @@
-"""How long training steps take, and where that was measured."""
+"""How long training steps take, what they allocate, and where that was measured."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
 import statistics
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from onelora_compile.version import __version__
 
@@ -49,6 +51,23 @@ def step_times(steps: Mapping[str, Step], rounds: int, repeats: int = 5) -> dict
                 step()
             samples[name].append((time.perf_counter() - start) / repeats * 1e3)
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """The highest sum of allocations during a call.
+
+    Source: the "[memory]" events of torch/autograd/profiler.py::profile._parse_kineto_results, torch 2.13.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes), default=0)
 
 
 class Clock:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import onelora_compile as onelora
@@ -38,6 +39,24 @@ def fit(losses: Iterable[Tensor], optimizer: Any, schedule: Any, tick: Callable[
     return found
 
 
+def one_cycle(groups: Iterable[dict[str, Any]], steps: int) -> tuple[Any, Any]:
+    """AdamW without weight decay, and a one-cycle schedule up to the rate of each group and down again.
+
+    Args:
+        groups: of an optimizer; those without parameters are left out.
+        steps: of the training.
+    """
+    given = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(given, weight_decay=0.0)
+    rates = [group["lr"] for group in given]
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
+
+
+def in_head(name: str, head: str) -> bool:
+    """Whether the parameter is of the head, wrapped by a method or not; head is a part of the name."""
+    return head in name.split(".")
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of right answers."""
     return (logits.argmax(dim=-1) == labels).double().mean().item()
@@ -55,7 +74,7 @@ def train_only(chosen: Callable[[str], bool]) -> Prepare:
 
 
 def with_peft(config: str, linears: Callable[[nn.Module], Sequence[str]], **options: object) -> Prepare:
-    """Adapt linears by a method of PEFT, of rank one.
+    """Adapt linears by a method of PEFT.
 
     Args:
         config: the class of its configuration.
@@ -65,7 +84,7 @@ def with_peft(config: str, linears: Callable[[nn.Module], Sequence[str]], **opti
 
     def prepare(model: nn.Module) -> nn.Module:
         peft = import_peft()
-        chosen = getattr(peft, config)(r=1, target_modules=linears(model), **options)
+        chosen = getattr(peft, config)(target_modules=linears(model), **options)
         adapted: nn.Module = peft.get_peft_model(model, chosen)
         return adapted
 

@@ -45,8 +45,8 @@ def all_methods() -> list[Method]:
     return [
         Method("head only", 0.3, train_only(lambda name: name.startswith("head.")), save_trained),
         Method("BitFit", 0.1, train_only(lambda name: name.endswith(".bias")), save_trained),
-        Method("LoRA r=1", 0.03, with_peft("LoraConfig", _linears, lora_alpha=1), save_peft),
-        Method("MiSS r=1", 0.03, with_peft("MissConfig", _linears), save_peft),
+        Method("LoRA r=1", 0.03, with_peft("LoraConfig", _linears, r=1, lora_alpha=1), save_peft),
+        Method("MiSS r=1", 0.03, with_peft("MissConfig", _linears, r=1), save_peft),
         Method(ONE_LORA, 0.03, onelora.adapt, save_onelora, compiled=True),
         Method("1LoRA(norms)", 0.01, lambda model: onelora.adapt(model, norms), save_onelora),
         Method("full fine-tuning", 0.01, lambda model: model, save_trained),

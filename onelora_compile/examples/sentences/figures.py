@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import NamedTuple
 
 from onelora_compile.examples.sentences.methods import ONE_LORA
 from onelora_compile.examples.sentences.results import DemoResult, Row
@@ -14,9 +15,16 @@ _WIDTH, _HEIGHT = 640, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 24, 18, 46
 
 
-def quality(result: DemoResult) -> str:
+class Point(NamedTuple):
+    """A method: its name, how many numbers it trains, its share of right answers."""
+
+    name: str
+    numbers: int
+    accuracy: float
+
+
+def quality(rows: Sequence[Point | Row]) -> str:
     """Right answers over trained numbers, one point a method."""
-    rows = result.rows
     low = math.floor(min(row.accuracy for row in rows) * 20 - 0.4) / 20
     high = min(1.0, math.ceil(max(row.accuracy for row in rows) * 20 + 0.4) / 20)
     first, last = (math.log10(pick(row.numbers for row in rows)) for pick in (min, max))
@@ -51,7 +59,7 @@ def quality(result: DemoResult) -> str:
         taken.append((across, label))
         anchor = "end" if across > _WIDTH - 120 else "start" if across < _LEFT + 60 else "middle"
         parts.append(_text(across, label, f"{row.name} {row.accuracy:.1%}", anchor, "own" if own else ""))
-    return _svg("right answers on unseen sentences over trained numbers, by method", parts, _WIDTH, _HEIGHT)
+    return _svg("right answers on unseen data over trained numbers, by method", parts, _WIDTH, _HEIGHT)
 
 
 def bars(result: DemoResult) -> list[str]:

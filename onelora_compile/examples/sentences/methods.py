@@ -10,13 +10,10 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.examples.recipes import Prepare, save_onelora, save_peft, save_trained, train_only, with_peft
+from onelora_compile.examples.sentences.model import HEAD
 
-HEAD = "head"
 PROJECTIONS = ["query", "value"]  # what PEFT adapts of a BERT by default
-HEAD_ONLY, BITFIT, NORMS, ONE_LORA, ONE_LORA_NORMS, ONE_LORA_ALL, LORA, MISS, FULL = (
-    *("head only", "BitFit", "norms", "1LoRA", "1LoRA + norms", "1LoRA, all linears"),
-    *("LoRA r=1", "MiSS r=1", "full fine-tuning"),
-)
+HEAD_ONLY, BITFIT, ONE_LORA, LORA, FULL = "head only", "BitFit", "1LoRA", "LoRA r=1", "full fine-tuning"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,29 +32,20 @@ class Method:
 
 
 ADAPTER = onelora.OneLoRAConfig(target_modules=PROJECTIONS, modules_to_save=[HEAD])
-_NORMS = onelora.OneLoRAConfig(target_modules=PROJECTIONS, modules_to_save=[HEAD], train_norms=True)
-_ALL = onelora.OneLoRAConfig(modules_to_save=[HEAD])
 
 
 def _with_head(chosen: Callable[[str], bool]) -> Prepare:
     return train_only(lambda name: name.startswith(HEAD) or chosen(name))
 
 
-def _by_peft(config: str, **options: object) -> Prepare:
-    return with_peft(config, lambda model: PROJECTIONS, modules_to_save=[HEAD], **options)
-
-
+_LORA = with_peft("LoraConfig", lambda model: PROJECTIONS, r=1, lora_alpha=1, modules_to_save=[HEAD])
 METHODS = {
     method.name: method
     for method in (
         Method(HEAD_ONLY, _with_head(lambda name: False), save_trained),
         Method(BITFIT, _with_head(lambda name: name.endswith("bias")), save_trained),
-        Method(NORMS, _with_head(lambda name: "LayerNorm" in name), save_trained),
         Method(ONE_LORA, lambda model: onelora.adapt(model, ADAPTER), save_onelora),
-        Method(ONE_LORA_NORMS, lambda model: onelora.adapt(model, _NORMS), save_onelora),
-        Method(ONE_LORA_ALL, lambda model: onelora.adapt(model, _ALL), save_onelora),
-        Method(LORA, _by_peft("LoraConfig", lora_alpha=1), save_peft),
-        Method(MISS, _by_peft("MissConfig"), save_peft),
+        Method(LORA, _LORA, save_peft),
         Method(FULL, train_only(lambda name: True), save_trained),
     )
 }

@@ -12,6 +12,7 @@ from onelora_compile.errors import require
 from onelora_compile.examples.imports import import_transformers, quiet_loading
 from onelora_compile.examples.sentences.data import Part
 
+HEAD = "head"  # the name of the module
 LONGEST = 32  # tokens; what is longer is cut off
 
 

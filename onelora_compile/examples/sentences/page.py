@@ -60,7 +60,7 @@ def write(result: DemoResult, path: Path) -> None:
         "".join(f"<p>{escape(sentence)}</p>" for sentence in story),
         _section(
             "How well, and for how many numbers",
-            f'<div class="scroll">{figures.quality(result)}</div>',
+            f'<div class="scroll">{figures.quality(result.rows)}</div>',
             _note(f"{_question(result)} Right answers on {result.settings['test_sentences']} unseen sentences."),
         ),
         _section(

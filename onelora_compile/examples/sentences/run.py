@@ -23,7 +23,7 @@ from onelora_compile.examples.sentences import deploy, page
 from onelora_compile.examples.sentences.data import Task, load_tasks
 from onelora_compile.examples.sentences.methods import ADAPTER, METHODS, ONE_LORA, Method, trained_numbers
 from onelora_compile.examples.sentences.model import SentenceClassifier, Tokens
-from onelora_compile.examples.sentences.rates import RATES, SHOWN
+from onelora_compile.examples.sentences.rates import RATES
 from onelora_compile.examples.sentences.results import DemoResult, Row, TaskResult
 from onelora_compile.examples.sentences.train import BATCH, STEPS, Encoded, batches, predict, train
 from onelora_compile.testing import saved_bytes
@@ -66,7 +66,7 @@ def run_demo(
     check_dependencies()
     sizes, clock = QUICK if quick else FULL, Clock()
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]), progress(sizes.steps * (len(SHOWN) + 2)) as announce:
+    with torch.random.fork_rng(devices=[]), progress(sizes.steps * (len(METHODS) + 2)) as announce:
         announce("sentences and model")
         with clock("read"):
             tasks, tokens = load_tasks(data), Tokens()
@@ -148,12 +148,12 @@ def _compare(
 ) -> tuple[list[Row], nn.Module]:
     """Train by every method; the rows, and the model of 1LoRA."""
     trained: list[tuple[Method, nn.Module, list[float]]] = []
-    for name in SHOWN:
+    for name, method in METHODS.items():
         announce(name)
         with clock(name):
             torch.manual_seed(seed)
-            model = METHODS[name].prepare(copy.deepcopy(base))
-            trained.append((METHODS[name], model, train(model, learned, RATES[name], sizes.steps, seed, announce.tick)))
+            model = method.prepare(copy.deepcopy(base))
+            trained.append((method, model, train(model, learned, RATES[name], sizes.steps, seed, announce.tick)))
     announce("measuring")
     with clock("measure"):
         tokens, mask, labels = next(batches(learned, 1, seed))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onelora_compile.examples.recipes import fit
+from onelora_compile.examples.recipes import fit, in_head, one_cycle
+from onelora_compile.examples.sentences.model import HEAD
 
 BATCH, STEPS = 16, 80
 HEAD_RATE = 1e-2  # peak
@@ -40,18 +41,16 @@ def train(
         The loss of each step.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for name, parameter in trained if ("head" in name) is head], "lr": rate}
+    groups = [
+        {"params": [parameter for name, parameter in trained if in_head(name, HEAD) is head], "lr": rate}
         for head, rate in ((False, learning_rate), (True, HEAD_RATE))
     ]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], total_steps=steps)
+    optimizer, schedule = one_cycle(groups, steps)
     losses = (F.cross_entropy(model(tokens, mask), labels) for tokens, mask, labels in batches(data, steps, seed))
     return fit(losses, optimizer, schedule, tick)
 
 
-def batches(data: Encoded, steps: int, seed: int) -> Iterator[Encoded]:
+def batches(data: Encoded, steps: int, seed: int, size: int = BATCH) -> Iterator[Encoded]:
     """Random batches, each sentence once before any comes again; sentences of one batch are about equally long.
 
     What is padding in all rows is left out, which halves the work.
@@ -62,9 +61,9 @@ def batches(data: Encoded, steps: int, seed: int) -> Iterator[Encoded]:
     for _ in range(steps):
         if not left:
             order = torch.randperm(len(lengths), generator=generator)
-            for pool in order.split(8 * BATCH):
-                left += pool[lengths[pool].argsort()].split(BATCH)
-            left = [left[i] for i in torch.randperm(len(left), generator=generator) if len(left[i]) == BATCH]
+            for pool in order.split(8 * size):
+                left += pool[lengths[pool].argsort()].split(size)
+            left = [left[i] for i in torch.randperm(len(left), generator=generator) if len(left[i]) == size]
         rows = left.pop()
         yield trimmed(tuple(one[rows] for one in data))
 
