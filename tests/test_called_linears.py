@@ -1,5 +1,7 @@
 """A linear that is only called is adapted by its call: no sum of the size of its weight, and its input is not kept."""
 
+from typing import Any
+
 import pytest
 import transformers
 from architectures import ARCHITECTURES
@@ -8,7 +10,7 @@ import onelora_compile as onelora
 from onelora_compile.adapting.adapter import adapted_weights
 from onelora_compile.kinds import is_linear
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 # With a cache, which their forwards make and hand on.
 CACHED = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, intermediate_size=64)),

@@ -76,14 +76,14 @@ class UseCounter:
         for user, own in self._most.items():
             for one in own:
                 users[one].append(user)
-        for module, own in [*users.items()]:
-            if not isinstance(module, nn.Module) or len(own) < 2:
+        for module, callers in [*users.items()]:
+            if not isinstance(module, nn.Module) or len(callers) < 2:
                 continue
-            ways = [self._way_to(user) for user in own]
+            ways = [self._way_to(user) for user in callers]
             root = next((one for one in ways[0] if all(one in way for way in ways)), self._model)
             between = {one for way in ways for one in way[: way.index(root)]}
             if all(between.union([root]).issuperset(users[one]) for one in between):
-                yield Shared(module, own, root, between)
+                yield Shared(module, callers, root, between)
 
     def _way_to(self, module: nn.Module) -> list[nn.Module]:
         """The module and those around it."""
