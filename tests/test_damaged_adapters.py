@@ -133,6 +133,11 @@ def test_nan_and_infinity_are_refused_both_ways(saved, value, tmp_path):
         ({"fingerprints": "[]"}, "damaged metadata"),
         ({"fingerprints": '{"embed": {"shape": [48]}}'}, "damaged metadata"),
         ({"fingerprints": "{}"}, "holds no vector"),
+        ({"layers": '{"gone": ["linear", [3]]}'}, "damaged metadata: layers of no vector: gone"),
+        ({"layers": '{"embed": ["magic", [12]]}'}, "damaged metadata: layers of no known kind"),
+        ({"layers": '{"embed": ["linear", [-12]]}'}, "damaged metadata: layers of no known kind or size"),
+        ({"layers": '{"embed": 3}'}, "damaged metadata"),
+        ({"base_model": "3"}, "damaged metadata"),
     ],
 )
 def test_wrong_metadata(saved, change, message):

@@ -322,8 +322,10 @@ def test_the_command_line(tmp_path, monkeypatch, capfd):
     assert "approximate=True (--approximate)" in run("convert", "lora", "-o", "c.safetensors", code=1).err
     found = json.loads(run("convert", "lora", "-o", "c.safetensors", "--approximate", "--json").out)
     assert 0 < found["projection"]["total"] < 1
+    assert found["knows_base"] is False
     assert "a vector keeps" in run("convert", "lora", "-o", "c.safetensors", "--approximate").out
     assert "1LoRA adapter" in run("inspect", "c.safetensors").out
+    assert "there is no file or folder gone" in run("convert", "gone", "-o", "b", code=1).err
     assert "a folder" in run("convert", "a.safetensors", "-o", "a.bin", code=1).err
 
 

@@ -308,7 +308,7 @@ onelora.save_adapter(model, sys.argv[1], format="peft")
 """
 
 
-@pytest.mark.parametrize("when", [peft_folders.TENSORS, peft_folders.CONFIG])
+@pytest.mark.parametrize("when", [pytest.param(peft_folders.TENSORS, marks=pytest.mark.slow), peft_folders.CONFIG])
 def test_killed_while_writing_leaves_the_old_folder(when, folder):
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}

@@ -60,6 +60,8 @@ def convert_adapter(
     one_of("format", format, [None, *PEFT_FORMATS])
     if format is None and not out.suffix:
         format = PEFT
+    if not source.suffix and not source.exists():
+        raise FileNotFoundError(f"there is no file or folder {source}")
     for path in (source, out):
         if path.suffix not in _FORMATS and not (path.is_dir() if path is source else format):
             raise ConfigError(

@@ -15,7 +15,8 @@ from onelora_compile.exporters.onnx_file.metadata import float32
 from onelora_compile.exporters.onnx_file.trained import Trained
 from onelora_compile.exporters.to_onnx.place_vectors import Vectors
 from onelora_compile.printable import shortened
-from onelora_compile.weights.adapter_file import AdapterFile, check_base, load_adapter, read_adapter
+from onelora_compile.weights.adapter_file import AdapterFile, load_adapter, read_adapter
+from onelora_compile.weights.fits_model import check_base
 
 
 @contextlib.contextmanager

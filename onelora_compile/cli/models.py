@@ -148,8 +148,8 @@ def convert(
     from onelora_compile.weights.adapter_file import read_adapter
 
     written = convert_adapter(source, output, like, to.value if to else None, approximate)
-    kept = read_adapter(source, True).projection if approximate and source.is_dir() else None
-    return Conversion(written, size_of(written), kept)
+    held = read_adapter(source, approximate) if source.is_dir() else None
+    return Conversion(written, size_of(written), held.projection if held else None, not (held and held.unknown))
 
 
 @command(

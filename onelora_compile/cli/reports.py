@@ -21,14 +21,22 @@ class Conversion(Printable):
         file: the file, or the folder of PEFT.
         bytes: of all of it.
         projection: what an approximation keeps; None where nothing was approximated.
+        knows_base: whether it has fingerprints of its base, or its format has none.
     """
 
     file: Path
     bytes: int
     projection: Projection | None = None
+    knows_base: bool = True
 
     def __rich__(self) -> Group:
-        wrote = Text(f"wrote {self.file}, {bytes_text(self.bytes)}", no_wrap=True, overflow="ignore")
+        lines = [f"wrote {self.file}, {bytes_text(self.bytes)}"]
+        if not self.knows_base:
+            lines.append(
+                "it has no fingerprints of its base, as PEFT wrote none: fold and ONNX Runtime need them. Load it"
+            )
+            lines.append("into the model, onelora.load_adapter, and save that, onelora.save_adapter")
+        wrote = Text("\n".join(lines), no_wrap=True, overflow="ignore")
         return Group(wrote) if self.projection is None else Group(wrote, self.projection)
 
 

@@ -16,7 +16,6 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,15 +41,11 @@ from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.select_targets import (
     Selection,
     available_targets,
-    clean_name,
-    matches,
     named_modules,
     select,
 )
-from onelora_compile.adapting.weight_target import Target
-from onelora_compile.errors import AdapterFileError, BaseMismatchError, ConfigError, OneLoRAWarning, one_of
+from onelora_compile.errors import AdapterFileError, ConfigError, OneLoRAWarning, one_of
 from onelora_compile.file_names import as_path
-from onelora_compile.kinds import is_linear
 from onelora_compile.printable import shortened
 from onelora_compile.progress import over_weights
 from onelora_compile.sharded import together, whole, write_whole
@@ -61,7 +56,8 @@ from onelora_compile.weights.adapter_metadata import base_to_metadata, parsed_ba
 from onelora_compile.weights.atomic_write import replacing
 from onelora_compile.weights.file_kinds import ADAPTER, FORMAT, refuse_other_kinds
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of, fingerprint_of_values
-from onelora_compile.weights.layers import STATISTICS, base_model_of, layers_of, task_type_of, whole_modules
+from onelora_compile.weights.fits_model import check_model, left_to_the_base, tied_names, unchecked
+from onelora_compile.weights.layers import base_model_of, layers_of, task_type_of, whole_modules
 from onelora_compile.weights.peft_folder import PEFT_FORMATS, read_folder, refuse_other_folders, write_folder
 
 FORMAT_VERSION = 2
@@ -118,7 +114,7 @@ def _content(root: nn.Module, state: AdapterState) -> AdapterFile:
         },
         producer="",
         bases=bases_of(state.originals),
-        aliases=_tied(root, state),
+        aliases=tied_names(root, state),
         uses=state.uses,
         layers=layers_of(root, targets),
         base_model=base_model_of(root),
@@ -129,18 +125,6 @@ def _content(root: nn.Module, state: AdapterState) -> AdapterFile:
 def bases_of(originals: Mapping[str, Tensor]) -> dict[str, Fingerprint]:
     """Fingerprints of what heads and norms were before training; counters have none."""
     return {name: fingerprint_of_values(value) for name, value in originals.items() if value.is_floating_point()}
-
-
-def _tied(root: nn.Module, state: AdapterState) -> dict[str, tuple[str, ...]]:
-    """The other names of trained parameters that are used in several places."""
-    found: dict[str, tuple[str, ...]] = {}
-    names: dict[int, list[str]] = {}
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(clean_name(name))
-    for name, value in saved_tensors(root, state).items():
-        if others := tuple(one for one in names.get(id(value), ()) if one != name):
-            found[name] = others
-    return found
 
 
 def write_adapter(file: AdapterFile, path: PathLike) -> None:
@@ -184,7 +168,7 @@ def load_adapter(model: Model, path: PathLike, approximate: bool = False) -> Mod
         refuse_sharded(root, "adapt", "load the adapter before fully_shard")
     state = attach_like(root, file, path) if fresh else state_of(root, "load")
     try:
-        _check_fits(root, state, file, path)
+        check_model(root, state, file, path)
     except Exception:
         if new:
             undo_adapt(root)  # a compiled call adapts it still
@@ -192,31 +176,15 @@ def load_adapter(model: Model, path: PathLike, approximate: bool = False) -> Mod
             release(root, state)
         raise
     current: dict[str, Tensor] = {**vectors(root), **saved_tensors(root, state)}
-    values = {name: state.originals[name] for name in _left_to_the_base(state, file)} | file.tensors
+    values = {name: state.originals[name] for name in left_to_the_base(state, file)} | file.tensors
     with torch.inference_mode(False), torch.no_grad():
         for name, value in values.items():
             write_whole(current[name], value)
     if file.projection is not None:
         warnings.warn(f"{path} was approximated: vectors keep {file.projection.text}", OneLoRAWarning, stacklevel=2)
     if file.unknown:
-        warnings.warn(_unchecked(root, file, path), OneLoRAWarning, stacklevel=2)
+        warnings.warn(unchecked(root, file, path), OneLoRAWarning, stacklevel=2)
     return model
-
-
-def _left_to_the_base(state: AdapterState, file: AdapterFile) -> list[str]:
-    """The running statistics of batch norms that a file has none of, as PEFT's: they are the base's there."""
-    held = {name.rpartition(".")[0] for name in file.saved}
-    return [name for name in state.originals if name.endswith(STATISTICS) and name.rpartition(".")[0] not in held]
-
-
-def _unchecked(root: nn.Module, file: AdapterFile, path: PathLike) -> str:
-    named = f", which it says is {file.base_model!r}" if file.base_model else ""
-    here = base_model_of(root)
-    model = f"; the model is from {here!r}" if here and here != file.base_model else ""
-    return (
-        f"{path} has no fingerprints of its base{named}{model}: names and shapes fit, but whether it was trained on "
-        "these weights could not be checked. onelora.save_adapter writes a file that knows"
-    )
 
 
 def read_adapter(path: PathLike, approximate: bool = False) -> AdapterFile:
@@ -285,85 +253,6 @@ def attach_like(root: nn.Module, file: AdapterFile, path: PathLike) -> AdapterSt
     targets = {name: chosen.targets[name] for name in file.vectors}
     attach_vectors(root, Selection(targets, chosen.saved, chosen.skipped, chosen.not_linear, chosen.uses), file.config)
     return state_of(root, "load")
-
-
-def _check_fits(root: nn.Module, state: AdapterState, file: AdapterFile, path: PathLike) -> None:
-    targets = adapted_weights(root)
-    current = saved_tensors(root, state)
-    # A file that was an ONNX model's adapter in between has no counters, which say nothing to a model in evaluation.
-    counted = {name for name, value in current.items() if not value.is_floating_point()} - set(file.saved)
-    counted |= set(_left_to_the_base(state, file))
-    for what, here, there in (
-        ("vectors", set(targets), set(file.vectors)),
-        ("trained parameters", set(current) - counted, set(file.saved)),
-    ):
-        if here != there:
-            raise AdapterFileError(
-                f"{path} and the adapted model have different {what}. "
-                f"Missing in the file: {shortened(sorted(here - there))}. "
-                f"Missing in the model: {shortened(sorted(there - here))}. Detach the model and load again to take the "
-                "file's selection"
-            )
-    for name, value in file.saved.items():
-        if value.shape != current[name].shape:
-            raise AdapterFileError(
-                f"{path}: {name!r} is {list(value.shape)} in the file and {list(current[name].shape)} in the model"
-            )
-    if file.unknown:
-        _check_named(root, state, file, path)
-    check_base(targets, file, path)
-
-
-def _check_named(root: nn.Module, state: AdapterState, file: AdapterFile, path: PathLike) -> None:
-    """Of an adapter of PEFT: whether it has all that its configuration names, and nothing that is tied here."""
-    config = file.config
-    if not isinstance(config.target_modules, str):
-        linears = [name for name, module in named_modules(root) if is_linear(module)]
-        linears = [one for one in linears if matches(config.target_modules, one) and one not in file.vectors]
-        apart = [*(config.exclude_modules or ()), *config.modules_to_save]
-        if missing := [one for one in linears if not matches(apart, one)]:
-            raise AdapterFileError(
-                f"{path} has no tensors for {shortened(missing)}, which its target_modules select: they would stay the "
-                "base's"
-            )
-    if tied := _tied(root, state):
-        raise AdapterFileError(
-            f"{path} trained {shortened(tied)} apart (modules_to_save), which is tied to other parameters in this "
-            f"model ({shortened(other for others in tied.values() for other in others)}): they would change with it. "
-            "Untie them first"
-        )
-
-
-def check_base(targets: dict[str, Target], file: AdapterFile, path: PathLike) -> None:
-    """Whether an adapter was trained on these weights.
-
-    Raises:
-        AdapterFileError: a vector does not fit its weight.
-        BaseMismatchError: other weights.
-    """
-    wrong = []
-    for name, target in over_weights("check of the base", targets):
-        expected, found = file.fingerprints.get(name), (target.out_features, target.in_features)
-        shape = expected.shape if expected else _shape(file, name, target.in_features)
-        if found != shape or file.vectors[name].shape != target.shape:
-            raise AdapterFileError(
-                f"{path}: the vector {list(file.vectors[name].shape)} of {name!r} is for a weight of "
-                f"{list(shape)}; the model's is {list(found)} and takes {list(target.shape)}"
-            )
-        if expected and not (here := fingerprint_of(target)).agrees(expected):
-            wrong.append(f"{name} (differs by {here.distance(expected):.1%})")
-    if wrong:
-        raise BaseMismatchError(
-            f"{path} was trained on another base: {len(wrong)} of {len(targets)} weights are not those it was trained "
-            f"with: {shortened(wrong, 5)}. Load the base model that it was trained on (a merged or further trained "
-            "model is another base)"
-        )
-
-
-def _shape(file: AdapterFile, name: str, in_features: int) -> tuple[int, int]:
-    """Of the weight of a vector whose fingerprint is not known; in_features where the file does not tell."""
-    layer = file.layers.get(name)
-    return file.vectors[name].numel(), in_features if layer is None or layer.inputs is None else prod(layer.inputs)
 
 
 def _check_format(metadata: dict[str, str], path: Path) -> None:
