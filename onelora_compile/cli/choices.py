@@ -15,6 +15,16 @@ class ExportMode(enum.StrEnum):
     BANK = "bank"
 
 
+class Runtime(enum.StrEnum):
+    """What reads an exported file."""
+
+    ONNX = "onnx"
+    PT2 = "pt2"
+    AOTI = "aoti"
+    EXECUTORCH = "executorch"
+    OPENVINO = "openvino"
+
+
 class EngineMode(enum.StrEnum):
     """Where the vectors of an engine are."""
 
