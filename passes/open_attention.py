@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from onelora_compile.dynamo.private_api import on_examples
 from onelora_compile.ops import ADAPTED_WEIGHT
+from onelora_compile.passes.graph.emit import inline
 from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.sites.linear_site import module_path
 from onelora_compile.passes.sites.weight_path import example
@@ -57,24 +58,12 @@ def _inline(graph: fx.Graph, node: fx.Node) -> None:
     examples = [example(source) for source in sources]
     with torch.enable_grad(), on_examples(examples):
         traced = make_fx(attend, pre_dispatch=True)(*examples)
-    key = "val" if "val" in node.meta else "example_value"
-    inner: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
-    with graph.inserting_before(node):
-        for old in traced.graph.nodes:
-            if old.op == "get_attr":
-                raise NotImplementedError(f"a constant in attention: {old.target}")
-            if old.op in ("placeholder", "output"):
-                continue
-            new = inner[old] = graph.node_copy(old, inner.__getitem__)
-            new.meta = {name: value for name, value in node.meta.items() if name not in ("example_value", "val")}
-            if "val" in old.meta:
-                new.meta[key] = old.meta["val"]
-    parts = list(traced.graph.output_node().args[0])  # type: ignore[arg-type]
+    parts = inline(graph, node, traced, sources)
     for user in list(node.users):
         assert user.target is operator.getitem
         index = user.args[1]
         assert isinstance(index, int)
         if index < len(parts):
-            user.replace_all_uses_with(inner[parts[index]])
+            user.replace_all_uses_with(parts[index])
         graph.erase_node(user)
     graph.erase_node(node)

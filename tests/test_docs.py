@@ -1,8 +1,8 @@
 """The programs of the documents run as they are printed, their commands parse, and their links lead somewhere.
 
 The blocks of a page are one program. A `text` block right after a Python block is what that block prints, `...` any
-part of it. `<!-- run: slow -->` before a block leaves it out of the default run; `<!-- run: gpu -->` needs a GPU, and
-the blocks before it.
+part of it. `<!-- run: slow -->` before a block leaves it out of the default run, `<!-- run: runtimes -->` too;
+`<!-- run: gpu -->` needs a GPU, and the blocks before it.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ BLOCK = re.compile(
     r"(?:<!-- run: (?P<mark>\w+) -->\n)?^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<prints>.*?)^```\n)?",
     re.M | re.S,
 )
-RANKS = [None, "slow", "gpu"]  # a program holds the blocks of the lower ones
+RANKS = [None, "slow", "runtimes", "gpu"]  # a program holds the blocks of the lower ones
 COMMANDS: Any = typer.main.get_command(app)
 
 
@@ -52,6 +52,8 @@ def test_the_program_of_a_page(name, mark, tmp_path, monkeypatch):
         code = compile("\n" * line + block["code"], str(ROOT / name), "exec")  # errors name the line of the page
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            if mark == "runtimes":
+                warnings.simplefilter("ignore")  # theirs
             warnings.simplefilter("default", onelora.OneLoRAWarning)  # pages tell of them
             warnings.filterwarnings("ignore", "Specified provider '.*' is not in available", UserWarning)
             exec(code, scope)

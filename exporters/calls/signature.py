@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,6 +52,16 @@ class Call:
         """Arguments with other tensors in the places of `tensors`; nothing of the caller's is shared but constants."""
         new = iter(tensors)
         return mapped((self.args, self.kwargs), lambda _path, _tensor: next(new))
+
+    @property
+    def positional(self) -> int:
+        """How many of the tensors are in positional arguments; they are the first."""
+        return sum(len(tensors_in(value)) for value in self.args)
+
+    def by_name(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Tensors in the places of `tensors`: those of `args` by position, the others by `identifiers`."""
+        names = identifiers(self.tensors)[self.positional :]
+        return tuple(tensors[: self.positional]), dict(zip(names, tensors[self.positional :], strict=True))
 
     @property
     def has_cache(self) -> bool:
@@ -121,7 +132,27 @@ def _unique(names: Any) -> list[str]:
     return list(found)
 
 
-def flat_forward(model: nn.Module, call: Call, note: Callable[[list[str]], None]) -> nn.Module:
+def plain(value: Any) -> Any:
+    """The tensors that a model returned, in PyTorch's own containers: one, a tuple of them, or a mapping by name."""
+    if isinstance(value, Tensor):
+        return value
+    found = outputs_of(value)
+    unnamed = isinstance(value, (tuple, list)) and not hasattr(value, "_fields")
+    return tuple(found.values()) if unnamed else found
+
+
+def identifiers(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    """The names as Python's arguments can have them: `layer.0.query` is `layer_0_query`, `0` is `_0`."""
+    taken = list(taken)
+    return _unique([*taken, *map(_identifier, names)])[len(taken) :]
+
+
+def _identifier(name: str) -> str:
+    own = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return f"_{own}" if own[:1].isdigit() else own
+
+
+def flat_forward(model: nn.Module, call: Call, note: Callable[[Any], None]) -> nn.Module:
     """A module that takes the tensors of a call and returns those of the result, with the parameters of a model.
 
     Parameters keep their names, and what the model's forward sets on itself is set on a copy.
@@ -129,7 +160,7 @@ def flat_forward(model: nn.Module, call: Call, note: Callable[[list[str]], None]
     Args:
         model: stays as it is.
         call: whose tensors the module takes, in order.
-        note: gets the names of the outputs when it is called.
+        note: gets what the model returned when it is called.
     """
     inner = object.__new__(type(model))
     inner.__dict__.update(model.__dict__)
@@ -138,14 +169,15 @@ def flat_forward(model: nn.Module, call: Call, note: Callable[[list[str]], None]
     def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
         # A cache is changed in place: what it changes is a copy, and the file gives it as an output.
         args, kwargs = call.with_tensors([tensor.clone() for tensor in tensors] if call.has_cache else tensors)
-        found = outputs_of(inner(*args, **kwargs))
+        result = inner(*args, **kwargs)
+        found = outputs_of(result)
         if not found:
             raise ExportError(f"{type(model).__name__} returns no tensor, so a file of it has no output")
-        note(list(found))
+        note(result)
         return tuple(found.values())
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = _unique("".join(c if c.isalnum() else "_" for c in name) for name in call.tensors)
+    names = identifiers(call.tensors)
     forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
     flat = nn.Module()
     shared = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")

@@ -222,7 +222,8 @@ def _adapter_files(fitted: Fitted, adapters: Sequence[Path], source: Path) -> di
 
 def _template(fitted: Fitted) -> dict[str, np.ndarray]:
     """Distinct values that are not zero, for the engine to be built with: equal constants might be merged."""
-    built = other_values(fitted.metadata, fitted.values, np.random.default_rng(0))
+    metadata, generator = fitted.metadata, np.random.default_rng(0)
+    built = other_values(metadata.vectors, metadata.fingerprints, fitted.values, generator)
     ir = require("onnx_ir", "onnx", "make a bundle")
     for name, value in built.items():
         fitted.model.graph.initializers[name].const_value = ir.tensor(value, name=name)

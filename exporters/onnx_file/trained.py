@@ -7,15 +7,17 @@ gives a model, and travel alike: as initializers, inputs, or rows of tables.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from onelora_compile.adapting.adapter import saved_tensors, state_or_none
+from onelora_compile.adapting.adapter import adapted_part, saved_tensors, state_or_none, vectors
 from onelora_compile.adapting.select_targets import clean_name
-from onelora_compile.exporters.onnx_file.metadata import Metadata, digest, float32
+from onelora_compile.exporters.onnx_file.metadata import digest, float32
 from onelora_compile.weights.adapter_file import bases_of
 from onelora_compile.weights.fingerprint import Fingerprint
 
@@ -77,18 +79,22 @@ def trained_of(root: nn.Module, part: str, adapted: nn.Module) -> Trained:
 
 
 def other_values(
-    metadata: Metadata, now: Mapping[str, np.ndarray], generator: np.random.Generator
+    shapes: Mapping[str, Sequence[int]],
+    fingerprints: Mapping[str, Fingerprint],
+    now: Mapping[str, np.ndarray],
+    generator: np.random.Generator,
 ) -> dict[str, np.ndarray]:
     """Values of another adapter of a model, float32 by name, of the size that one has; none is zero.
 
     Args:
-        metadata: of the model.
+        shapes: of what a model takes from an adapter, by name.
+        fingerprints: of the base weight of each vector among them.
         now: what it takes from some adapter.
         generator: of the random numbers.
     """
     found = {}
-    for name, shape in metadata.vectors.items():
-        if (base := metadata.fingerprints.get(name)) is not None:
+    for name, shape in shapes.items():
+        if (base := fingerprints.get(name)) is not None:
             size = 0.2 * base.norm / max(1, base.shape[0] * base.shape[1]) ** 0.5
             values = generator.normal(0, size or 1.0, shape)
         else:  # a variance stays positive
@@ -96,3 +102,35 @@ def other_values(
             values = now[name] * generator.uniform(0.9, 1.1, shape) + 0.05 * size * generator.uniform(0.5, 1, shape)
         found[name] = values.astype(np.float32)
     return found
+
+
+class Swapped:
+    """An adapted model with the values of another adapter, for `torch.func.functional_call`; it is not changed.
+
+    Args:
+        model: adapted or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        part, adapted = adapted_part(model)
+        trained, state = trained_of(model, part, adapted), state_or_none(adapted)
+        self.held: dict[str, Tensor] = {**vectors(adapted)}
+        self.base: dict[str, Tensor] = {name: torch.zeros_like(vector) for name, vector in self.held.items()}
+        if state is not None:
+            own = saved_tensors(adapted, state)
+            self.held |= {name: value for name, value in own.items() if name in trained.values}
+            self.base |= {name: value for name, value in state.originals.items() if name in trained.values}
+        everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self.names = {id(value): name for name, value in everything}
+
+    def parameters(self, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The model's parameters of an adapter, by their names in the model; what it does not name is the base's."""
+        own = {name: torch.as_tensor(values.get(name, self.base[name])).to(one) for name, one in self.held.items()}
+        return {self.names[id(self.held[name])]: value for name, value in own.items()}
+
+    def other_values(
+        self, shapes: Mapping[str, Sequence[int]], fingerprints: Mapping[str, Fingerprint]
+    ) -> dict[str, np.ndarray]:
+        """Values that no adapter has, of what is named, and the model's own of the rest; always the same ones."""
+        now = {name: value.detach().float().cpu().numpy() for name, value in self.held.items()}
+        return now | other_values(shapes, fingerprints, now, np.random.default_rng(0))

@@ -14,42 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from onelora_compile.adapting.adapter import adapted_part, saved_tensors, state_or_none, unwrap, vectors
+from onelora_compile.adapting.adapter import unwrap
 from onelora_compile.errors import ConfigError, ExportError, require
+from onelora_compile.exporters.calls.compare import Parity, badness, compare, compare_all
 from onelora_compile.exporters.calls.evaluating import evaluating
 from onelora_compile.exporters.calls.signature import Call, outputs_of
-from onelora_compile.exporters.calls.structure import tensors_in
-from onelora_compile.exporters.onnx_file.trained import other_values, trained_of
+from onelora_compile.exporters.onnx_file.trained import Swapped
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
 from onelora_compile.printable import Printable, shortened
 from onelora_compile.table import Table
-
-# Largest difference over the largest magnitude of an output that rounding in this dtype explains.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-@dataclasses.dataclass(frozen=True)
-class Parity:
-    """How two computations of the same outputs differ.
-
-    Attributes:
-        absolute: the largest difference of any output entry.
-        relative: the same over the largest magnitude in its output; the worst output counts.
-        tolerance: what `relative` may be for the outputs' dtype.
-        output: the name of the worst output.
-        entries: how many numbers of it were compared; 0 of an output that is empty on these inputs.
-    """
-
-    absolute: float
-    relative: float
-    tolerance: float
-    output: str
-    entries: int
-
-    @property
-    def passed(self) -> bool:
-        """Whether the difference is within the tolerance; NaN is not."""
-        return self.relative <= self.tolerance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +113,7 @@ def _by_name(names: Sequence[str], call: Call) -> dict[str, Tensor]:
     """What the file is fed: in order, and keyword arguments by name where it has their names."""
     if len(call.tensors) != len(names):
         raise ExportError(f"the ONNX model takes {len(names)} inputs {list(names)}; {len(call.tensors)} were given")
-    count = sum(len(tensors_in(value)) for value in call.args)
+    count = call.positional
     keywords, rest = list(call.tensors)[count:], list(names)[count:]
     order = [*list(names)[:count], *(keywords if set(keywords) == set(rest) else rest)]
     return dict(zip(order, call.tensors.values(), strict=True))
@@ -242,38 +215,23 @@ def check_export(
                 "nothing was written"
             )
         found.append(parity)
-    return max(found, key=_badness)
+    return max(found, key=badness)
 
 
 def _scenarios(
     runner: OnnxRunner, model: nn.Module, bank: Sequence[Mapping[str, np.ndarray]]
 ) -> Iterator[tuple[str, OnnxRunner, dict[str, Tensor]]]:
     """What to compare: how to call it, the runner, and the parameters of the model for it."""
-    part, adapted = adapted_part(model)
-    trained, state = trained_of(model, part, adapted), state_or_none(adapted)
-    held: dict[str, Tensor] = {**vectors(adapted)}
-    base: dict[str, Tensor] = {name: torch.zeros_like(vector) for name, vector in held.items()}
-    if state is not None:
-        held |= {name: value for name, value in saved_tensors(adapted, state).items() if name in trained.values}
-        base |= {name: value for name, value in state.originals.items() if name in trained.values}
-    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    names = {id(value): name for name, value in everything}
-
-    def with_values(values: Mapping[str, Any]) -> dict[str, Tensor]:
-        own = {name: torch.as_tensor(values.get(name, base[name])).to(one) for name, one in held.items()}
-        return {names[id(held[name])]: value for name, value in own.items()}
-
-    if runner.metadata.traits.feeds_ids:
+    swapped, metadata = Swapped(model), runner.metadata
+    if metadata.traits.feeds_ids:
         for number, values in enumerate([{}, *bank], -1):
-            yield f"with adapter {number}", runner.with_adapter(number), with_values(values)
+            yield f"with adapter {number}", runner.with_adapter(number), swapped.parameters(values)
         return
     yield "with its vectors", runner, {}
-    if runner.metadata.traits.takes_files:
-        generator = np.random.default_rng(0)
-        now = {name: value.detach().float().cpu().numpy() for name, value in held.items()}
-        other = now | other_values(runner.metadata, now, generator)
-        swapped = runner.with_vectors({name: other[name] for name in runner.metadata.vectors})
-        yield "with other vectors", swapped, with_values(other)
+    if metadata.traits.takes_files:
+        other = swapped.other_values(metadata.vectors, metadata.fingerprints)
+        chosen = runner.with_vectors({name: other[name] for name in metadata.vectors})
+        yield "with other vectors", chosen, swapped.parameters(other)
 
 
 def _array(value: Tensor) -> Any:
@@ -282,51 +240,6 @@ def _array(value: Tensor) -> Any:
     return require("onnxruntime", "onnx", "verify a bfloat16 model").OrtValue.ortvalue_from_numpy_with_onnx_type(
         value.detach().cpu().view(torch.int16).numpy(), 16
     )
-
-
-def compare(expected: Sequence[Tensor], actual: Sequence[Tensor], names: Sequence[str]) -> Parity:
-    """The parity of the worst output; see `compare_all`."""
-    return max(compare_all(expected, actual, names), key=_badness)
-
-
-def compare_all(expected: Sequence[Tensor], actual: Sequence[Tensor], names: Sequence[str]) -> list[Parity]:
-    """The parity of every output.
-
-    Raises:
-        ExportError: another number of outputs, an output of another shape, or no entry in any, which proves nothing.
-    """
-    if len(expected) != len(actual):
-        raise ExportError(f"the ONNX model has {len(actual)} outputs {list(names)}, the model {len(expected)}")
-    found = []
-    for name, want, got in zip(names, expected, actual, strict=True):
-        if want.shape != got.shape:
-            raise ExportError(f"output {name!r} is {list(got.shape)}, the model's is {list(want.shape)}")
-        found.append(_compare_one(name, want.detach().cpu(), got))
-    if not found:
-        raise ExportError("the model has no tensor among its outputs, so there is nothing to compare")
-    if not any(parity.entries for parity in found):
-        raise ExportError(
-            f"every output is empty on these inputs ({list(names)}, the first {list(expected[0].shape)}), so nothing "
-            "was compared: give inputs with rows"
-        )
-    return found
-
-
-def _badness(parity: Parity) -> float:
-    ratio = parity.relative / parity.tolerance
-    return ratio if ratio == ratio else float("inf")  # NaN is the worst
-
-
-def _compare_one(name: str, want: Tensor, got: Tensor) -> Parity:
-    # Integers and booleans are equal; a file may be of a narrower dtype than the model.
-    tolerance = max(TOLERANCE.get(tensor.dtype, 1e-9) for tensor in (want, got))
-    wide, found = want.to(torch.float64), got.to(torch.float64)
-    same = (wide == found) | (wide.isnan() & found.isnan())  # also equal infinities
-    difference = torch.where(same, 0.0, (wide - found).abs())
-    absolute = float(difference.max()) if difference.numel() else 0.0
-    finite = wide[wide.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    return Parity(absolute, absolute / max(scale, 1e-12) if absolute else 0.0, tolerance, name, want.numel())
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

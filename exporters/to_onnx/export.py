@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import logging
 import os
 import time
@@ -16,32 +14,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapter import (
-    adapted_part,
-    adapted_weights,
-    refuse_disabled,
-    state_or_none,
-    unwrap,
-    vectors,
-)
-from onelora_compile.errors import ConfigError, ExportError, OneLoRAError, StateError, one_of, require
+from onelora_compile.adapting.adapter import adapted_weights, state_or_none
+from onelora_compile.errors import ConfigError, ExportError, one_of, require
 from onelora_compile.exporters.calls.axes import Axes, axes_of
+from onelora_compile.exporters.calls.compare import Parity
 from onelora_compile.exporters.calls.names import Names, chosen_names, name_graph
 from onelora_compile.exporters.calls.signature import Call
 from onelora_compile.exporters.jetson.device.core.modes import BASE, EXPORTED, FOLD, IDS, MODES
-from onelora_compile.exporters.onnx_file.metadata import Metadata, digest, float32
+from onelora_compile.exporters.onnx_file.metadata import Metadata, digest
 from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
-from onelora_compile.exporters.onnx_file.trained import trained_of
-from onelora_compile.exporters.onnx_runtime.verify import Parity, check_export
+from onelora_compile.exporters.onnx_runtime.verify import check_export
 from onelora_compile.exporters.opsets.lower import lower_opset
-from onelora_compile.exporters.to_onnx.capture import Frozen, Place, freeze
 from onelora_compile.exporters.to_onnx.operators import translations
 from onelora_compile.exporters.to_onnx.place_vectors import place_vectors
 from onelora_compile.exporters.to_onnx.read_bank import carrying, read_bank
-from onelora_compile.exporters.to_onnx.report import ExportReport
+from onelora_compile.exporters.to_program.capture import Place
+from onelora_compile.exporters.to_program.report import ExportReport
+from onelora_compile.exporters.to_program.source import Source, exportable
 from onelora_compile.file_names import as_path, as_paths
 from onelora_compile.looking.one_at_a_time import silent
-from onelora_compile.passes.exported.fold_vectors import vector_of
 from onelora_compile.progress import steps
 from onelora_compile.version import __version__
 from onelora_compile.weights.atomic_write import refuse_overwriting
@@ -51,8 +42,6 @@ from onelora_compile.weights.fingerprint import fingerprint_of
 if TYPE_CHECKING:
     import onnx_ir
     from torch.export import ExportedProgram
-
-    from onelora_compile.passes.exported.fold_vectors import FoldResult
 
 OLDEST, NEWER = 17, 18  # what torch.onnx writes begins at NEWER; the one before is rewritten here
 _PLACES: dict[str, Place] = {"fold": "folded", "load": "weight", "input": "activation", "bank": "activation"}
@@ -130,24 +119,14 @@ def export_onnx(
     require("onnxscript", "onnx", "export to ONNX")
     if verify:
         require("onnxruntime", "onnx", "verify the export (or pass verify=False)")
-    root, start = unwrap(model), time.perf_counter()
-    refuse_disabled(root, "export")
-    if mode is not FOLD and not bank and not adapted_weights(root):
-        raise StateError(f"adapters={adapters!r} needs an adapted model: call adapt or load_adapter before")
+    start = time.perf_counter()
+    root = exportable(model, mode, banked=bool(bank))
     with steps(f"export {path.name}", 4, progress) as step, carrying(root, bank):
         step("read the base")
-        # By the names that the adapter file has, also where the adapted model is exported inside a wrapper.
-        part, adapted = adapted_part(root)
+        source = Source.of(root, mode)
+        adapted, trained, held = source.adapted, source.trained, source.values
         state = state_or_none(adapted)
         prints = {name: fingerprint_of(target) for name, target in adapted_weights(adapted).items()}
-        trained = trained_of(root, part, adapted)
-        held = {name: float32(vector) for name, vector in vectors(adapted).items()} | trained.values
-        if mode is not FOLD and "" in held:
-            raise ExportError(
-                f"adapters={adapters!r}: the {type(adapted).__name__} that was given to adapt is itself the adapted "
-                "linear and its vector has no name to swap it by: adapt a module that holds it, for example "
-                "torch.nn.Sequential(linear), or export with adapters='fold'"
-            )
         banked = read_bank(adapted, trained, bank)
         step("capture")
         call = Call.of(root, args, kwargs)
@@ -157,16 +136,14 @@ def export_onnx(
         taken |= {IDS: "the ids of a bank"} if mode.feeds_ids else {}
         inputs = chosen_names("input", list(call.tensors), input_names, taken)
         given = [_cast(tensor, dtype) for tensor in call.tensors.values()]
-        inside = f"{part}." if part else ""
-        targets = {target: inside + name for target, name in trained.targets.items() if name in trained.values}
-        frozen = _captured(root, Call.of(root, *call.with_tensors(given)), axes, adapters, dtype, targets)
+        frozen = source.captured(Call.of(root, *call.with_tensors(given)), axes, _PLACES[adapters], dtype)
         taken |= dict.fromkeys(inputs, "an input")
         outputs = chosen_names("output", frozen.outputs, output_names, taken)
-        folded = _inside(frozen.folded, part)
+        folded = source.named(frozen.folded)
         step("convert to ONNX")
         ir_model = _converted(frozen.program, opset_version, frozen.axes)
         used = (
-            place_vectors(ir_model, mode, held, list(banked.values()), part, trained.originals)
+            place_vectors(ir_model, mode, held, list(banked.values()), source.part, trained.originals)
             if mode is not FOLD
             else list(folded.losses)
         )
@@ -199,6 +176,7 @@ def export_onnx(
     return ExportReport(
         files=files,
         bytes=bytes_of(files),
+        runtime="ONNX Runtime",
         opset_version=ir_model.opset_imports[""],
         mode=metadata.mode,
         vectors=len(used),
@@ -212,41 +190,6 @@ def export_onnx(
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
-
-
-def _in_dtype(root: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """The model, or a copy of it in another dtype whose vectors are as they were."""
-    if dtype is None:
-        return root
-    converted = copy.deepcopy(root).to(dtype)
-    kept = vectors(root)
-    for name, vector in vectors(converted).items():
-        vector.data = kept[name].detach().clone()
-    return converted
-
-
-def _captured(
-    root: nn.Module,
-    call: Call,
-    axes: Sequence[Axes],
-    mode: str,
-    dtype: torch.dtype | None,
-    trained: Mapping[str, str],
-) -> Frozen:
-    originals = {name: value for name, value in root.state_dict().items() if dtype and vector_of(name) is None}
-    try:
-        return freeze(_in_dtype(root, dtype), call, axes, _PLACES[mode], originals, trained)
-    except OneLoRAError:
-        raise
-    except Exception as error:  # torch.export raises what it likes, also the model's own exceptions
-        raise ExportError(f"torch.export can't capture {type(root).__name__}: {error}") from error
-
-
-def _inside(result: FoldResult, part: str) -> FoldResult:
-    """By the names that vectors have in a part of the model."""
-    start = f"{part}." if part else ""
-    losses = {name.removeprefix(start): loss for name, loss in result.losses.items()}
-    return dataclasses.replace(result, losses=losses, unused=[name.removeprefix(start) for name in result.unused])
 
 
 def _converted(program: ExportedProgram, opset_version: int | None, axes: Sequence[Axes]) -> onnx_ir.Model:

@@ -22,6 +22,16 @@ class PeftFormat(enum.StrEnum):
     PEFT_MISS = "peft-miss"
 
 
+class Runtime(enum.StrEnum):
+    """What reads an exported file."""
+
+    ONNX = "onnx"
+    PT2 = "pt2"
+    AOTI = "aoti"
+    EXECUTORCH = "executorch"
+    OPENVINO = "openvino"
+
+
 class EngineMode(enum.StrEnum):
     """Where the vectors of an engine are."""
 

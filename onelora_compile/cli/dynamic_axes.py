@@ -1,4 +1,4 @@
-"""What `onelora export` adds to `export_onnx`: axes that are dynamic without being asked for."""
+"""What `onelora export` adds to `export_onnx` and `export_runtime`: axes that are dynamic without being asked for."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def export_dynamic(
     Args:
         loaded: the model and its inputs.
         axes: which are dynamic; none of them exports the sizes of the inputs.
-        export: `export_onnx` with everything else.
+        export: `export_onnx` or `export_runtime` with everything else.
         path: the file to write.
 
     Raises:
         ConfigError: axes that the inputs do not have.
-        ExportError: as `export_onnx`.
+        ExportError: as that.
     """
     if not axes:
         return export(loaded.model, loaded.args, path, loaded.kwargs)
@@ -57,7 +57,7 @@ def export_dynamic(
         return export(loaded.model, loaded.args, path, loaded.kwargs, dynamic_shapes=shapes)
     except ExportError as error:
         with tempfile.TemporaryDirectory() as folder:  # whose fault it is, only the same without them can tell
-            export(loaded.model, loaded.args, Path(folder) / "static.onnx", loaded.kwargs)
+            export(loaded.model, loaded.args, Path(folder) / f"static{path.suffix}", loaded.kwargs)
         names = shortened(dict.fromkeys(repr(axis.name) for axis in axes))
         raise ExportError(
             f"{type(loaded.model).__name__} can be exported for the sizes of its example inputs, but not with dynamic "

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onelora_compile.cli.app import Output, Sizes, command, load_arrays
-from onelora_compile.cli.choices import ExportMode, PeftFormat
+from onelora_compile.cli.choices import ExportMode, PeftFormat, Runtime
 from onelora_compile.cli.sizes import each_size, parse_axes, parse_sizes
 from onelora_compile.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from onelora_compile.cli.inspect_file import Content
     from onelora_compile.cli.reports import Comparisons, Conversion
     from onelora_compile.exporters import ExportReport, FoldReport, OnnxRunner
@@ -32,12 +34,18 @@ def inspect(
 @command(
     "onelora export mymodels:make -o model.onnx --adapter a.safetensors",
     "onelora export mymodels:make -o base.onnx --dynamic 1=tokens",
+    "onelora export mymodels:make -o model.pt2 --to pt2 --adapter a.safetensors --adapters input",
 )
 def export(
     target: Annotated[str, typer.Argument(help="module:function that returns (model, args) or (model, args, kwargs).")],
     output: Output,
+    to: Annotated[
+        Runtime, typer.Option(help="What reads the file; pt2 is torch.export, aoti AOTInductor.")
+    ] = Runtime.ONNX,
     adapter: Annotated[Path | None, typer.Option(help="Adapter to load into the model first.")] = None,
-    adapters: Annotated[ExportMode, typer.Option(help="Where the vectors are.")] = ExportMode.FOLD,
+    adapters: Annotated[
+        ExportMode, typer.Option(help="Where the vectors are; load and bank are for onnx.")
+    ] = ExportMode.FOLD,
     bank: Annotated[list[Path] | None, typer.Option(help="An adapter of a bank; give it once for each.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset version; the exporter's own choice without.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Convert to float16.")] = False,
@@ -47,29 +55,24 @@ def export(
     static: Annotated[bool, typer.Option("--static", help="The first axis is no dynamic batch.")] = False,
     input_name: Annotated[list[str] | None, typer.Option(help="Another name for an input: x=pixels.")] = None,
     output_name: Annotated[list[str] | None, typer.Option(help="Another name for an output: output=logits.")] = None,
-    verify: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime and compare with eager.")] = True,
+    verify: Annotated[bool, typer.Option(help="Run the file and compare with eager.")] = True,
 ) -> ExportReport:
     """Export a model with its adapter, and verify the file.
 
     The function is found in the current folder or among the installed packages. The first axis of the inputs is
-    exported as the dynamic dimension "batch".
+    exported as the dynamic dimension "batch"; for executorch the sizes are the example's. --bank, --opset, --half,
+    --input-name and --output-name are for onnx.
     """
     import torch
 
     from onelora_compile.cli.dynamic_axes import BATCH, export_dynamic, renamed
     from onelora_compile.cli.user_function import load_target
-    from onelora_compile.exporters import export_onnx
+    from onelora_compile.exporters import export_onnx, export_runtime
     from onelora_compile.weights.adapter_file import load_adapter
     from onelora_compile.weights.atomic_write import check_writable, refuse_overwriting
 
-    axes = [*([] if static else [BATCH]), *parse_axes(dynamic or ())]
-    refuse_overwriting(output, [adapter] if adapter else [], "--output")
-    check_writable(output)
-    loaded = load_target(target)
-    refuse_overwriting(output, loaded.files, "--output")
-    with loaded.blamed():
-        if first := adapter or next(iter(bank or ()), None):
-            load_adapter(loaded.model, first)
+    write: Callable[..., ExportReport]
+    if to is Runtime.ONNX:
         write = functools.partial(
             export_onnx,
             adapters=adapters.value,
@@ -80,6 +83,22 @@ def export(
             input_names=renamed("--input-name", input_name or ()),
             output_names=renamed("--output-name", output_name or ()),
         )
+    else:
+        alone = {"--bank": bank, "--opset": opset, "--half": half, "--input-name": input_name}
+        alone |= {"--output-name": output_name}
+        if given := [option for option, value in alone.items() if value]:
+            raise ConfigError(f"{given[0]} is for --to onnx, not for {to}")
+        if dynamic and to is Runtime.EXECUTORCH:
+            raise ConfigError("--dynamic: executorch needs the largest size of an axis, which export_runtime takes")
+        write = functools.partial(export_runtime, runtime=to.value, adapters=adapters.value, verify=verify)
+    axes = [*([] if static or to is Runtime.EXECUTORCH else [BATCH]), *parse_axes(dynamic or ())]
+    refuse_overwriting(output, [adapter] if adapter else [], "--output")
+    check_writable(output)
+    loaded = load_target(target)
+    refuse_overwriting(output, loaded.files, "--output")
+    with loaded.blamed():
+        if first := adapter or next(iter(bank or ()), None):
+            load_adapter(loaded.model, first)
         return export_dynamic(loaded, axes, write, output)
 
 

@@ -319,6 +319,17 @@ def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: M
     return functools.partial(compiler, options=dict(options)) if options else compiler
 
 
+def write_aoti(program: torch.export.ExportedProgram, path: str) -> None:
+    """Compile a program with AOTInductor into a package; documented for users, in a module that is not."""
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
+
+
+def load_aoti(path: str) -> Callable[..., Any]:
+    """What an AOTInductor package computes, called as the program is."""
+    loaded: Callable[..., Any] = torch._inductor.aoti_load_package(path)
+    return loaded
+
+
 def _value(source: Any, names: dict[str, Any], scope: dict[str, Any]) -> Any:
     text = source.name() if callable(source.name) else source.name  # a method in some releases
     try:

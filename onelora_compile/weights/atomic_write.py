@@ -19,7 +19,7 @@ if sys.platform != "win32":
 
 PathLike = str | os.PathLike[str]
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
-_TEMPORARY = ".onelora-"  # short whatever the name of the file is: a name has at most 255 bytes
+TEMPORARY = ".onelora-"  # short whatever the name of the file is: a name has at most 255 bytes
 
 
 def refuse_overwriting(out: PathLike, inputs: Iterable[PathLike], what: str = "out") -> None:
@@ -229,7 +229,7 @@ def remove(path: Path) -> None:
 
 
 def _beside(path: Path, ending: str = "tmp") -> Path:
-    return path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}.{ending}")
+    return path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}.{ending}")
 
 
 def _default_mode(path: Path) -> int:

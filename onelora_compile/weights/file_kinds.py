@@ -19,12 +19,17 @@ KINDS = {
     ".engine": "a TensorRT engine",
     ".data": "the weights of a model",
     ".vectors": "the vectors of a model",
+    ".pt2": "a program of PyTorch",
+    ".pte": "an ExecuTorch program",
+    ".xml": "an OpenVINO model",
 }
 _BEGINS: dict[str, Callable[[bytes], bool]] = {
     ".onnx": lambda start: start[:1] == b"\x08",  # the first field of a ModelProto
     ADAPTER: lambda start: _format(start) == FORMAT,
     ".engine": lambda start: start[1:4] == b"trt",
+    ".xml": lambda start: b"<net " in start,
 }
+
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors package
 
 
@@ -49,8 +54,12 @@ def refuse_other_kinds(out: str | os.PathLike[str], ending: str, what: str = "ou
         return
     if named != ending:
         foreign = not _BEGINS[ending](start)
-    else:  # a damaged file of the right name may be replaced, but the weights of a model are no adapter
-        foreign = ending == ADAPTER and _format(start) not in (None, FORMAT)
+    elif (
+        ending == ADAPTER
+    ):  # a damaged file of the right name may be replaced, but the weights of a model are no adapter
+        foreign = _format(start) not in (None, FORMAT)
+    else:
+        foreign = ending == ".xml" and not _BEGINS[ending](start)
     if foreign:
         raise ConfigError(f"{what}={str(out)!r} is there and is not {KINDS[ending]}: remove it, or give another name")
 

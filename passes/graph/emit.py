@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,33 @@ def emitting(graph: fx.Graph, after: fx.Node) -> Iterator[Emitter]:
     emitter.tracer = _Recording(graph, after, emitter.made)
     with graph.inserting_before(after.next):
         yield emitter
+
+
+def inline(graph: fx.Graph, node: fx.Node, traced: fx.GraphModule, sources: Sequence[fx.Node]) -> Any:
+    """Copy a traced graph before a node, with the node's metadata; the node stays.
+
+    Args:
+        graph: that holds the node.
+        node: which the traced graph computes.
+        traced: on the example values of `sources`.
+        sources: what its inputs are.
+
+    Returns:
+        What the traced graph returns, of new nodes.
+    """
+    key = "val" if "val" in node.meta else "example_value"
+    inner: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
+    with graph.inserting_before(node):
+        for old in traced.graph.nodes:
+            if old.op == "get_attr":
+                raise NotImplementedError(f"a constant in {node.target}: {old.target}")
+            if old.op in ("placeholder", "output"):
+                continue
+            new = inner[old] = graph.node_copy(old, inner.__getitem__)
+            new.meta = {name: value for name, value in node.meta.items() if name not in _EXAMPLES}
+            if "val" in old.meta:
+                new.meta[key] = old.meta["val"]
+    return fx.map_arg(traced.graph.output_node().args[0], inner.__getitem__)
 
 
 def _run(node: fx.Node, like: fx.Node) -> Any:

@@ -14,16 +14,17 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.calls.axes import Axes, MayVary, for_export
 from onelora_compile.exporters.calls.evaluating import evaluating
-from onelora_compile.exporters.calls.signature import Call, flat_forward
+from onelora_compile.exporters.calls.signature import Call, flat_forward, outputs_of, plain
 from onelora_compile.passes.exported.carry_vectors import carry_vectors
 from onelora_compile.passes.exported.fold_vectors import FoldResult, fold_vectors
 
-_NO_BOUND = 2**62  # infinity is above
+NO_BOUND = 2**62  # infinity is above
 Place = Literal["folded", "weight", "activation"]
 
 
@@ -35,6 +36,7 @@ class Frozen:
         program: takes the tensors of a call and returns those of its result, both flat.
         folded: what became of the vectors.
         outputs: names of what it returns.
+        result: how these stand in the model's own result, in PyTorch's containers (`plain`).
         axes: those dynamic axes of each input that vary; the model may have fixed others.
         captured_for: what the sizes must be for the program to be right.
     """
@@ -42,6 +44,7 @@ class Frozen:
     program: ExportedProgram
     folded: FoldResult
     outputs: list[str]
+    result: pytree.TreeSpec
     axes: list[Axes]
     captured_for: list[str]
 
@@ -66,9 +69,11 @@ def freeze(
         trained: as in `carry_vectors`, where vectors are carried.
     """
     names: list[str] = []
+    results: list[pytree.TreeSpec] = []
 
-    def note(found: list[str]) -> None:
-        names[:] = found
+    def note(result: Any) -> None:
+        names[:] = outputs_of(result)
+        results[:] = [pytree.tree_structure(plain(result))]
 
     def exported(axes: Sequence[Axes]) -> ExportedProgram:
         with evaluating(model), _any_size(call, axes):
@@ -84,8 +89,10 @@ def freeze(
         program = exported(vary)  # with numbers for what is fixed
     sizes = captured_for(program, call, vary)
     if place == "folded":
-        return Frozen(*fold_vectors(program, originals=originals), names, vary, sizes)
-    return Frozen(*carry_vectors(program, place, trained), names, vary, sizes)
+        placed, done = fold_vectors(program, originals=originals)
+    else:
+        placed, done = carry_vectors(program, place, trained)
+    return Frozen(placed, done, names, results[0], vary, sizes)
 
 
 def _by_first_names(program: ExportedProgram, module: nn.Module) -> ExportedProgram:
@@ -167,7 +174,7 @@ def _bounds(program: ExportedProgram, symbol: sympy.Expr) -> list[sympy.Expr]:
     if span is None:
         return []
     low = [sympy.Ge(symbol, span.lower, evaluate=False)] if span.lower > 2 else []
-    return [*low, *([sympy.Le(symbol, span.upper, evaluate=False)] if span.upper < _NO_BOUND else [])]
+    return [*low, *([sympy.Le(symbol, span.upper, evaluate=False)] if span.upper < NO_BOUND else [])]
 
 
 def _is_plain(guard: sympy.Expr, symbols: Collection[sympy.Expr]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from onelora_compile.exporters.onnx_runtime.verify import Parity
+from onelora_compile.exporters.calls.compare import Parity
 from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.table import Table
 from onelora_compile.weights.merge import FoldLoss
@@ -18,7 +18,8 @@ class ExportReport(Printable):
     Attributes:
         files: the model file, and the file of its weights where it needs one.
         bytes: of all files together.
-        opset_version: of the standard ONNX operators.
+        runtime: for which it is, as its makers call it.
+        opset_version: of the standard ONNX operators; None of a file that is not ONNX.
         mode: "fold", "load", "input" or "bank"; "base" for a model that is not adapted.
         vectors: how many the file holds or was folded with.
         losses: what rounding lost in each folded weight, by module name.
@@ -31,7 +32,8 @@ class ExportReport(Printable):
 
     files: list[Path]
     bytes: int
-    opset_version: int
+    runtime: str
+    opset_version: int | None
     mode: str
     vectors: int
     losses: dict[str, FoldLoss]
@@ -49,7 +51,8 @@ class ExportReport(Printable):
         table = Table(title=f"exported {self.files[0]}", show_header=False)
         table.add_row("files", "\n".join(str(file) for file in self.files))
         table.add_row("size", bytes_text(self.bytes))
-        table.add_row("opset", str(self.opset_version))
+        if self.opset_version is not None:
+            table.add_row("opset", str(self.opset_version))
         if self.mode == "base":
             table.add_row("vectors", "none: the model is not adapted")
         elif self.mode == "fold":
@@ -64,6 +67,6 @@ class ExportReport(Printable):
         if self.parity is None:
             table.add_row("verified", "no")
         else:
-            table.add_row("verified", f"ONNX Runtime against eager: {self.parity.relative:.1e} relative, passed")
+            table.add_row("verified", f"{self.runtime} against eager: {self.parity.relative:.1e} relative, passed")
         table.add_row("time", f"{self.seconds:.1f} s")
         return table

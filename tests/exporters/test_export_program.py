@@ -1,0 +1,379 @@
+"""`export_program`: plain ATen, the base's graph when folded, vectors by name when not, and no need of this package."""
+
+import copy
+import itertools
+import subprocess
+import sys
+from typing import Any
+
+import paths
+import pytest
+import torch
+from architectures.outputs import main_output
+from safetensors.torch import load_file
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.exporters import export_program
+from onelora_compile.exporters.calls.signature import identifiers
+from onelora_compile.exporters.to_program import export
+from onelora_compile.passes.exported.vectors_to_inputs import vectors_to_inputs
+from onelora_compile.testing import assert_parity, fill_vectors, merged_copy, perturb_norms
+
+MODELS = ("bert", "vit", "llama", "encoder_post_norm", "conv1x1")
+MODES = ("fold", "input")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Pointwise(nn.Module):
+    """Convolutions with windows of one pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu())
+
+
+class Two(nn.Module):
+    """Named layers, a norm and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh())
+
+
+def built(name):
+    """A model whose cache is off, its keyword inputs, and how it is adapted."""
+    if name == "conv1x1":
+        torch.manual_seed(0)
+        config = onelora.OneLoRAConfig(target_modules=["first", "last"])
+        return Pointwise().eval(), {"x": torch.randn(2, 3, 5, 4)}, config
+    model, inputs = paths.build(name)
+    return model, inputs | ({"use_cache": False} if name == "llama" else {}), onelora.OneLoRAConfig()
+
+
+def adapted(name, dtype=torch.float32):
+    model, inputs, config = built(name)
+    model = model.to(dtype)
+    inputs = {
+        key: one.to(dtype) if isinstance(one, torch.Tensor) and one.is_floating_point() else one
+        for key, one in inputs.items()
+    }
+    return fill_vectors(onelora.adapt(model, config), 0.02), inputs
+
+
+def tensors(inputs):
+    return {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+
+def as_inputs(values):
+    return dict(zip(identifiers(values), values.values(), strict=True))
+
+
+def operators(program):
+    return [node.target for node in program.graph.nodes if node.op == "call_function"]
+
+
+def arguments(program):
+    return [str((node.args, node.kwargs)) for node in program.graph.nodes if node.op == "call_function"]
+
+
+def small(**options):
+    torch.manual_seed(0)
+    model = onelora.adapt(perturb_norms(Two()).eval(), onelora.OneLoRAConfig(**options))
+    with torch.no_grad():
+        for parameter in onelora.trainable_parameters(model):
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+def cells(*first):
+    """Every model, mode and dtype; those that are not in `first` are slow."""
+    every = itertools.product(MODELS, MODES, DTYPES)
+    return [pytest.param(*one, marks=() if one in first else pytest.mark.slow, id="-".join(one)) for one in every]
+
+
+FIRST = [("bert", "fold", "bfloat16"), ("encoder_post_norm", "input", "bfloat16"), ("llama", "input", "float32")]
+
+
+@pytest.mark.parametrize(("name", "mode", "dtype"), cells(*FIRST, *(("conv1x1", mode, "float32") for mode in MODES)))
+def test_the_program_is_the_adapted_function(name, mode, dtype):
+    model, inputs = adapted(name, DTYPES[dtype])
+    oracle = paths.Oracle(model, inputs, grad=False)
+    program = export_program(model, (), inputs, adapters=mode)
+    assert {target.namespace for target in operators(program) if hasattr(target, "namespace")} == {"aten"}
+    given = tensors(inputs) | (as_inputs(onelora.vectors(model)) if mode == "input" else {})
+    oracle.check(main_output(program.module()(**given)), mode)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_folded_program_is_the_bases_node_for_node(name):
+    model, inputs, config = built(name)
+    with torch.no_grad():  # else blocks of the model's own without gradients are graphs in the graph
+        base = torch.export.export(copy.deepcopy(model), (), inputs, strict=False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fill_vectors(onelora.adapt(model, config), 0.02)
+    program = export_program(model, (), inputs)
+    assert operators(program) == operators(base)
+    assert arguments(program) == arguments(base)
+    exact = merged_copy(
+        model, torch.float64
+    ).state_dict()  # rounded once: the nearest number, give or take float32's own
+    assert set(program.state_dict) <= set(exact)
+    for key, value in program.state_dict.items():
+        assert_parity(value, exact[key], exact[key].to(value.dtype), key)
+    onelora.detach(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vectors_of_zeros_are_the_base(mode):
+    model, inputs, config = built("bert")
+    with torch.no_grad():
+        base = model(**inputs).logits
+    onelora.adapt(model, config)
+    program = export_program(model, (), inputs, adapters=mode)
+    given = tensors(inputs) | (as_inputs(onelora.vectors(model)) if mode == "input" else {})
+    assert torch.equal(program.module()(**given)["logits"], base)
+
+
+ALONE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("onelora_compile", "transformers"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+import torch
+saved, given, wanted = sys.argv[1:]
+module = torch.export.load(saved).module()
+given, wanted = torch.load(given), torch.load(wanted)
+torch.testing.assert_close(module(**given), wanted)
+try:
+    import onelora_compile
+except ImportError:
+    print("alone")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("encoder_post_norm", "input"),
+        ("bert", "fold"),
+        pytest.param("bert", "input", marks=pytest.mark.slow),
+        pytest.param("encoder_post_norm", "fold", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_without_this_package_loads_and_runs_it(name, mode, tmp_path):
+    model, inputs = adapted(name)
+    program = export_program(model, (), inputs, adapters=mode)
+    given = tensors(inputs) | (as_inputs(onelora.vectors(model)) if mode == "input" else {})
+    torch.export.save(program, tmp_path / "m.pt2")
+    with torch.no_grad():
+        result = model(**inputs)
+    torch.save({key: value.detach() for key, value in given.items()}, tmp_path / "given")
+    torch.save(result if isinstance(result, torch.Tensor) else dict(result), tmp_path / "wanted")
+    command = [sys.executable, "-P", "-c", ALONE, *(str(tmp_path / one) for one in ("m.pt2", "given", "wanted"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "alone\n"
+
+
+def test_an_adapter_file_is_what_the_inputs_are_called_by(tmp_path):
+    model, x = small(train_norms=True, modules_to_save=["head"]), torch.randn(4, 6)
+    program = export_program(model, (x,), adapters="input", dynamic_shapes=({0: "batch"},))
+    names = ["body_0", "head_weight", "head_bias", "body_1_weight", "body_1_bias"]
+    assert sorted(program.graph_signature.user_inputs) == sorted(["x", *names])
+    assert list(program.graph_signature.user_inputs[:2]) == ["x", "body_0"]  # vectors before what is trained besides
+    other = small(train_norms=True, modules_to_save=["head"])
+    with torch.no_grad():
+        for parameter in onelora.trainable_parameters(other):
+            parameter.mul_(-0.5)
+    onelora.save_adapter(other, tmp_path / "b.safetensors")
+    file = load_file(tmp_path / "b.safetensors")
+    given = {name.replace(".", "_"): file[name] for name in sorted(file, reverse=True)}  # the order is not theirs
+    rows = torch.randn(7, 6)
+    torch.testing.assert_close(program.module()(rows, **given), other(rows))
+    assert not set(program.state_dict) & {"head.weight", "head.bias", "body.1.weight"}
+
+
+def test_trained_heads_and_norms_are_in_a_folded_program():
+    model, x = small(train_norms=True, modules_to_save=["head"]), torch.randn(4, 6)
+    program = export_program(model, (x,))
+    oracle = merged_copy(model, torch.float64)(x.double())
+    assert_parity(program.module()(x), oracle, merged_copy(model)(x))
+    assert torch.equal(program.state_dict["head.weight"], model.head.weight)
+
+
+def test_names_that_no_argument_may_have():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.ModuleDict({"b": nn.Linear(3, 3)})
+            self.a_b, self.x = nn.Linear(3, 3), nn.Linear(3, 3)
+            setattr(self, "0", nn.Linear(3, 3))
+
+        def forward(self, x):
+            return getattr(self, "0")(self.x(self.a_b(self.a["b"](x))))
+
+    model, x = fill_vectors(onelora.adapt(Odd().eval()), 0.1), torch.randn(2, 3)
+    program = export_program(model, (x,), adapters="input")
+    assert list(onelora.vectors(model)) == ["a.b", "a_b", "x", "0"]
+    assert list(program.example_inputs[1]) == ["a_b", "a_b_1", "x_1", "_0"]
+    given = dict(zip(program.example_inputs[1], onelora.vectors(model).values(), strict=True))
+    torch.testing.assert_close(program.module()(x, **given), model(x))
+
+
+def test_results_stand_as_the_model_gives_them():
+    class Several(nn.Module):
+        def __init__(self, form):
+            super().__init__()
+            self.own, self.form = nn.Linear(3, 3), form
+
+        def forward(self, pair, scale=2.0):
+            return self.form(self.own(pair["left"]) * scale, pair["right"] + 1)
+
+    pair = {"left": torch.randn(2, 3), "right": torch.randn(2, 3)}
+    for form in (lambda a, b: a, lambda a, b: (a, b), lambda a, b: {"a": a, "b": (b, b)}):
+        model = fill_vectors(onelora.adapt(Several(form).eval()), 0.1)
+        program = export_program(model, (pair,), {"scale": 3.0})
+        found, wanted = program.module()(pair["left"], pair["right"]), model(pair, scale=3.0)
+        if isinstance(wanted, dict):
+            wanted = {"a": wanted["a"], "b.0": wanted["b"][0], "b.1": wanted["b"][1]}
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_cache_is_tensors():
+    from transformers import DynamicCache
+
+    model, inputs = paths.build("llama")
+    fill_vectors(onelora.adapt(model), 0.02)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        past = model(ids[:, :4], past_key_values=DynamicCache(), use_cache=True).past_key_values
+    program = export_program(model, (), {"input_ids": ids[:, 4:5], "past_key_values": past, "use_cache": True})
+    given = program.example_inputs[1]
+    assert "past_key_values_0_key" in given
+    found = program.module()(**given)
+    with torch.no_grad():
+        wanted = model(ids[:, 4:5], past_key_values=copy.deepcopy(past), use_cache=True)
+    torch.testing.assert_close(found["logits"], wanted.logits)
+    torch.testing.assert_close(found["present.1.value"], wanted.past_key_values.layers[1].values)
+    assert past.get_seq_length() == 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sizes_vary_as_torch_export_spells_them(mode):
+    model, x = small(), torch.randn(4, 6)
+    given = as_inputs(onelora.vectors(model)) if mode == "input" else {}
+    for shapes in (
+        {"x": {0: "rows"}},
+        ({0: torch.export.Dim("rows", max=64)},),
+        {"x": {0: torch.export.Dim.AUTO}},
+        "rows",
+    ):
+        module = export_program(model, (x,), adapters=mode, dynamic_shapes=shapes).module()
+        rows = torch.randn(9, 6)
+        torch.testing.assert_close(module(rows, **given), model(rows))
+    with pytest.raises(onelora.ExportError, match="specialized it to be a constant"):
+        export_program(model, (x,), adapters=mode, dynamic_shapes={"x": {1: "features"}})
+    with pytest.raises(onelora.ConfigError, match="names 'y'"):
+        export_program(model, (x,), adapters=mode, dynamic_shapes={"y": {0: "rows"}})
+
+
+def test_states_of_a_model():
+    x = torch.randn(4, 6)
+    model = small()
+    with onelora.disabled(model), pytest.raises(onelora.StateError, match="disabled"):
+        export_program(model, (x,))
+    with torch.no_grad():
+        out = model(x)
+    compiled: Any = torch.compile(model, backend="onelora", options={"inner": "eager"})
+    torch.testing.assert_close(export_program(compiled, (x,)).module()(x), out)
+    merged = copy.deepcopy(model)
+    onelora.merge(merged)
+    torch.testing.assert_close(export_program(merged, (x,)).module()(x), out)
+    detached = onelora.detach(model)
+    with torch.no_grad():
+        assert torch.equal(export_program(detached, (x,)).module()(x), detached(x))
+    for plain in (merged, detached):
+        with pytest.raises(onelora.StateError, match="needs an adapted model"):
+            export_program(plain, (x,), adapters="input")
+    with pytest.raises(onelora.ConfigError, match="adapters='load' is not one of 'fold', 'input'"):
+        export_program(detached, (x,), adapters="load")
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 3
+
+
+def test_what_can_not_be_folded_is_refused_by_name_and_can_be_an_input():
+    model, x = nn.Sequential(nn.Linear(4, 4), Scaled(4, 4)).eval(), torch.randn(2, 4)
+    fill_vectors(onelora.adapt(model), 0.3)
+    with pytest.raises(onelora.PassError, match="'1': the module computes something else"):
+        export_program(model, (x,))
+    program = export_program(model, (x,), adapters="input")
+    torch.testing.assert_close(program.module()(x, **as_inputs(onelora.vectors(model))), model(x))
+    with pytest.raises(onelora.ExportError, match="has no name to swap it by"):
+        export_program(onelora.adapt(nn.Linear(4, 4)), (x,), adapters="input")
+
+
+def test_a_program_that_is_not_the_model_is_refused(monkeypatch):
+    model, x = small(), torch.randn(4, 6)
+
+    def rows_off(program, inputs):
+        program.state_dict["head.bias"] = nn.Parameter(program.state_dict["head.bias"] + 0.01)
+        return vectors_to_inputs(program, inputs)
+
+    monkeypatch.setattr(export, "vectors_to_inputs", rows_off)
+    with pytest.raises(onelora.ExportError, match="differs from Two with its vectors"):
+        export_program(model, (x,), adapters="input")
+    export_program(model, (x,), adapters="input", verify=False)
+    # What ignores its vectors is right for zeros, and for nothing else.
+    monkeypatch.setattr(export, "open_operators", without_an_update)
+    monkeypatch.setattr(export, "vectors_to_inputs", vectors_to_inputs)
+    for vector in onelora.vectors(model).values():
+        vector.data.zero_()
+    with pytest.raises(onelora.ExportError, match="differs from Two with other vectors"):
+        export_program(model, (x,), adapters="input")
+
+
+def without_an_update(program):
+    node = next(node for node in program.graph.nodes if "add_rank1" in str(node.target))
+    node.replace_all_uses_with(node.args[0])
+    program.graph_module.recompile()
+    return program
+
+
+def test_a_vector_that_the_call_does_not_use_is_an_input_all_the_same():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x, second=False):
+            return self.other(x) if second else self.own(x)
+
+    model, x = fill_vectors(onelora.adapt(Either().eval()), 0.1), torch.randn(2, 3)
+    program = export_program(model, (x,), adapters="input")
+    assert list(program.example_inputs[1]) == ["own", "other"]
+    torch.testing.assert_close(program.module()(x, **onelora.vectors(model)), model(x))
+
+
+def test_the_model_is_not_touched():
+    model, x = small(train_norms=True), torch.randn(4, 6)
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for mode in ("fold", "input"):
+        program = export_program(model, (x,), adapters=mode)
+        program.module()(*program.example_inputs[0], **program.example_inputs[1])
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
