@@ -49,7 +49,7 @@ test-real: $(READY)  ## Install packages with published ONNX files and run the t
 # An environment of its own: what ExecuTorch needs is much, and nothing else here needs it.
 RUNTIMES := $(VENV)-runtimes
 
-$(RUNTIMES)/.ready: $(READY) tests/runtime_packages.txt
+$(RUNTIMES)/.ready: pyproject.toml constraints.txt tests/runtime_packages.txt
 	$(PYTHON) -m venv $(RUNTIMES)
 	$(RUNTIMES)/bin/pip install --disable-pip-version-check -q -c constraints.txt setuptools wheel
 	$(RUNTIMES)/bin/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e '.[dev]' \
