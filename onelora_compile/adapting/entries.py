@@ -72,6 +72,7 @@ def _entry(function: Callable[..., Any], bound: int) -> Entry:
     first = [one for one in parameters if one.kind in _POSITIONAL]
     needed = [one for one in parameters if one.default is one.empty and one.kind in (*_POSITIONAL, one.KEYWORD_ONLY)]
     others = [one for one in (*first, *(p for p in parameters if p.kind is p.KEYWORD_ONLY)) if one not in needed]
+    others = [one for one in others if "dict" not in str(one.annotation).lower()]  # a tensor is none
     if not needed:  # forward(input_ids=None, inputs_embeds=None) wants one of them
         needed, others = others[:1], others[1:]
     if not needed and any(one.kind is one.VAR_POSITIONAL for one in parameters):

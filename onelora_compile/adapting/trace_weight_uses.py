@@ -111,7 +111,8 @@ def weight_uses(model: nn.Module, called: Collection[nn.Module] = ()) -> WeightU
                 if read.parameter == "weight":
                     continue
                 read = dataclasses.replace(read, dims=None, why=INSIDE)
-            if read.why == READ and id(read.module._parameters[read.parameter]) not in linears:
+            looked_up = isinstance(module, (nn.Embedding, nn.EmbeddingBag))  # by its own code, as the base's
+            if read.why == READ and (looked_up or id(read.module._parameters[read.parameter]) not in linears):
                 continue  # no weight of a linear op, as far as this tells
             key = (read.module, read.parameter)
             known = found.get(key)

@@ -373,3 +373,19 @@ def test_a_module_that_several_call_with_the_same_is_used_once(name, tmp_path):
     feed = {one.name: value.numpy() for one, value in zip(session.get_inputs(), given, strict=True)}
     right = merged_copy(model, torch.float64)(*(one.double() for one in given))
     np.testing.assert_allclose(session.run(None, feed)[0], right.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_an_embedding_that_reads_its_own_weight_hides_no_use_of_the_head_that_shares_it():
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return F.embedding(ids, self.weight) * 0.5
+
+    model = nn.Sequential()
+    model.embed, model.head = Scaled(16, 8), nn.Linear(8, 16)
+    model.head.weight = model.embed.weight
+    found = select(model, onelora.OneLoRAConfig())
+    assert (list(found.targets), found.uses, found.not_linear) == (
+        ["head"],
+        {},
+        {"embed": "an embedding, not a linear op"},
+    )
