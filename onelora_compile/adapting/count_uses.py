@@ -58,10 +58,9 @@ class UseCounter:
         self._constant |= {(module, one) for one in bounds.constant}
         self._sized |= {(module, one) for one in bounds.sized}
 
-    @property
-    def unknown(self) -> set[nn.Module]:
-        """Whose code no way came to the end of."""
-        return self._least.keys() - self._known
+    def followed(self) -> list[tuple[nn.Module, bool]]:
+        """Whose code was followed, and whether to its end."""
+        return [(module, module in self._known) for module in self._least]
 
     def add_uncounted(self, module: nn.Module) -> None:
         """Note that nobody can tell how often the code of a module uses what is inside it, and on what."""
@@ -72,18 +71,15 @@ class UseCounter:
 
     def shared(self) -> Iterator[Shared]:
         """Modules that several others call, where following these together tells whether with the same."""
-        users: dict[Any, list[nn.Module]] = collections.defaultdict(list)
-        for user, own in self._most.items():
-            for one in own:
-                users[one].append(user)
+        users = _users(self._most)
         for module, callers in [*users.items()]:
             if not isinstance(module, nn.Module) or len(callers) < 2:
                 continue
             ways = [self._way_to(user) for user in callers]
-            root = next((one for one in ways[0] if all(one in way for way in ways)), self._model)
+            root = next(one for one in ways[0] if all(one in way for way in ways))
             between = {one for way in ways for one in way[: way.index(root)]}
-            if all(between.union([root]).issuperset(users[one]) for one in between):
-                yield Shared(module, callers, root, between)
+            if all({*between, root}.issuperset(users[one]) for one in between):
+                yield Shared(module, [*callers], root, between)
 
     def _way_to(self, module: nn.Module) -> list[nn.Module]:
         """The module and those around it."""
@@ -120,9 +116,9 @@ class UseCounter:
 
     def _marked(self, marks: set[tuple[nn.Module, Any]], called: Collection[nn.Module]) -> Callable[[Weight], bool]:
         """Tells whether some way to a weight has a mark."""
-        users: dict[Any, set[nn.Module]] = collections.defaultdict(set)
-        for user, one in itertools.chain(marks, ((user, one) for user, own in self._most.items() for one in own)):
-            users[one].add(user)
+        users = _users(self._most)
+        for user, one in marks:
+            users[one].setdefault(user, 0)
         known: dict[nn.Module, bool] = {self._model: False}
 
         def by(one: Any) -> bool:
@@ -139,10 +135,7 @@ class UseCounter:
     def _times(
         self, counts: dict[nn.Module, Counts], called: Collection[nn.Module], weights: Collection[Weight]
     ) -> dict[Weight, int]:
-        users: dict[Any, list[tuple[nn.Module, int]]] = collections.defaultdict(list)
-        for user, own in counts.items():
-            for one, times in own.items():
-                users[one].append((user, times))
+        users = _users(counts)
         runs: dict[nn.Module, int] = {}
 
         def of(module: nn.Module) -> int:
@@ -152,16 +145,25 @@ class UseCounter:
             if module not in runs:
                 runs[module] = 1  # while it is looked at, for a module that calls itself
                 parent = self._parents.get(module, self._model)
-                calls = sum(of(user) * times for user, times in users[module])
+                calls = sum(of(user) * times for user, times in users[module].items())
                 uncalled = parent in self._known and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
                 runs[module] = calls if calls or uncalled else of(parent)
             return runs[module]
 
         found: dict[Weight, int] = {}
         for module, name in weights:
-            reads = sum(of(user) * times for user, times in users[module, name])
+            reads = sum(of(user) * times for user, times in users[module, name].items())
             found[module, name] = reads + (of(module) if module in called and name == "weight" else 0)
         return found
+
+
+def _users(counts: Mapping[nn.Module, Counts]) -> dict[Any, dict[nn.Module, int]]:
+    """Who uses a module or a weight, and how often."""
+    users: dict[Any, dict[nn.Module, int]] = collections.defaultdict(dict)
+    for user, own in counts.items():
+        for one, times in own.items():
+            users[one][user] = times
+    return users
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,14 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from onelora_compile.adapting.entries import Entry
 from onelora_compile.adapting.holders import Holders
 from onelora_compile.adapting.tracer import Inside, Tracer, Uses
 from onelora_compile.dynamo.private_api import following
-from onelora_compile.looking.one_at_a_time import silent
+from onelora_compile.looking.one_at_a_time import seen_here, silent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,8 @@ def follow(
         # What it prints is about values that it lacks.
         with (
             silent("stdout", "stderr"),
-            following(tracer.call_with, tracer.vmap, tracer.made, tracer.about),
+            following(tracer.call_with, tracer.vmap),
+            seen_here(torch, tracer.of_torch()),
             Uses(tracer),
         ):
             graph = tracer.trace(shadow)

@@ -56,7 +56,8 @@ _OF_PARAMETERS = _CALLS_WITH | {
 }
 # Of torch.func and torch.autograd.forward_ad: a function is run on values and on tangents, which may be constants, so
 # that uses under one have no count.
-_DERIVATIVES = {"jvp", "vjp", "jacfwd", "jacrev", "hessian", "linearize", "grad", "grad_and_value", "make_dual"}
+_DERIVATIVES = {"jvp", "vjp", "jacfwd", "jacrev", "hessian", "linearize", "grad", "grad_and_value"}
+_DUAL = "make_dual"
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -173,8 +174,10 @@ class _Code:
 
     def times(self) -> dict[tuple[nn.Module, str], tuple[int, int]]:
         """How often one forward uses each weight, at least and at most, where that is not once."""
-        for module in self._counter.unknown:  # a derivative takes no stand-ins for values
-            if not _DERIVATIVES.isdisjoint(names_in_reach(module, self._names)):
+        for module, known in self._counter.followed():
+            named = names_in_reach(module, self._names)
+            # Functions of torch.func take no stand-ins for values, so that their names alone tell nothing.
+            if _DUAL in named or not (known or _DERIVATIVES.isdisjoint(named)):
                 self._counter.add_uncounted(module)
         for shared in self._counter.shared():
             ways = [way for _, own in self._ways(shared.root, (False,), shared.between) for _, way in own]

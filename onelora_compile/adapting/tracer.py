@@ -28,6 +28,8 @@ PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as a
 CALLED = "onelora_called"  # key in node.meta: the module whose output a node is
 Inside = dict[int, tuple[nn.Module, str]]
 _MOST_ANSWERS = 1000  # then a loop on values is taken for endless
+_MADE_OF_SIZES = ("ones", "zeros", "empty", "rand", "randn")
+_ABOUT = {"finfo": torch.float32, "iinfo": torch.int64}  # of a dtype that is not known
 # What is asked of a tensor as an object, or as a number that code goes by.
 _OF_THE_OBJECT = {
     *("__hash__", "__repr__", "__str__", "__format__", "__dir__", "__len__", "__deepcopy__", "__reduce_ex__"),
@@ -259,16 +261,15 @@ class Tracer(fx.Tracer):
         )
         return function(*pytree.tree_unflatten(parts, spec))
 
-    def made(self, make: Any, *sizes: Any, **kwargs: Any) -> Any:
-        """Stands for `torch.ones` and its like."""
-        if self._elsewhere() or not any(isinstance(size, fx.Proxy) for size in sizes):
+    def of_torch(self) -> dict[str, Any]:
+        """What stands for functions that take no nodes, neither as sizes one by one nor as a dtype."""
+        made = {name: functools.partial(self._made, getattr(torch, name)) for name in _MADE_OF_SIZES}
+        return made | {name: functools.partial(_about, getattr(torch, name), dtype) for name, dtype in _ABOUT.items()}
+
+    def _made(self, make: Any, *sizes: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(size, fx.Proxy) for size in sizes):
             return make(*sizes, **kwargs)
         return self.create_proxy("call_function", make, sizes, kwargs)
-
-    def about(self, kind: Any, *dtype: Any, **kwargs: Any) -> Any:
-        """Stands for `torch.finfo` and `torch.iinfo`."""
-        known = self._elsewhere() or not any(isinstance(one, fx.Proxy) for one in (*dtype, *kwargs.values()))
-        return kind(*dtype, **kwargs) if known else kind(torch.float32 if kind.__name__ == "finfo" else torch.int64)
 
     def _gives_weight(self, args: Any, kwargs: Any) -> bool:
         """Whether a parameter, or a view of one, is among the arguments."""
@@ -339,6 +340,11 @@ class Tracer(fx.Tracer):
         elif node.args and isinstance(node.args[0], fx.Node):
             self.note(node.args[0])
             run_of_shapes(node)
+
+
+def _about(kind: Any, guess: torch.dtype, *dtype: Any, **kwargs: Any) -> Any:
+    known = not any(isinstance(one, fx.Proxy) for one in (*dtype, *kwargs.values()))
+    return kind(*dtype, **kwargs) if known else kind(guess)
 
 
 def _stored_parameter(module: nn.Module, target: str) -> Any:

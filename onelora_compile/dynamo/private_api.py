@@ -54,13 +54,8 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
-_MADE_OF_SIZES = ("ones", "zeros", "empty", "rand", "randn")
-
-
 @contextlib.contextmanager
-def following(
-    functional_call: Callable[..., Any], vmap: Callable[..., Any], made: Callable[..., Any], about: Callable[..., Any]
-) -> Iterator[None]:
+def following(functional_call: Callable[..., Any], vmap: Callable[..., Any]) -> Iterator[None]:
     """Inside the block `torch.fx` follows a compiled function as it is written, and leaves the globals of code alone.
 
     It puts wrappers of `math` into the globals of every module that is called, in any thread, and walks through them
@@ -70,27 +65,19 @@ def following(
         functional_call: stands for `torch.func.functional_call`, which takes no nodes (`torch/nn/utils/stateless.py`);
             given that first, for other threads.
         vmap: the same for what `torch.func.vmap` runs (`torch/_functorch/apis.py`).
-        made: the same for `torch.ones` and others that take sizes one by one, which no node may be.
-        about: the same for `torch.finfo` and `torch.iinfo`.
     """
     module: Any = torch.fx._symbolic_trace
     stateless: Any = torch.nn.utils.stateless
     apis: Any = torch._functorch.apis
     before = module._autowrap_check, stateless._functional_call, apis.vmap_impl
-    takes = {name: (made, getattr(torch, name)) for name in _MADE_OF_SIZES}
-    takes |= {name: (about, getattr(torch, name)) for name in ("finfo", "iinfo")}
     module._autowrap_check = lambda *args: None
     stateless._functional_call = functools.partial(functional_call, before[1])
     apis.vmap_impl = functools.partial(vmap, before[2])
-    for name, (instead, own) in takes.items():
-        setattr(torch, name, functools.partial(instead, own))
     try:
         with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
             yield
     finally:
         module._autowrap_check, stateless._functional_call, apis.vmap_impl = before
-        for name, (_, own) in takes.items():
-            setattr(torch, name, own)
 
 
 def break_reason(gm: fx.GraphModule) -> str:

@@ -10,7 +10,8 @@ import collections
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 LOOKING = threading.RLock()  # whoever holds it may change what is the process's, and puts it back before it lets go
@@ -32,6 +33,36 @@ def silent(*streams: str) -> Iterator[None]:
         finally:
             for name, stream in before.items():
                 setattr(sys, name, stream)
+
+
+@contextlib.contextmanager
+def seen_here(module: types.ModuleType, instead: Mapping[str, Any]) -> Iterator[None]:
+    """Give names of a module other values inside the block, for what functions outside of the module's package ask.
+
+    Other threads get the module's own, and so does what keeps it longer than the block: tables that the package makes
+    of its functions, and the globals of modules that are imported meanwhile.
+
+    Args:
+        module: not changed but for its class.
+        instead: what this thread gets, by name.
+    """
+    with LOOKING:
+        kind, thread, held = type(module), threading.get_ident(), vars(module)
+
+        def value(name: str) -> property:
+            def get(_: Any) -> Any:
+                asks = sys._getframe(1)
+                package = str(asks.f_globals.get("__name__")).partition(".")[0]
+                passing = package != module.__name__ and asks.f_code.co_name != "<module>"
+                return instead[name] if passing and threading.get_ident() == thread else held[name]
+
+            return property(get, lambda _, new: held.update({name: new}))
+
+        module.__class__ = type(kind.__name__, (kind,), {name: value(name) for name in instead})
+        try:
+            yield
+        finally:
+            module.__class__ = kind
 
 
 class _Silent:

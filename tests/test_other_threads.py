@@ -1,0 +1,79 @@
+"""What the code of a model is followed with is seen by nobody else: other threads, imports, tables of PyTorch."""
+
+import importlib
+import sys
+import threading
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.looking.one_at_a_time import seen_here
+
+TORCH: Any = torch
+NAMES = ("ones", "zeros", "empty", "rand", "randn", "finfo", "iinfo")
+OWN = {name: getattr(torch, name) for name in NAMES}
+
+
+def test_another_thread_has_the_functions_of_torch_while_a_model_is_adapted():
+    found: list[str] = []
+    done = threading.Event()
+
+    def serve():
+        while not done.is_set():
+            found.extend(name for name in NAMES if getattr(torch, name) is not OWN[name])
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    models = [transformers.LlamaForCausalLM(config) for _ in range(3)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for model in models:
+            onelora.adapt(model)
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert found == []
+    assert type(torch) is type(sys)
+
+
+def test_what_a_forward_imports_keeps_the_functions_of_torch(tmp_path, monkeypatch):
+    (tmp_path / "imported_late.py").write_text("import torch\nfrom torch import finfo, ones\nSMALL = torch.finfo\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, x):
+            late = importlib.import_module("imported_late")
+            return self.fc(x) @ self.scale.T + late.ones(4) * torch.finfo(x.dtype).eps
+
+    onelora.adapt(Late())
+    late = sys.modules.pop("imported_late")
+    assert (late.finfo, late.ones, late.SMALL) == (OWN["finfo"], OWN["ones"], OWN["finfo"])
+
+
+def test_tables_that_torch_keeps_of_its_functions_hold_its_own():
+    from torch.utils import _device
+
+    _device._device_constructors.cache_clear()
+    with seen_here(torch, {"ones": print, "finfo": print}):
+        assert TORCH.ones is print
+        assert OWN["ones"] in _device._device_constructors()
+    assert TORCH.ones is OWN["ones"]
+
+
+def test_what_is_assigned_meanwhile_stays(monkeypatch):
+    monkeypatch.setattr(torch, "finfo", OWN["finfo"])  # put back behind the test
+    with seen_here(torch, {"finfo": print}):
+        TORCH.finfo = max
+    assert TORCH.finfo is max
