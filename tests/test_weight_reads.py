@@ -143,7 +143,9 @@ def test_what_adapt_could_not_follow_is_named_by_the_graph(name):
     model = nn.Sequential(nn.Linear(x.shape[-1], x.shape[-1]), form)
     onelora.adapt(model)
     skipped, names = onelora.summary(model).skipped, {f"1.{key}".removesuffix(".") for key in expected}
-    names -= {*onelora.vectors(model)}  # the weight of a linear inside is adapted, whoever reads it
+    inside = {f"1.{key}" for key, child in form.named_children() if isinstance(child, nn.Linear)}
+    assert {*onelora.vectors(model)} == {"0", *inside}  # the weight of a linear inside is adapted, whoever reads it
+    names -= inside
     added = getattr(form, "c", None)
     others = {"1.c"} - names if isinstance(added, nn.Parameter) and added.ndim > 1 else set()  # looks like a weight
     assert {
