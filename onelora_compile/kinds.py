@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from onelora_compile.sharded import is_sharded
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of which one may be a linear map of patches; none is transposed
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D, a linear that stores its weight as [in_features, out_features]."""

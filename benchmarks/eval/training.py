@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from onelora_compile.examples.measure import machine, peak_bytes, training_step
-from onelora_compile.examples.recipes import fit, in_head, one_cycle
+from onelora_compile.examples.recipes import fit, one_cycle, rate_groups
 from onelora_compile.examples.sentences.methods import trained_numbers
 from onelora_compile.testing import saved_bytes
 
@@ -77,13 +77,8 @@ def run(
 
 
 def _groups(task: Task, model: nn.Module, rate: float, rule: str, seed: int) -> list[dict[str, Any]]:
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    head = [parameter for name, parameter in trained if task.head is not None and in_head(name, task.head)]
-    rest = [parameter for _, parameter in trained if all(parameter is not one for one in head)]
-    groups = [{"params": rest, "lr": rate}]
-    if rule:
-        groups = RULES[rule](task, model, rate, next(task.batches(1, seed)))
-    return [*groups, {"params": head, "lr": task.head_rate}]
+    rest, head = rate_groups(model, task.head, rate, task.head_rate)
+    return [*(RULES[rule](task, model, rate, next(task.batches(1, seed))) if rule else [rest]), head]
 
 
 def _memory(task: Task, model: nn.Module) -> dict[str, int]:

@@ -18,7 +18,7 @@ from onelora_compile.exporters.jetson.device.core.modes import FOLD, MODES
 from onelora_compile.exporters.to_program.check import Feed, check_program
 from onelora_compile.exporters.to_program.runtimes import called
 from onelora_compile.exporters.to_program.source import Source, exportable
-from onelora_compile.passes.exported.fold_vectors import FoldResult, vector_of
+from onelora_compile.passes.exported.fold_vectors import FoldResult, remade, vector_of
 from onelora_compile.passes.exported.open_operators import open_operators
 from onelora_compile.passes.exported.vectors_to_inputs import vectors_to_inputs
 
@@ -145,14 +145,5 @@ def _called(
         out_spec=result,
         forward_arg_names=[*names, *vectors],
     )
-    return ExportedProgram(
-        root=program.graph_module,
-        graph=program.graph,
-        graph_signature=program.graph_signature,
-        state_dict=program.state_dict,
-        range_constraints=program.range_constraints,
-        module_call_graph=[dataclasses.replace(first, signature=signature), *others],
-        example_inputs=example,
-        constants=program.constants,
-        verifiers=program.verifiers,
-    )
+    whole = [dataclasses.replace(first, signature=signature), *others]
+    return remade(program, module_call_graph=whole, example_inputs=example)

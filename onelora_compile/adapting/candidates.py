@@ -11,7 +11,7 @@ from onelora_compile.adapting.adapted_module import Adapted
 from onelora_compile.adapting.probe_linear import linear_like, may_be_linear, weight_axes
 from onelora_compile.adapting.trace_weight_uses import INSIDE, KEPT, weight_uses
 from onelora_compile.adapting.weight_target import Target, calling, reading, targets_of, vector_key
-from onelora_compile.kinds import is_linear
+from onelora_compile.kinds import CONVOLUTIONS, is_linear
 from onelora_compile.passes.sites.contractions import conv_patches
 
 TIED_EMBEDDING = "an embedding's weight, which a linear op reads too: the embedding would change with it"
@@ -23,7 +23,6 @@ PATCHES = "a convolution, not a linear op of the method; it is a linear map of p
 # What is not an op that was left out by choice.
 NOT_LINEAR = (BILINEAR, EMBEDDING, CONVOLUTION, PATCHES)
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
@@ -49,7 +48,7 @@ def candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[s
     uses = weight_uses(model, {module for module, (target, _) in called.items() if target is not None})
     for found in uses.reads:
         module, dims, why = found.module, found.dims, found.why
-        if isinstance(module, _CONVOLUTIONS) or (dims is None and called[module][1] not in ("", *NOT_LINEAR)):
+        if isinstance(module, CONVOLUTIONS) or (dims is None and called[module][1] not in ("", *NOT_LINEAR)):
             continue  # known by its call
         own = called[module][0]
         if own is not None and found.parameter != own.parameter:
@@ -97,7 +96,7 @@ def _called(module: nn.Module) -> tuple[Target | None, str]:
     if is_linear(module):
         dims, reason = weight_axes(module)
         return (None, reason) if reason else (calling(module, dims), "")
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         patches = conv_patches(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
         if not patches or module._parameters.get("weight") is None:  # computed from others
             return None, CONVOLUTION

@@ -57,6 +57,16 @@ def in_head(name: str, head: str) -> bool:
     return head in name.split(".")
 
 
+def rate_groups(model: nn.Module, head: str | None, rate: float, head_rate: float) -> list[dict[str, Any]]:
+    """Groups of an optimizer: what is trained, and then the new head, which has a rate of its own."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    new = {name for name, _ in trained if head is not None and in_head(name, head)}
+    return [
+        {"params": [parameter for name, parameter in trained if (name in new) is own], "lr": lr}
+        for own, lr in ((False, rate), (True, head_rate))
+    ]
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of right answers."""
     return (logits.argmax(dim=-1) == labels).double().mean().item()

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from onelora_compile.adapting.peft_parts import is_tuner_layer
 from onelora_compile.adapting.select_targets import clean_name, matches, named_modules
 from onelora_compile.adapting.weight_target import Target
-from onelora_compile.kinds import is_conv1d
+from onelora_compile.kinds import CONVOLUTIONS, is_conv1d
 from onelora_compile.sharded import whole
 from onelora_compile.weights.adapter_content import CONV1D, CONVOLUTION, LINEAR, AdapterFile, Layer
 from onelora_compile.weights.fingerprint import fingerprint_of_values
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of a batch norm
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # How transformers ends the names of its classes, and PEFT's words for what they do.
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -51,7 +50,7 @@ def _kind(target: Target, places: int) -> str:
         return "experts"
     if places != 1:
         return "root" if places == 0 else "shared"
-    if isinstance(module, _CONVOLUTIONS) and target.parameter == "weight":
+    if isinstance(module, CONVOLUTIONS) and target.parameter == "weight":
         return CONVOLUTION
     if not target.called:
         return "read"

@@ -98,17 +98,24 @@ def rebuilt(
         dataclasses.replace(spec, arg=TensorArgument(node.name)) if isinstance(spec.arg, TensorArgument) else spec
         for spec, node in zip(program.graph_signature.output_specs, values, strict=True)
     ]
-    return ExportedProgram(
-        root=gm,
-        graph=gm.graph,
-        graph_signature=ExportGraphSignature(inputs, outputs),
-        state_dict=state,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
-        constants=program.constants,
-        verifiers=program.verifiers,
-    )
+    signature = ExportGraphSignature(inputs, outputs)
+    return remade(program, root=gm, graph=gm.graph, graph_signature=signature, state_dict=state)
+
+
+def remade(program: ExportedProgram, **changes: Any) -> ExportedProgram:
+    """The program with some of its parts changed, by the names that `ExportedProgram` takes them by."""
+    parts = {
+        "root": program.graph_module,
+        "graph": program.graph,
+        "graph_signature": program.graph_signature,
+        "state_dict": program.state_dict,
+        "range_constraints": program.range_constraints,
+        "module_call_graph": program.module_call_graph,
+        "example_inputs": program.example_inputs,
+        "constants": program.constants,
+        "verifiers": program.verifiers,
+    }
+    return ExportedProgram(**(parts | changes))
 
 
 def copied(program: ExportedProgram) -> fx.GraphModule:

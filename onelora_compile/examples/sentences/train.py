@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onelora_compile.examples.recipes import fit, in_head, one_cycle
+from onelora_compile.examples.recipes import fit, one_cycle, rate_groups
 from onelora_compile.examples.sentences.model import HEAD
 
 BATCH, STEPS = 16, 80
@@ -40,12 +40,7 @@ def train(
     Returns:
         The loss of each step.
     """
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for name, parameter in trained if in_head(name, HEAD) is head], "lr": rate}
-        for head, rate in ((False, learning_rate), (True, HEAD_RATE))
-    ]
-    optimizer, schedule = one_cycle(groups, steps)
+    optimizer, schedule = one_cycle(rate_groups(model, HEAD, learning_rate, HEAD_RATE), steps)
     losses = (F.cross_entropy(model(tokens, mask), labels) for tokens, mask, labels in batches(data, steps, seed))
     return fit(losses, optimizer, schedule, tick)
 
