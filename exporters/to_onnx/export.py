@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +16,7 @@ from onelora_compile.errors import ConfigError, ExportError, one_of, require
 from onelora_compile.exporters.calls.axes import Axes, axes_of
 from onelora_compile.exporters.calls.compare import Parity
 from onelora_compile.exporters.calls.names import Names, chosen_names, name_graph
+from onelora_compile.exporters.calls.quiet import quiet
 from onelora_compile.exporters.calls.signature import Call
 from onelora_compile.exporters.jetson.device.core.modes import BASE, EXPORTED, FOLD, IDS, MODES
 from onelora_compile.exporters.onnx_file.metadata import Metadata, digest
@@ -32,7 +30,6 @@ from onelora_compile.exporters.to_program.capture import Place
 from onelora_compile.exporters.to_program.report import ExportReport
 from onelora_compile.exporters.to_program.source import Source, exportable
 from onelora_compile.file_names import as_path, as_paths
-from onelora_compile.looking.one_at_a_time import silent
 from onelora_compile.progress import steps
 from onelora_compile.version import __version__
 from onelora_compile.weights.atomic_write import refuse_overwriting
@@ -195,7 +192,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _converted(program: ExportedProgram, opset_version: int | None, axes: Sequence[Axes]) -> onnx_ir.Model:
     # Without gradients, as it was captured: with them, attention has other kernels with other strides, and a view that
     # was captured for the one layout fails on the other.
-    with _quiet(), torch.no_grad():
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad():
         try:
             converted = torch.onnx.export(
                 program,
@@ -217,19 +214,3 @@ def _in_opset(model: onnx_ir.Model, opset_version: int | None) -> None:
         lower_opset(model, opset_version)
     if opset_version not in (None, found := model.opset_imports[""]):
         raise ExportError(f"opset_version={opset_version} was asked for, torch.onnx wrote {found}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's own chatter: what matters of it comes back as an error or in the report."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with silent("stdout"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,13 @@ from torch import nn
 
 from onelora_compile.errors import ConfigError, ExportError, OneLoRAError, one_of
 from onelora_compile.exporters.calls.compare import Parity
+from onelora_compile.exporters.calls.quiet import quiet
 from onelora_compile.exporters.jetson.device.core.modes import BASE
 from onelora_compile.exporters.to_program.capture import NO_BOUND
 from onelora_compile.exporters.to_program.export import PROGRAM_MODES, Exported, program_of
 from onelora_compile.exporters.to_program.report import ExportReport
 from onelora_compile.exporters.to_program.runtimes import RUNTIMES, Runtime
 from onelora_compile.file_names import as_path
-from onelora_compile.looking.one_at_a_time import silent
 from onelora_compile.progress import steps
 from onelora_compile.weights.atomic_write import TEMPORARY, check_writable, replacing_all
 from onelora_compile.weights.file_kinds import refuse_other_kinds
@@ -86,7 +84,7 @@ def export_runtime(
         step(f"write for {chosen.title}")
         with (
             replacing_all(files) as besides,
-            _quiet(),
+            quiet(),
             tempfile.TemporaryDirectory(dir=path.parent, prefix=TEMPORARY) as folder,
         ):
             # Runtimes want names with their endings, and find one file by the name of another.
@@ -145,11 +143,3 @@ def _checked(exported: Exported, runtime: Runtime, path: Path) -> Parity:
     except Exception as error:
         raise ExportError(f"{runtime.title} can't load what it wrote: {error}") from error
     return exported.check(feed, f"file for {runtime.title}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The converters' own chatter: what matters of it comes back as an error."""
-    with silent("stdout"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
