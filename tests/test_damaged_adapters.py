@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 import onelora_compile as onelora
 from onelora_compile.testing import fill_vectors
 
+NO_NUMBER = '{"shape": [%s, 12], "dtype": "float32", "norm": %s, "sketch": "AAAAAA=="}'  # a fingerprint
+
 
 @pytest.fixture
 def saved(tmp_path):
@@ -138,6 +140,10 @@ def test_nan_and_infinity_are_refused_both_ways(saved, value, tmp_path):
         ({"layers": '{"embed": ["linear", [-12]]}'}, "damaged metadata: layers of no known kind or size"),
         ({"layers": '{"embed": 3}'}, "damaged metadata"),
         ({"base_model": "3"}, "damaged metadata"),
+        ({"fingerprints": f'{{"embed": {NO_NUMBER % ("Infinity", "1")}}}'}, "damaged metadata"),
+        ({"fingerprints": f'{{"embed": {NO_NUMBER % ("48", "9" * 400)}}}'}, "damaged metadata"),
+        ({"uses": '{"embed": [1, Infinity]}'}, "damaged metadata"),
+        ({"layers": '{"embed": ["linear", [Infinity]]}'}, "damaged metadata"),
     ],
 )
 def test_wrong_metadata(saved, change, message):

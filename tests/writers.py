@@ -19,10 +19,10 @@ from onelora_compile.exporters.jetson.device import commands
 from onelora_compile.exporters.jetson.device.deployed import Deployed
 from onelora_compile.exporters.jetson.device.folder import BundleError, Folder
 from onelora_compile.exporters.jetson.device.options import Options
-from onelora_compile.exporters.onnx_file.metadata import digest, float32
 from onelora_compile.exporters.tensorrt.build import write_engine
 from onelora_compile.exporters.tensorrt.manifest import Manifest
 from onelora_compile.testing import fill_vectors
+from onelora_compile.weights.adapter_content import digest, float32
 
 X = torch.linspace(-1, 1, 60).reshape(3, 20)
 SEEDS = {"a.safetensors": 1, "b.safetensors": 2}  # of the vectors in each adapter; 0 is the base

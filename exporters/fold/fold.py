@@ -23,7 +23,7 @@ from onelora_compile.exporters.fold.strip_vectors import strip_vectors
 from onelora_compile.exporters.jetson.device.core.modes import FOLD
 from onelora_compile.exporters.onnx_file.check import check_opens
 from onelora_compile.exporters.onnx_file.load import as_torch, by_rows, load_model
-from onelora_compile.exporters.onnx_file.metadata import Metadata, digest, float32
+from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
 from onelora_compile.exporters.onnx_runtime.one_thread import one_thread
 from onelora_compile.exporters.quantized.beside_matmul import Branches, into_zero_points
@@ -32,6 +32,7 @@ from onelora_compile.exporters.quantized.ranges import ON_SATURATION, settle_ran
 from onelora_compile.file_names import as_path
 from onelora_compile.progress import counting
 from onelora_compile.version import __version__
+from onelora_compile.weights.adapter_content import digest, float32
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting
 from onelora_compile.weights.file_kinds import refuse_other_kinds

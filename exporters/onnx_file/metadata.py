@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import torch
 
 from onelora_compile.errors import AdapterFileError, BaseMismatchError, ExportError
 from onelora_compile.exporters.jetson.device.core.modes import MODES, HasMode
 from onelora_compile.printable import shortened
 from onelora_compile.version import __version__
+from onelora_compile.weights.adapter_content import digest, float32
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
+from onelora_compile.weights.adapter_metadata import DAMAGED
 from onelora_compile.weights.fingerprint import Fingerprint
 
 _KEY = "onelora."
@@ -96,7 +95,7 @@ class Metadata(HasMode):
                 producer=own.get("producer", ""),
                 uses={str(name): (int(a), int(b)) for name, (a, b) in json.loads(own.get("uses", "{}")).items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except DAMAGED as error:
             raise AdapterFileError(f"{path}: damaged onelora metadata: {error!r}") from error
 
     def check_fits(self, file: AdapterFile, path: str) -> None:
@@ -176,18 +175,5 @@ def bank_id(metadata: Metadata, path: str | os.PathLike[str], adapter: str | os.
     return metadata.digests.index(own)
 
 
-def digest(vectors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of vectors, as float32, and their names, in the order of names."""
-    sha = hashlib.sha256()
-    for name, vector in sorted(vectors.items()):
-        sha.update(name.encode() + np.ascontiguousarray(vector, dtype="<f4").tobytes())
-    return sha.hexdigest()
-
-
 def _prints(text: str) -> dict[str, Fingerprint]:
     return {str(name): Fingerprint.from_json(fields) for name, fields in json.loads(text).items()}
-
-
-def float32(tensor: torch.Tensor) -> Any:
-    """The values of a vector as models and runtimes take them."""
-    return tensor.detach().float().cpu().contiguous().numpy()

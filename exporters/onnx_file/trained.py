@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from onelora_compile.adapting.adapter import adapted_part, saved_tensors, state_or_none, vectors
 from onelora_compile.adapting.select_targets import clean_name
-from onelora_compile.exporters.onnx_file.metadata import digest, float32
+from onelora_compile.weights.adapter_content import digest, float32
 from onelora_compile.weights.adapter_file import bases_of
 from onelora_compile.weights.fingerprint import Fingerprint
 

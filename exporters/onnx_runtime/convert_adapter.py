@@ -20,8 +20,9 @@ import torch
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.errors import AdapterFileError, ConfigError, one_of, require
 from onelora_compile.exporters.onnx_file.load import load_model
-from onelora_compile.exporters.onnx_file.metadata import Metadata, float32
+from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.file_names import as_path
+from onelora_compile.weights.adapter_content import float32
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
 from onelora_compile.weights.file_kinds import refuse_other_kinds

@@ -17,10 +17,11 @@ from typing import Any
 
 from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters.jetson.device.core.modes import MODES, HasMode
-from onelora_compile.exporters.onnx_file.metadata import Metadata, digest, float32
+from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.exporters.tensorrt.library import TITLES, Api
 from onelora_compile.exporters.tensorrt.vectors import hash_files
 from onelora_compile.version import __version__
+from onelora_compile.weights.adapter_content import digest, float32
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 from onelora_compile.weights.fingerprint import Fingerprint
 

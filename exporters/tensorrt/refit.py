@@ -18,7 +18,6 @@ import numpy as np
 from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters.jetson.device.core.engine import Engine, Weight, refit
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
-from onelora_compile.exporters.onnx_file.metadata import digest
 from onelora_compile.exporters.onnx_file.save import data_files
 from onelora_compile.exporters.tensorrt.build import refuse_overwriting_engine, write_engine
 from onelora_compile.exporters.tensorrt.library import Api, find_api
@@ -28,6 +27,7 @@ from onelora_compile.exporters.tensorrt.vectors import hash_model
 from onelora_compile.file_names import as_path
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.table import Table
+from onelora_compile.weights.adapter_content import digest
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 
 _INSTEAD = {

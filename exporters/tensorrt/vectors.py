@@ -29,8 +29,9 @@ from onelora_compile.errors import AdapterFileError, ConfigError, StateError, on
 from onelora_compile.exporters.fold.fold import fold_onnx
 from onelora_compile.exporters.jetson.device.core.modes import BASE, EXPORTED, MODES, HasMode, Mode
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
-from onelora_compile.exporters.onnx_file.metadata import Metadata, digest
+from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.printable import shortened
+from onelora_compile.weights.adapter_content import digest
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 from onelora_compile.weights.merge import FoldLoss, fold_weight
 

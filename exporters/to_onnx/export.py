@@ -19,7 +19,7 @@ from onelora_compile.exporters.calls.names import Names, chosen_names, name_grap
 from onelora_compile.exporters.calls.quiet import quiet
 from onelora_compile.exporters.calls.signature import Call
 from onelora_compile.exporters.jetson.device.core.modes import BASE, EXPORTED, FOLD, IDS, MODES
-from onelora_compile.exporters.onnx_file.metadata import Metadata, digest
+from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
 from onelora_compile.exporters.onnx_runtime.verify import check_export
 from onelora_compile.exporters.opsets.lower import lower_opset
@@ -32,6 +32,7 @@ from onelora_compile.exporters.to_program.source import Source, exportable
 from onelora_compile.file_names import as_path, as_paths
 from onelora_compile.progress import steps
 from onelora_compile.version import __version__
+from onelora_compile.weights.adapter_content import digest
 from onelora_compile.weights.atomic_write import refuse_overwriting
 from onelora_compile.weights.file_kinds import refuse_other_kinds
 from onelora_compile.weights.fingerprint import fingerprint_of

@@ -11,10 +11,10 @@ from torch import nn
 
 from onelora_compile.adapting.adapter import adapted_weights, undo_adapt
 from onelora_compile.errors import AdapterFileError, ConfigError
-from onelora_compile.exporters.onnx_file.metadata import float32
 from onelora_compile.exporters.onnx_file.trained import Trained
 from onelora_compile.exporters.to_onnx.place_vectors import Vectors
 from onelora_compile.printable import shortened
+from onelora_compile.weights.adapter_content import float32
 from onelora_compile.weights.adapter_file import AdapterFile, load_adapter, read_adapter
 from onelora_compile.weights.fits_model import check_base
 

@@ -15,10 +15,10 @@ from onelora_compile.errors import ExportError, OneLoRAError, StateError
 from onelora_compile.exporters.calls.axes import Axes
 from onelora_compile.exporters.calls.signature import Call
 from onelora_compile.exporters.jetson.device.core.modes import FOLD, Mode
-from onelora_compile.exporters.onnx_file.metadata import float32
 from onelora_compile.exporters.onnx_file.trained import Trained, trained_of
 from onelora_compile.exporters.to_program.capture import Frozen, Place, freeze
 from onelora_compile.passes.exported.fold_vectors import FoldResult, vector_of
+from onelora_compile.weights.adapter_content import float32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from rich.text import Text
 from torch import Tensor
@@ -67,6 +70,23 @@ class Projection(Printable):
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """An adapter in a sum of adapters (`combine`).
+
+    Attributes:
+        weight: by which it was multiplied.
+        name: of its file, without the folder.
+        digest: of its vectors, by `digest`.
+        compared: whether its base was compared with the others', by fingerprints; true of a single one.
+    """
+
+    weight: float
+    name: str
+    digest: str
+    compared: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class AdapterFile:
     """The content of an adapter file, checked.
 
@@ -86,6 +106,7 @@ class AdapterFile:
         base_model: the name or path that the base was loaded from; "" where nothing tells.
         task_type: PEFT's word for what the model does; "" where it has none, or nothing tells.
         projection: what vectors keep of the LoRA that this is an approximation of; None if it is none.
+        parts: the adapters that this is the sum of; empty if it was trained.
     """
 
     config: OneLoRAConfig
@@ -100,6 +121,7 @@ class AdapterFile:
     base_model: str = ""
     task_type: str = ""
     projection: Projection | None = None
+    parts: tuple[Part, ...] = ()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -123,6 +145,19 @@ class AdapterFile:
                 "into the base model and save it, onelora.load_adapter(model, path) and onelora.save_adapter(model, "
                 "'a.safetensors'), and take that file"
             )
+
+
+def digest(vectors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of vectors, as float32, and their names, in the order of names."""
+    sha = hashlib.sha256()
+    for name, vector in sorted(vectors.items()):
+        sha.update(name.encode() + np.ascontiguousarray(vector, dtype="<f4").tobytes())
+    return sha.hexdigest()
+
+
+def float32(tensor: Tensor) -> Any:
+    """The values of a vector as models and runtimes take them."""
+    return tensor.detach().float().cpu().contiguous().numpy()
 
 
 def check_finite(tensors: Mapping[str, Tensor], consequence: str) -> None:

@@ -44,7 +44,7 @@ from onelora_compile.adapting.select_targets import (
     named_modules,
     select,
 )
-from onelora_compile.errors import AdapterFileError, ConfigError, OneLoRAWarning, one_of
+from onelora_compile.errors import AdapterFileError, OneLoRAWarning, one_of
 from onelora_compile.file_names import as_path
 from onelora_compile.printable import shortened
 from onelora_compile.progress import over_weights
@@ -52,7 +52,7 @@ from onelora_compile.sharded import together, whole, write_whole
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_content import AdapterFile as AdapterFile
 from onelora_compile.weights.adapter_content import check_finite, check_vectors
-from onelora_compile.weights.adapter_metadata import base_to_metadata, parsed_base
+from onelora_compile.weights.adapter_metadata import DAMAGED, base_to_metadata, parsed_base
 from onelora_compile.weights.atomic_write import replacing
 from onelora_compile.weights.file_kinds import ADAPTER, FORMAT, refuse_other_kinds
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of, fingerprint_of_values
@@ -214,7 +214,7 @@ def read_adapter(path: PathLike, approximate: bool = False) -> AdapterFile:
     try:
         config = OneLoRAConfig.from_json(metadata["config"])
         base = parsed_base(metadata)
-    except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except DAMAGED as error:  # a ConfigError is a ValueError
         raise AdapterFileError(f"{path}: damaged metadata: {error}") from error
     if missing := sorted(set(base.names) - set(tensors)):
         raise AdapterFileError(f"{path}: the file names vectors that it does not hold: {shortened(missing)}")

@@ -7,12 +7,15 @@ Keys, with JSON values
     uses                how often one forward uses a weight, [at least, at most], where that may be more than once
     layers              what each vector is on, [kind, inputs], but for a linear of the inputs that its fingerprint has
     base_model          [name or path, PEFT's task type]
+    parts               of a sum of adapters, [weight, file name, digest of the vectors, whether its base was compared]
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,11 @@ from typing import Any
 from onelora_compile.errors import AdapterFileError
 from onelora_compile.printable import shortened
 from onelora_compile.version import __version__
-from onelora_compile.weights.adapter_content import KINDS, LINEAR, AdapterFile, Layer
+from onelora_compile.weights.adapter_content import KINDS, LINEAR, AdapterFile, Layer, Part
 from onelora_compile.weights.fingerprint import Fingerprint
+
+# What reading damaged metadata raises; a number of 400 digits is too large for a float.
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Base:
     base_model: str
     task_type: str
     producer: str
+    parts: tuple[Part, ...] = ()
 
 
 def base_to_metadata(file: AdapterFile) -> dict[str, str]:
@@ -54,6 +61,8 @@ def base_to_metadata(file: AdapterFile) -> dict[str, str]:
         metadata["layers"] = json.dumps(special)
     if file.base_model or file.task_type:
         metadata["base_model"] = json.dumps([file.base_model, file.task_type])
+    if file.parts:
+        metadata["parts"] = json.dumps([dataclasses.astuple(part) for part in file.parts])
     return metadata
 
 
@@ -65,7 +74,7 @@ def parsed_base(metadata: Mapping[str, str]) -> Base:
     """What the metadata of a file says, unchecked against its tensors.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError, RecursionError: it is damaged.
+        one of DAMAGED: it is.
     """
     raw = json.loads(metadata["fingerprints"])
     prints = {name: Fingerprint.from_json(fields) for name, fields in raw.items() if fields is not None}
@@ -83,7 +92,15 @@ def parsed_base(metadata: Mapping[str, str]) -> Base:
         base_model=str(name),
         task_type=str(task),
         producer=metadata.get("producer", "unknown"),
+        parts=tuple(_part(*fields) for fields in json.loads(metadata.get("parts", "[]"))),
     )
+
+
+def _part(weight: Any, name: Any, digest: Any, compared: Any) -> Part:
+    found = Part(float(weight), str(name), str(digest), bool(compared))
+    if not math.isfinite(found.weight) or not re.fullmatch("[0-9a-f]{64}", found.digest):
+        raise ValueError(f"not a part of a sum: {found}")
+    return found
 
 
 def _layers(metadata: Mapping[str, str], names: list[str], prints: Mapping[str, Fingerprint]) -> dict[str, Layer]:
@@ -113,7 +130,7 @@ def base_from_metadata(
         return Base([], {}, {}, {}, {}, {}, "", "", "")
     try:
         found = parsed_base(metadata)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except DAMAGED as error:
         raise AdapterFileError(f"{path}: damaged metadata: {error}") from error
     if set(found.names) != set(vectors) or set(found.bases) - set(saved):
         raise AdapterFileError(f"{path}: damaged: its metadata is of other tensors than it holds")

@@ -71,7 +71,7 @@ class Fingerprint:
             sketch = np.frombuffer(raw, "<f4")
             norm = float(fields["norm"])
             dtype = str(fields["dtype"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"not a fingerprint: {error!r}") from error
         if sketch.shape != (_WIDTH * _WIDTH,) or not np.isfinite(sketch).all() or not 0 <= norm < float("inf"):
             raise ValueError("not a fingerprint: a sketch of the wrong size, or not finite")
@@ -91,10 +91,14 @@ class Fingerprint:
         scale = float(np.linalg.norm(one) * np.linalg.norm(two))
         return float(one @ two) / scale if scale else 0.0
 
+    @property
+    def tolerance(self) -> float:
+        """The relative distance that storing the weight in its dtype can cause."""
+        return TOLERANCE.get(self.dtype, _TOLERANCE_OTHER)
+
     def agrees(self, other: Fingerprint) -> bool:
         """Whether the two can be one weight, stored in the dtypes that they name."""
-        tolerance = max(TOLERANCE.get(dtype, _TOLERANCE_OTHER) for dtype in (self.dtype, other.dtype))
-        return self.distance(other) <= tolerance
+        return self.distance(other) <= max(self.tolerance, other.tolerance)
 
 
 def fingerprint(weight: Tensor) -> Fingerprint:

@@ -133,6 +133,7 @@ def read_folder(folder: Path, approximate: bool = False) -> AdapterFile:
         base_model=config.base_model,
         task_type=str(config.fields.get("task_type") or ""),
         projection=found.projection,
+        parts=known.parts,
     )
 
 

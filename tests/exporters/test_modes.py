@@ -198,3 +198,16 @@ def test_a_comparison_of_nothing_is_no_pass(tmp_path):
     export_onnx(model, (x,), tmp_path / "none.onnx", verify=False)
     with pytest.raises(ExportError, match="every output is empty on the reference inputs"):
         bundle(tmp_path / "none.onnx", tmp_path / "folder")
+
+
+def test_numbers_in_the_metadata_that_are_none(tmp_path):
+    export_onnx(
+        onelora.adapt(nn.Sequential(nn.Linear(3, 2))), (torch.randn(2, 3),), tmp_path / "m.onnx", progress=False
+    )
+    for change in ({"vectors": '{"a": [Infinity]}'}, {"uses": '{"a": [1, Infinity]}'}):
+        model = onnx.load(tmp_path / "m.onnx")
+        for prop in model.metadata_props:
+            prop.value = change.get(prop.key.removeprefix("onelora."), prop.value)
+        onnx.save(model, tmp_path / "damaged.onnx")
+        with pytest.raises(onelora.AdapterFileError, match="damaged onelora metadata"):
+            OnnxRunner(tmp_path / "damaged.onnx")
