@@ -33,6 +33,7 @@ __all__ = [
     "TargetError",
     "__version__",
     "adapt",
+    "combine",
     "detach",
     "diagnose",
     "disabled",

@@ -22,6 +22,7 @@ from onelora_compile.report.explain import explain
 from onelora_compile.report.summary import summary
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_file import load_adapter, read_adapter, save_adapter
+from onelora_compile.weights.combine import combine
 from onelora_compile.weights.merge import merge
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "TargetError",
     "__version__",
     "adapt",
+    "combine",
     "detach",
     "diagnose",
     "disabled",

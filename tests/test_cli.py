@@ -1,12 +1,17 @@
 """The command line, as a user types it."""
 
+import json
+import shutil
 import subprocess
 import sys
+import warnings
 
+import peft_folders
 import pytest
 import torch
 import zoo
 from command_line import run, run_in
+from safetensors.torch import load_file
 
 import onelora_compile as onelora
 from onelora_compile.cli import main
@@ -43,7 +48,7 @@ def project(tmp_path):
 
 def test_help_names_every_command():
     text = run("--help").output
-    for command in ("demo", "inspect", "export", "fold", "convert", "verify", "engine", "refit", "doctor"):
+    for command in ("demo", "inspect", "export", "fold", "convert", "combine", "verify", "engine", "refit", "doctor"):
         assert command in text
     assert run().exit_code in (0, 2)
     assert run("--version").output.strip() == onelora.__version__
@@ -230,9 +235,38 @@ def test_a_command_writes_over_none_of_its_inputs(project):
         ("fold", "m.onnx", "a.safetensors", "-o", "c.npz", "--calibration", "c.npz"),
         ("fold", "m.onnx", "a.safetensors", "-o", "a.safetensors"),
         ("convert", "a.safetensors", "-o", "a.safetensors"),
+        ("combine", "a.safetensors:0.5", "-o", "a.safetensors"),
         ("bundle", "m.onnx", "-o", "m.onnx"),
         ("engine", "m.onnx", "-o", "m.onnx"),
     ):
         done = run_in(project, *command)
         assert "would overwrite the input" in str(done.exception), command
         assert {path.name: path.read_bytes() for path in project.iterdir() if path.is_file()} == before
+
+
+def test_combine_says_what_it_added_and_inspect_too(project):
+    shutil.copy(project / "a.safetensors", project / "with:colon 1.safetensors")
+    done = run_in(project, "combine", "a.safetensors:1.5", "with:colon 1.safetensors:-.5e0", "-o", "mix.safetensors")
+    assert done.exit_code == 0
+    held, mix = load_file(project / "a.safetensors"), load_file(project / "mix.safetensors")
+    for name, vector in held.items():
+        assert torch.equal(mix[name], vector)
+    assert "wrote mix.safetensors, " in done.output
+    assert ": 2 vectors, 5 numbers" in done.output
+    for shown in (done.output, run_in(project, "inspect", "mix.safetensors").output):
+        for part in ("1.5", "a.safetensors", "-0.5", "with:colon 1.safetensors"):
+            assert part in shown
+    assert "the same" in done.output
+    minus = run_in(project, "combine", "a.safetensors:-1", "-o", "minus.safetensors", "--json")
+    report = json.loads(minus.stdout)
+    assert [(one["weight"], one["name"], one["compared"]) for one in report["parts"]] == [(-1.0, "a.safetensors", True)]
+
+
+def test_combine_says_once_that_a_base_could_not_be_checked(project):
+    assert run_in(project, "convert", "a.safetensors", "-o", "folder").exit_code == 0
+    peft_folders.edit_tensors(project / "folder", lambda tensors: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = run_in(project, "combine", "a.safetensors:1", "folder:1", "-o", "mix.safetensors")
+    assert done.exit_code == 0
+    assert "could not be checked" in done.output

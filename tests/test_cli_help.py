@@ -135,6 +135,7 @@ KEYS = {
     "export": {"files", "bytes", "mode", "vectors", "parity", "seconds"},
     "fold": {"files", "folded", "skipped", "saturation"},
     "convert": {"file", "bytes"},
+    "combine": {"file", "bytes", "parts", "vectors", "numbers", "saved"},
     "verify": {"comparisons", "passed"},
     "engine": {"files", "bytes", "manifest", "losses"},
     "bundle": {"folder", "jetpack", "checks"},

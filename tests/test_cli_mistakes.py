@@ -94,6 +94,8 @@ READS = {
     "bundle inputs": ("bundle", "base.onnx", "-o", "out", "--inputs", "{}", "--size", "batch=2"),
     "convert": ("convert", "{}", "-o", "out.vectors", "--like", "input.onnx"),
     "convert like": ("convert", "a.safetensors", "-o", "out.vectors", "--like", "{}"),
+    "combine": ("combine", "a.safetensors:1", "{}:-0.5", "-o", "out.safetensors"),
+    "combine base": ("combine", "a.safetensors:1", "-o", "out.safetensors", "--trained", "add", "--base", "{}"),
     "verify artifact": ("verify", "{}", "base.onnx"),
     "verify reference": ("verify", "base.onnx", "{}"),
     "verify adapter": ("verify", "input.onnx", "input.onnx", "--adapter", "{}"),
@@ -110,6 +112,7 @@ WRITES = {
     "fold": ("fold", "base.onnx", "a.safetensors", "-o", "{}.onnx"),
     "bundle": ("bundle", "base.onnx", "-o", "{}", "--size", "batch=2"),
     "convert": ("convert", "a.safetensors", "-o", "{}.vectors", "--like", "input.onnx"),
+    "combine": ("combine", "a.safetensors:0.5", "-o", "{}.safetensors"),
     "engine": ("engine", "base.onnx", "-o", "{}.engine", "--size", "batch=2"),
     "demo": ("demo", "--quick", "-o", "{}"),
 }
@@ -124,6 +127,8 @@ USAGE = [
     ("bench", "--rounds", "many"),
     ("fold", "base.onnx", "a.safetensors", "--wrong"),
     ("export", "mymodels:make", "-o", "out.onnx", "--adapters", "glue"),
+    ("combine", "-o", "out.safetensors"),
+    ("combine", "a.safetensors:1"),
     ("bundle", "base.onnx", "-o", "out", "--jetpack", "1"),
     ("engine", "base.onnx", "-o", "out.engine", "--precision", "fp15"),
 ]
@@ -146,6 +151,33 @@ VALUES = [
     (("bench", "mymodels:make", "--rounds", "1"), "at least 2 are needed"),
     (("fold", "base.onnx", "a.safetensors", "-o", "out.onnx", "--calibration", "wrong.npz"), "names ['weights']; the"),
     (("convert", "a.safetensors", "-o", "out.txt"), "the ending names the format"),
+    *(
+        (("combine", word, "-o", "out.safetensors"), f"{word!r} is not PATH:WEIGHT")
+        for word in (
+            "",
+            ":",
+            "1",
+            ":1",
+            "a.safetensors:",
+            "b:nan",
+            "b:inf",
+            "b:1_0",
+            "b:0,5",
+            "b:1/3",
+            "b:--1",
+            "b:0x1",
+            "b:٣",
+        )
+    ),
+    (("combine", "a.safetensors", "-o", "out.safetensors"), "a file and a number: a.safetensors:1"),
+    (("combine", "a.safetensors:1", "a.safetensors:2", "-o", "out.safetensors"), "is given twice"),
+    (("combine", "a.safetensors:1", "./a.safetensors:2", "-o", "out.safetensors"), "are one file"),
+    (("combine", "a.safetensors:1e999", "-o", "out.safetensors"), "give a finite number"),
+    (("combine", "a.safetensors:1e60", "-o", "out.safetensors"), "the sum does not fit its dtype"),
+    (("combine", "a.safetensors:1", "-o", "out.safetensors", "--trained", "glue"), "trained='glue' is not one of"),
+    (("combine", "a.safetensors:1", "-o", "out.safetensors", "--trained", "from:b"), "is none of the adapters"),
+    (("combine", "a.safetensors:1", "-o", "out.safetensors", "--base", "b"), "base= is for trained='add'"),
+    (("combine", "a.safetensors:1", "-o", "out.onnx"), "a file that ends in .onnx is an ONNX model"),
 ]
 
 

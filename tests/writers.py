@@ -85,6 +85,10 @@ def converted(here, out, name):
     convert_adapter(here / name, here / out, like=here / "load.onnx")
 
 
+def combined(here, out, name):
+    onelora.combine({here / one: float(one == name) for one in SEEDS}, here / out)
+
+
 def bundled(here, out, name):
     bundle(here / "load.onnx", here / out, adapters=[here / name], selftest=False, progress=False)
 
@@ -142,6 +146,7 @@ WRITERS: dict[str, tuple[Callable[..., None], str]] = {
     "convert for ONNX Runtime": (converted, "c.onnx_adapter"),
     "convert to raw": (converted, "c.vectors"),
     "convert to safetensors": (converted, "c.safetensors"),
+    "combine": (combined, "mix.safetensors"),
     "engine": (built, "m.engine"),
     "bundle": (bundled, "bundle"),
     "update": (updated, "device"),

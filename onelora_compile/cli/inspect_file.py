@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 
 from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.table import Table, grouped, spread
+from onelora_compile.weights.adapter_content import Part
 from onelora_compile.weights.adapter_file import read_adapter
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class AdapterContent(Printable):
         numbers: in all vectors.
         saved: shapes of the other trained tensors.
         config: how the model was adapted.
+        parts: the adapters that it is the sum of, if it is one.
     """
 
     file: Path
@@ -62,6 +64,7 @@ class AdapterContent(Printable):
     numbers: int
     saved: dict[str, tuple[int, ...]]
     config: dict[str, Any]
+    parts: list[Part]
 
     def __rich__(self) -> RenderableType:
         title = f"{self.file}: 1LoRA adapter, {bytes_text(self.bytes)}, by {self.producer}"
@@ -72,6 +75,7 @@ class AdapterContent(Printable):
         lines = [f"{len(self.vectors)} vectors, {self.numbers:,} numbers"]
         trained = grouped(self.saved.items(), alike=tuple)
         lines += [f"also trained: {name} {_shape(shapes[0])}" for name, shapes in trained.items()]
+        lines += [f"sum: {part.weight:.12g} * {part.name}, sha256 {part.digest[:16]}" for part in self.parts]
         lines.append("config: " + ", ".join(f"{name} {_text(value)}" for name, value in self.config.items()))
         return Group(table, *lines)
 
@@ -223,6 +227,7 @@ def _adapter(path: Path) -> AdapterContent:
         numbers=sum(vector.numel() for vector in file.vectors.values()),
         saved={name: tuple(tensor.shape) for name, tensor in file.saved.items()},
         config=json.loads(file.config.to_json()),
+        parts=list(file.parts),
     )
 
 

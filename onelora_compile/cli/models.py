@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from onelora_compile.cli.inspect_file import Content
-    from onelora_compile.cli.reports import Comparisons, Conversion
+    from onelora_compile.cli.reports import Combination, Comparisons, Conversion
     from onelora_compile.exporters import ExportReport, FoldReport, OnnxRunner
 
 
@@ -169,6 +169,43 @@ def convert(
     written = convert_adapter(source, output, like, to.value if to else None, approximate)
     held = read_adapter(source, approximate) if source.is_dir() else None
     return Conversion(written, size_of(written), held.projection if held else None, not (held and held.unknown))
+
+
+@command(
+    "onelora combine a.safetensors:0.7 b.safetensors:-0.3 -o mix.safetensors",
+    "onelora combine a.safetensors:-1 -o minus_a.safetensors",
+    "onelora combine a.safetensors:0.5 b.safetensors:0.5 -o mix.safetensors --trained add",
+)
+def combine(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="PATH:WEIGHT", help="Adapters, or folders of PEFT, with their weights.")
+    ],
+    output: Output,
+    trained: Annotated[
+        str,
+        typer.Option(help="Heads and norms: refuse, drop, from:PATH (that one's), or add what training changed."),
+    ] = "refuse",
+    base: Annotated[
+        Path | None,
+        typer.Option(help="For --trained add, if weights do not add up to 1: the base (.safetensors)."),
+    ] = None,
+) -> Combination:
+    """Add adapters of one base with weights of any sign, without a model.
+
+    The weight is behind the last colon. One adapter alone is scaled, or negated. All must be of one base, which their
+    fingerprints tell.
+    """
+    import warnings
+
+    from onelora_compile.cli.reports import Combination
+    from onelora_compile.cli.weighted_files import parse_weighted
+    from onelora_compile.errors import OneLoRAWarning
+    from onelora_compile.weights.combine import combine as add
+
+    with warnings.catch_warnings():  # the report says it
+        warnings.simplefilter("ignore", OneLoRAWarning)
+        made = add(parse_weighted(adapters), output, trained=trained, base=base)
+    return Combination.of(made, output)
 
 
 @command(

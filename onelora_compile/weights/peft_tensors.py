@@ -241,8 +241,8 @@ def _of_lora(
     if not approximate:
         raise AdapterFileError(
             f"{path} is a LoRA of rank {', '.join(map(str, sorted(ranks)))} whose lora_A is not constant: vectors keep "
-            f"{projection.text}, the rest would be lost. approximate=True (--approximate) takes the best vector of "
-            "each layer"
+            f"{projection.text}, the rest would be lost. approximate=True of load_adapter and convert_adapter (onelora "
+            "convert --approximate) takes the best vector of each layer"
         )
     return vectors, layers, projection
 

@@ -61,7 +61,7 @@ def link(kind, source, name):
 
 def writers(here):
     """Every function that reads files and writes one: (call with an output, the inputs it must not touch)."""
-    a, base = here / "a.safetensors", here / "base.onnx"
+    a, b, base = here / "a.safetensors", here / "b.safetensors", here / "base.onnx"
 
     def bank(out):
         torch.manual_seed(0)
@@ -73,6 +73,7 @@ def writers(here):
         "export": (bank, [a]),
         "convert": (lambda out: convert_adapter(a, out), [a]),
         "convert like": (lambda out: convert_adapter(a, out, like=here / "load.onnx"), [a]),
+        "combine": (lambda out: onelora.combine({a: 0.7, b: -0.3}, out), [a, b]),
         "bundle": (
             lambda out: bundle(here / "input.onnx", out, adapters=[a], selftest=False, progress=False),
             [a, here / "input.onnx", here],
@@ -81,7 +82,7 @@ def writers(here):
 
 
 @pytest.mark.parametrize("kind", ["itself", "relative", "symbolic", "hard"])
-@pytest.mark.parametrize("name", ["fold", "export", "convert", "convert like", "bundle"])
+@pytest.mark.parametrize("name", ["fold", "export", "convert", "convert like", "combine", "bundle"])
 def test_no_writer_takes_an_input_for_its_output(here, name, kind, monkeypatch):
     write, inputs = writers(here)[name]
     for source in inputs:
@@ -99,7 +100,7 @@ def test_no_writer_takes_an_input_for_its_output(here, name, kind, monkeypatch):
         assert content(here) == before
 
 
-@pytest.mark.parametrize("name", ["fold", "export", "convert", "convert like", "bundle"])
+@pytest.mark.parametrize("name", ["fold", "export", "convert", "convert like", "combine", "bundle"])
 @pytest.mark.parametrize("kind", ["itself", "symbolic"])
 def test_a_pipe_stays_a_pipe(here, name, kind):
     """As /dev/null and /dev/stdout stay what they are: they can't be replaced by a file."""
@@ -127,7 +128,7 @@ def test_a_pipe_stays_a_pipe(here, name, kind):
         "m.engine",
     ],
 )
-@pytest.mark.parametrize("writer", ["fold", "export", "save", "engine"])
+@pytest.mark.parametrize("writer", ["fold", "export", "save", "combine", "engine"])
 def test_no_writer_takes_the_place_of_a_file_of_another_kind(here, writer, name):
     from safetensors.torch import save_file
 
@@ -145,6 +146,7 @@ def test_no_writer_takes_the_place_of_a_file_of_another_kind(here, writer, name)
         "fold": lambda out: fold_onnx(here / "base.onnx", here / "a.safetensors", out, progress=False),
         "export": lambda out: export_onnx(model, (X,), out, progress=False),
         "save": lambda out: onelora.save_adapter(model, out),
+        "combine": lambda out: onelora.combine({here / "a.safetensors": 0.5}, out),
         "engine": lambda out: build_engine(here / "input.onnx", out, progress=False),
     }[writer]
     if writer == "engine" and name == "m.engine":
