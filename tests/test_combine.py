@@ -63,6 +63,7 @@ def assert_rounded_once(found, parts):
         assert abs(Fraction(value) - right) <= unit / 2 + size / 2**48
 
 
+SAID = ("config", "producer", "aliases", "uses", "layers", "base_model", "task_type", "parts")
 WEIGHTS = st.one_of(st.sampled_from([0, 1, -1, 0.5, 1 / 3]), st.floats(-8, 8, allow_subnormal=False))
 TERMS = st.lists(
     st.tuples(WEIGHTS, st.sets(st.sampled_from(LAYERS), min_size=1), st.integers(0, 99)), min_size=1, max_size=4
@@ -80,6 +81,7 @@ def test_any_sum_over_any_layers_is_the_exact_one(terms, tmp_path_factory):
     made = onelora.combine(weights, here / "mix.safetensors")
     read = onelora.read_adapter(here / "mix.safetensors")
     files = [(weight, load_file(path)) for path, weight in weights.items()]
+    assert [getattr(made, name) for name in SAID] == [getattr(read, name) for name in SAID]
     assert set(read.vectors) == {layer for _, layers, _ in terms for layer in layers}
     model = onelora.load_adapter(base(), here / "mix.safetensors")
     onelora.merge(model)
@@ -286,6 +288,8 @@ def test_two_groups_without_a_layer_in_common_could_not_be_checked(pair):
         adapter(f"{name}.safetensors", layers, seed)
     chain = {"q1.safetensors": 1.0, "q3.safetensors": 2.0, "q2.safetensors": 3.0}
     assert all(part.compared for part in onelora.combine(chain).parts)  # q2 has a layer of each
+    chain = {name: chain[name] for name in ("q2.safetensors", "q3.safetensors", "q1.safetensors")}
+    assert all(part.compared for part in onelora.combine(chain).parts)
     with pytest.warns(onelora.OneLoRAWarning, match=r"in common with m\.safetensors"):
         onelora.combine({"m.safetensors": 1.0, **chain})
 

@@ -200,6 +200,8 @@ def test_the_base_is_compared_with_what_training_began_from(tmp_path):
         onelora.combine({a: 0.5}, trained="add", base={"1.bias": start["1.bias"]})
     with pytest.raises(onelora.BaseMismatchError, match=r"'1\.weight' is \[3, 6, 1\], and \[3, 6\] in"):
         onelora.combine({a: 0.5}, trained="add", base=start | {"1.weight": start["1.weight"][..., None]})
+    with pytest.raises(onelora.ConfigError, match=r"'1\.weight' of the mapping is no tensor but a list"):
+        onelora.combine({a: 0.5}, trained="add", base={**start, "1.weight": [0.0]})  # type: ignore[dict-item]
     with pytest.raises(FileNotFoundError, match="base: there is no file"):
         onelora.combine({a: 0.5}, trained="add", base=tmp_path / "gone")
     (tmp_path / "bad.safetensors").write_bytes(b"not this")

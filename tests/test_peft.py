@@ -321,7 +321,7 @@ def test_the_command_line(tmp_path, monkeypatch, capfd):
     assert "1LoRA adapter" in run("inspect", "my.folder").out
     run("convert", "folder", "-o", "b.safetensors")
     peft_folders.written(base, "lora", peft.LoraConfig(r=2, target_modules=["fc1"]))
-    assert "approximate=True (--approximate)" in run("convert", "lora", "-o", "c.safetensors", code=1).err
+    assert "(onelora convert --approximate)" in run("convert", "lora", "-o", "c.safetensors", code=1).err
     found = json.loads(run("convert", "lora", "-o", "c.safetensors", "--approximate", "--json").out)
     assert 0 < found["projection"]["total"] < 1
     assert found["knows_base"] is False

@@ -26,6 +26,7 @@ from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_content import KINDS, LINEAR, AdapterFile, Layer, Part
 from onelora_compile.weights.fingerprint import Fingerprint
 
+PRODUCER = f"onelora-compile {__version__}"
 # What reading damaged metadata raises; a number of 400 digits is too large for a float.
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
@@ -50,7 +51,7 @@ def base_to_metadata(file: AdapterFile) -> dict[str, str]:
     """The metadata of a file."""
     prints = {name: file.fingerprints.get(name) for name in file.vectors}
     metadata = {
-        "producer": f"onelora-compile {__version__}",
+        "producer": PRODUCER,
         "fingerprints": json.dumps({name: one.to_json() if one else None for name, one in prints.items()}),
         "saved_fingerprints": json.dumps({name: one.to_json() for name, one in file.bases.items()}),
         "saved_aliases": json.dumps(file.aliases),

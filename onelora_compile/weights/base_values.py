@@ -36,6 +36,8 @@ def base_values(base: str | os.PathLike[str] | Mapping[str, Tensor]) -> BaseValu
         if found is None:
             raise ConfigError(f"base: {where} has no {name!r}: give the state_dict of the model, by its own names")
         tensor = read(found)
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"base: {found!r} of {where} is no tensor but a {type(tensor).__name__}")
         if known is not None and not fingerprint_of_values(tensor).agrees(known):
             raise BaseMismatchError(f"base: {found!r} of {where} is not the value that the adapters were trained from")
         return tensor.detach().cpu()

@@ -21,6 +21,7 @@ from onelora_compile.file_names import as_path
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_content import AdapterFile, Part, check_finite, digest, float32
 from onelora_compile.weights.adapter_file import read_adapter, write_adapter
+from onelora_compile.weights.adapter_metadata import PRODUCER
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
 from onelora_compile.weights.base_values import base_values
 from onelora_compile.weights.combine_trained import (
@@ -143,7 +144,7 @@ def combined(terms: Sequence[Term], trained: str = REFUSE, base_value: BaseValue
         vectors=vectors,
         saved=besides.saved,
         fingerprints=fingerprints,
-        producer="",
+        producer=PRODUCER,
         bases=besides.bases,
         aliases=besides.aliases,
         uses=uses_together(files),
