@@ -74,7 +74,7 @@ test-torch: $(if $(TORCH),$(OTHER)/.ready)  ## Run the tests with another PyTorc
 	$(OTHER)/bin/pytest -n auto --maxprocesses 4
 
 bench: $(READY)  ## Run the CPU benchmarks and print their tables (ROUNDS=5: quicker, noisier)
-	@for one in linear spelling siblings train swap fold onnx; do \
+	@for one in linear spelling siblings train swap adapters fold onnx; do \
 	  $(BIN)/python benchmarks/bench_$$one.py $(if $(ROUNDS),--rounds $(ROUNDS)) || exit 1; done
 	@for one in memory compile engine; do $(BIN)/python benchmarks/bench_$$one.py || exit 1; done
 

@@ -17,16 +17,21 @@ from onelora_compile.errors import (
     StateError,
     TargetError,
 )
+from onelora_compile.many_adapters.names import AdapterInfo, adapters, add_adapter, delete_adapter, set_adapter
+from onelora_compile.many_adapters.row_training import row_parameters
+from onelora_compile.many_adapters.rows_block import rows
 from onelora_compile.report.diagnose import diagnose
 from onelora_compile.report.explain import explain
 from onelora_compile.report.summary import summary
 from onelora_compile.version import __version__
-from onelora_compile.weights.adapter_file import load_adapter, read_adapter, save_adapter
+from onelora_compile.weights.adapter_file import read_adapter, save_adapter
 from onelora_compile.weights.combine import combine
+from onelora_compile.weights.loading import load_adapter
 from onelora_compile.weights.merge import merge
 
 __all__ = [
     "AdapterFileError",
+    "AdapterInfo",
     "BaseMismatchError",
     "ConfigError",
     "ExportError",
@@ -40,7 +45,10 @@ __all__ = [
     "TargetError",
     "__version__",
     "adapt",
+    "adapters",
+    "add_adapter",
     "combine",
+    "delete_adapter",
     "detach",
     "diagnose",
     "disabled",
@@ -48,7 +56,10 @@ __all__ = [
     "load_adapter",
     "merge",
     "read_adapter",
+    "row_parameters",
+    "rows",
     "save_adapter",
+    "set_adapter",
     "summary",
     "trainable_parameters",
     "vectors",

@@ -15,8 +15,9 @@ from onelora_compile.exporters.onnx_file.trained import Trained
 from onelora_compile.exporters.to_onnx.place_vectors import Vectors
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_content import float32
-from onelora_compile.weights.adapter_file import AdapterFile, load_adapter, read_adapter
+from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 from onelora_compile.weights.fits_model import check_base
+from onelora_compile.weights.loading import load_adapter
 
 
 @contextlib.contextmanager

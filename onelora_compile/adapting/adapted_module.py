@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting import eager_linear
+from onelora_compile.adapting.batch_rows import ROWS, chosen_rows, vector_of_rows
 from onelora_compile.adapting.dead_vectors import observe
 from onelora_compile.errors import StateError
 from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
@@ -34,6 +35,11 @@ VECTOR = "onelora_vector"  # the parameter's name on the module, and so the endi
 def vector_name(parameter: str) -> str:
     """Under which name the module keeps the vector of its parameter `parameter`."""
     return VECTOR if parameter == "weight" else f"{VECTOR}_{parameter}"
+
+
+def is_vector(name: str) -> bool:
+    """Whether a parameter of that name is a vector."""
+    return name.startswith(VECTOR)
 
 
 class Adapted(nn.Module):
@@ -85,6 +91,8 @@ class Adapted(nn.Module):
             )
         reduced: Any = super().__reduce_ex__(protocol)
         function, args, *rest = reduced
+        if rest and isinstance(rest[0], dict):  # its part of the model's tables is made anew by the next block
+            rest[0] = {key: value for key, value in rest[0].items() if key != ROWS}
         if args[:1] == (type(self),):
             own = (isinstance(self, OneLoRALayer), tuple(self._onelora_weights.items()))
             return (_new_adapted, (function, self._onelora_base, args[1:], *own), *rest)
@@ -100,10 +108,16 @@ class OneLoRALayer(Adapted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward, then the rank-1 update of its output by its input."""
+        chosen = chosen_rows(self)
         if eager_linear.takes(self, args, kwargs, self.onelora_vector):
-            observe(self, args[0])
             weight, bias = self._parameters["weight"], self._parameters["bias"]
-            return eager_linear.adapted_linear(args[0], weight, bias, self.onelora_vector)  # type: ignore[arg-type]
+            if chosen is None:
+                observe(self, args[0])
+                return eager_linear.adapted_linear(args[0], weight, bias, self.onelora_vector)  # type: ignore[arg-type]
+            if not torch.is_grad_enabled():
+                y = nn.functional.linear(args[0], weight, bias)  # type: ignore[arg-type]
+                vector = vector_of_rows(self, self.onelora_vector, y, chosen)
+                return eager_linear.add_in_place(y, args[0], vector)
         y = super().forward(*args, **kwargs)
         if not isinstance(y, (Tensor, torch.fx.Proxy)):
             raise TypeError(
@@ -115,7 +129,8 @@ class OneLoRALayer(Adapted):
             self._check(x, y)
         if isinstance(x, Tensor) and not torch.compiler.is_compiling():  # torch.fx traces with proxies
             observe(self, x)
-        return RANK1_UPDATE(y, x, self.onelora_vector)
+        vector = self.onelora_vector if chosen is None else vector_of_rows(self, self.onelora_vector, y, chosen)
+        return RANK1_UPDATE(y, x, vector)
 
     def _check(self, x: Tensor, y: Tensor) -> None:
         """Whether y can be W x + c, row by row: code that nobody knows may do anything to the axes."""
@@ -210,4 +225,5 @@ def remove(module: nn.Module) -> None:
     assert isinstance(module, Adapted)
     for parameter in module._onelora_weights:
         del module._parameters[vector_name(parameter)]
+    vars(module).pop(ROWS, None)
     module.__class__ = module._onelora_base  # type: ignore[assignment]

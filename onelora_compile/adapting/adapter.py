@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapted_module import is_adapted, made_by_attach, remove
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import watch
+from onelora_compile.adapting.pool import DEFAULT, Pool
 from onelora_compile.adapting.select_targets import Selection, clean_name, named_modules, select
 from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
@@ -34,6 +35,7 @@ class AdapterState:
             modules_to_save and norms, and the running statistics of batch norms, which move without a gradient.
         fast_paths: attributes that were switched off, with their values; see `fastpath`.
         disabled: how many `disabled` blocks are open; `enable` ends the last of them.
+        pool: its adapters by name, of which one is active.
         skipped: linear ops without a vector, by name, with the reason.
         not_linear: convolutions and embeddings, with what they are.
         constant: names of vectors whose input a compiled graph showed to sum to one number; see `watch`.
@@ -49,6 +51,7 @@ class AdapterState:
     uses: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     fast_paths: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
     disabled: int = 0
+    pool: Pool = dataclasses.field(default_factory=Pool)
     enable: Callable[[], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,7 +65,7 @@ class AdapterState:
         return dict(self.__dict__)
 
 
-def adapt(model: Model, config: OneLoRAConfig | None = None) -> Model:
+def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: str = DEFAULT) -> Model:
     """Put a zero vector on every selected linear and freeze everything else.
 
     In place. The vectors are ordinary parameters (`<module>.onelora_vector`), so `.to`, `state_dict`, `deepcopy`
@@ -71,6 +74,7 @@ def adapt(model: Model, config: OneLoRAConfig | None = None) -> Model:
     Args:
         model: the model, plain or compiled.
         config: what to adapt; None is `OneLoRAConfig()`: every linear but the output head.
+        adapter_name: of the adapter, which counts where the model gets others beside it.
 
     Returns:
         The same object.
@@ -84,11 +88,13 @@ def adapt(model: Model, config: OneLoRAConfig | None = None) -> Model:
         raise StateError(
             f"the model is adapted already ({len(adapted)} vectors, the first on {next(iter(adapted))!r}). "
             "To start over call onelora.detach(model) first; to keep the vectors call onelora.merge(model); "
-            "to load other values use onelora.load_adapter(model, path)"
+            "to load other values use onelora.load_adapter(model, path); for one more adapter beside it "
+            "onelora.add_adapter(model, name)"
         )
     refuse_sharded(root, "adapt", "call onelora.adapt before fully_shard")
     config = config or OneLoRAConfig()
     attach_vectors(root, select(root, config), config)
+    state_of(root, "name").pool.active = adapter_name
     return model
 
 
@@ -96,7 +102,7 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
     """Carry out a selection: freeze, mark what is trained besides, attach zero vectors, remember the way back."""
     parameters = {clean_name(name): parameter for name, parameter in root.named_parameters(remove_duplicate=False)}
     tensors = parameters | {clean_name(name): buffer for name, buffer in root.named_buffers()}
-    travelling = [*selection.saved, *_running_statistics(root, selection)]
+    travelling = [*selection.saved, *running_statistics(root, selection)]
     # inference_mode(False): tensors made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         originals = {name: tensors[name].detach().clone() for name in travelling}
@@ -111,7 +117,7 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
         attach(list(selection.targets.values()), config.vector_dtype)
     state.fast_paths = close_fast_paths(root)
     callers = {name: target.module for name, target in selection.targets.items() if target.called}
-    watch(vectors(root), callers, lambda: state.constant, frozen_norms=not config.train_norms)
+    watch(vectors(root), callers, lambda: state.constant, not config.train_norms, lambda: state.pool.block.mixed)
 
 
 def detach(model: Model) -> Model:
@@ -247,11 +253,22 @@ def refuse_disabled(root: nn.Module, purpose: str) -> None:
     """Check that the values of the model, adapted or not, are its own.
 
     Raises:
-        StateError: the model or a part of it is in a `disabled` block.
+        StateError: the model or a part of it is in a `disabled` block, or in a `rows` block of this thread.
     """
-    states = [vars(module).get(STATE) for module in root.modules()]
-    if any(state is not None and state.disabled for state in states):
+    refuse_blocks((vars(module).get(STATE) for module in root.modules()), purpose)
+
+
+def refuse_blocks(found: Iterable[AdapterState | None], purpose: str) -> None:
+    """Check that models are in no block in which they have other values than their own.
+
+    Raises:
+        StateError: one is in a `disabled` block, or in a `rows` block of this thread.
+    """
+    states = [state for state in found if state is not None]
+    if any(state.disabled for state in states):
         raise StateError(f"can't {purpose} inside a onelora.disabled block: the values there are the base's")
+    if any(hasattr(state.pool.block.here, "rows") for state in states):
+        raise StateError(f"can't {purpose} inside a onelora.rows block: each row has its own values there")
 
 
 def state_or_none(root: nn.Module) -> AdapterState | None:
@@ -270,7 +287,7 @@ def saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
     return tensors
 
 
-def _running_statistics(root: nn.Module, selection: Selection) -> list[str]:
+def running_statistics(root: nn.Module, selection: Selection) -> list[str]:
     """Persistent buffers that training moves: of batch norms, and of everything under modules_to_save."""
     saved_owners = {name.rpartition(".")[0] for name in selection.saved}
     names = []

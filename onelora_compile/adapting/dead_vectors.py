@@ -74,6 +74,7 @@ def watch(
     callers: dict[str, nn.Module],
     known_constant: Callable[[], Iterable[str]],
     frozen_norms: bool,
+    mixed: Callable[[], bool],
 ) -> None:
     """Look at the gradients after the first backward, and warn of vectors that learn nothing.
 
@@ -81,6 +82,7 @@ def watch(
         vectors: by name.
         callers: the modules whose input is the linear's, by the name of their vector.
         known_constant: names of vectors whose input a compiled graph showed to sum to one number; asked at the end.
+        mixed: whether rows of a batch had adapters of their own, so that a gradient of zeros tells nothing.
         frozen_norms: whether a norm stays as it is, so that what it makes constant is so for ever.
     """
     handles: list[Any] = []
@@ -95,6 +97,8 @@ def watch(
             alive = {name: vector for name, vector in alive.items() if vector.grad is not None}
         called = {name: module for name, ref in modules.items() if (module := ref()) is not None}
         seen = {name: _watched.pop(module, None) for name, module in called.items()}
+        if mixed():
+            return
         constant = set(known_constant()) | {name for name, one in seen.items() if one is not None and _is_constant(one)}
         idle = {name for name, module in called.items() if module in _empty}
         _empty.difference_update(called.values())

@@ -31,6 +31,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             trained = saved_tensors(root, state)
             values |= {trained[name]: own.to(trained[name], copy=True) for name, own in state.originals.items()}
         state.enable = stand_in(root, values)
+        state.pool.block.off = True
     state.disabled += 1
     try:
         yield
@@ -39,3 +40,4 @@ def disabled(model: nn.Module) -> Iterator[None]:
         if not state.disabled and state.enable is not None:
             state.enable()
             state.enable = None
+            state.pool.block.off = False

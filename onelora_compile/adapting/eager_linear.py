@@ -71,6 +71,15 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, vector: Tenso
     return y
 
 
+def add_in_place(y: Tensor, x: Tensor, vector: Tensor) -> Tensor:
+    """`rank1_update` without a gradient, in the memory of y, which nobody else has.
+
+    Shapes: y [*, out_features], x [*, in_features], vector broadcasts against y -> [*, out_features].
+    Dtype: that of y and x; the vector may be in a wider one, and is rounded to it first.
+    """
+    return y.addcmul_(x.sum(-1, keepdim=True), vector.to(y.dtype))
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """Returns (y, feature sum).
 

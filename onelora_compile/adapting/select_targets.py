@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
+from onelora_compile.adapting.adapted_module import is_vector
 from onelora_compile.adapting.candidates import NOT_LINEAR, Candidate, candidates_of
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.peft_parts import PEFT_PART, peft_parts
@@ -81,8 +82,7 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     asked = _asked_for(config, names)
     candidates |= asked
 
-    saved_roots = _matching_roots(names, config.modules_to_save)
-    saved_modules = {inner for root in saved_roots for inner in root.modules()}
+    saved_modules = _saved_modules(names, config)
     heads = output_heads(model) if config.target_modules == ALL_LINEAR else set()
     theirs = peft_parts(model) if config.target_modules == ALL_LINEAR else set()
 
@@ -194,6 +194,22 @@ def matches(patterns: str | Sequence[str], name: str) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
+def saved_parameters(model: nn.Module, config: OneLoRAConfig) -> list[str]:
+    """The parameters that a configuration trains as they are.
+
+    Raises:
+        TargetError: a name in modules_to_save matches nothing, or there is no norm to train.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(clean_name(name))
+    return _saved_parameters(model, config, _saved_modules(names, config))
+
+
+def _saved_modules(names: dict[nn.Module, list[str]], config: OneLoRAConfig) -> set[nn.Module]:
+    return {inner for root in _matching_roots(names, config.modules_to_save) for inner in root.modules()}
+
+
 def _matching_roots(names: dict[nn.Module, list[str]], patterns: Sequence[str]) -> list[nn.Module]:
     """Modules named in modules_to_save; each pattern must find one."""
     for pattern in patterns:
@@ -274,8 +290,8 @@ def _saved_parameters(model: nn.Module, config: OneLoRAConfig, saved_modules: se
     saved = []
     for prefix, module in model.named_modules():
         if module in saved_modules or (config.train_norms and is_norm(module)):
-            own = (clean_name(f"{prefix}.{name}" if prefix else name) for name in module._parameters)
-            saved += [name for name, p in zip(own, module._parameters.values(), strict=True) if p is not None]
+            own = (name for name, p in module._parameters.items() if p is not None and not is_vector(name))
+            saved += [clean_name(f"{prefix}.{name}" if prefix else name) for name in own]
     if config.train_norms and not any(is_norm(module) for module in model.modules()):
         raise TargetError(f"train_norms=True, but {type(model).__name__} has no normalisation layer")
     return saved

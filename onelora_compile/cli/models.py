@@ -68,8 +68,8 @@ def export(
     from onelora_compile.cli.dynamic_axes import BATCH, export_dynamic, renamed
     from onelora_compile.cli.user_function import load_target
     from onelora_compile.exporters import export_onnx, export_runtime
-    from onelora_compile.weights.adapter_file import load_adapter
     from onelora_compile.weights.atomic_write import check_writable, refuse_overwriting
+    from onelora_compile.weights.loading import load_adapter
 
     write: Callable[..., ExportReport]
     if to is Runtime.ONNX:
@@ -227,7 +227,7 @@ def verify(
     from onelora_compile.cli.user_function import load_target
     from onelora_compile.exporters import OnnxRunner
     from onelora_compile.exporters import verify as compare
-    from onelora_compile.weights.adapter_file import load_adapter
+    from onelora_compile.weights.loading import load_adapter
 
     sizes = parse_sizes(size or ())
 

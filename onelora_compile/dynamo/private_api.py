@@ -278,6 +278,15 @@ def is_of_a_transform(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
+def any_number_of_rows(table: torch.Tensor) -> torch.Tensor:
+    """A table that gets further rows in time: none of them compiles a graph again, and CUDA graphs don't copy it."""
+    torch._dynamo.maybe_mark_dynamic(table, 0)
+    # With dynamic=True it would have one size with a batch of as many rows as it has columns.
+    torch._dynamo.mark_static(table, list(range(1, table.ndim)))
+    torch._dynamo.mark_static_address(table, guard=False)
+    return table
+
+
 def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any]) -> Compiler:
     """The backend that compiles the rewritten graph.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Iterable, Mapping
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 
-from onelora_compile.adapting.adapter import AdapterState, adapted_weights, saved_tensors
 from onelora_compile.adapting.select_targets import clean_name, matches, named_modules
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.errors import AdapterFileError, BaseMismatchError
@@ -21,18 +22,29 @@ from onelora_compile.weights.layers import STATISTICS, base_model_of
 PathLike = str | os.PathLike[str]
 
 
-def check_model(root: nn.Module, state: AdapterState, file: AdapterFile, path: PathLike) -> None:
-    """Whether a file fits an adapted model.
+def check_model(
+    root: nn.Module,
+    targets: dict[str, Target],
+    current: Mapping[str, Tensor],
+    file: AdapterFile,
+    path: PathLike,
+) -> None:
+    """Whether a file fits a model.
+
+    Args:
+        root: the model.
+        targets: the weights that have to have a vector in the file.
+        current: what has to have been trained besides, by name.
+        file: the adapter.
+        path: what messages call it.
 
     Raises:
         AdapterFileError: other modules or shapes.
         BaseMismatchError: it was trained on another base.
     """
-    targets = adapted_weights(root)
-    current = saved_tensors(root, state)
     # A file that was an ONNX model's adapter in between has no counters, which say nothing to a model in evaluation.
     counted = {name for name, value in current.items() if not value.is_floating_point()} - set(file.saved)
-    counted |= set(left_to_the_base(state, file))
+    counted |= set(left_to_the_base(current, file))
     for what, here, there in (
         ("vectors", set(targets), set(file.vectors)),
         ("trained parameters", set(current) - counted, set(file.saved)),
@@ -50,17 +62,17 @@ def check_model(root: nn.Module, state: AdapterState, file: AdapterFile, path: P
                 f"{path}: {name!r} is {list(value.shape)} in the file and {list(current[name].shape)} in the model"
             )
     if file.unknown:
-        _check_named(root, state, file, path)
+        _check_named(root, current, file, path)
     check_base(targets, file, path)
 
 
-def left_to_the_base(state: AdapterState, file: AdapterFile) -> list[str]:
+def left_to_the_base(names: Iterable[str], file: AdapterFile) -> list[str]:
     """The running statistics of batch norms that a file has none of, as PEFT's: they are the base's there."""
     held = {name.rpartition(".")[0] for name in file.saved}
-    return [name for name in state.originals if name.endswith(STATISTICS) and name.rpartition(".")[0] not in held]
+    return [name for name in names if name.endswith(STATISTICS) and name.rpartition(".")[0] not in held]
 
 
-def _check_named(root: nn.Module, state: AdapterState, file: AdapterFile, path: PathLike) -> None:
+def _check_named(root: nn.Module, current: Mapping[str, Tensor], file: AdapterFile, path: PathLike) -> None:
     """Of an adapter of PEFT: whether it has all that its configuration names, and nothing that is tied here."""
     config = file.config
     if not isinstance(config.target_modules, str):
@@ -73,12 +85,34 @@ def _check_named(root: nn.Module, state: AdapterState, file: AdapterFile, path: 
                 f"{path} has no tensors for {shortened(missing)}, which its target_modules select: they would stay the "
                 "base's"
             )
-    if tied := tied_names(root, state):
+    if tied := tied_names(root, current):
         raise AdapterFileError(
             f"{path} trained {shortened(tied)} apart (modules_to_save), which is tied to other parameters in this "
             f"model ({shortened(other for others in tied.values() for other in others)}): they would change with it. "
             "Untie them first"
         )
+
+
+def on_the_base(targets: Mapping[str, Target], originals: Mapping[str, Tensor]) -> dict[str, Target]:
+    """The same targets with the base's weights, also of those that an adapter trains as a whole.
+
+    Nothing of the model is changed, which other threads may run.
+    """
+    return {name: _on_the_base(name, target, originals) for name, target in targets.items()}
+
+
+def _on_the_base(name: str, target: Target, originals: Mapping[str, Tensor]) -> Target:
+    original = originals.get(f"{name}.weight".removeprefix(".") if target.parameter == "weight" else name)
+    if original is None:
+        return target
+    module = target.module
+    other = object.__new__(type(module))
+    vars(other).update(vars(module))
+    vars(other)["_parameters"] = {
+        **module._parameters,
+        target.parameter: nn.Parameter(original, original.requires_grad),
+    }
+    return dataclasses.replace(target, module=other)
 
 
 def check_base(targets: dict[str, Target], file: AdapterFile, path: PathLike) -> None:
@@ -124,13 +158,13 @@ def unchecked(root: nn.Module, file: AdapterFile, path: PathLike) -> str:
     )
 
 
-def tied_names(root: nn.Module, state: AdapterState) -> dict[str, tuple[str, ...]]:
+def tied_names(root: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
     """The other names of trained parameters that are used in several places."""
     found: dict[str, tuple[str, ...]] = {}
     names: dict[int, list[str]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(clean_name(name))
-    for name, value in saved_tensors(root, state).items():
+    for name, value in trained.items():
         if others := tuple(one for one in names.get(id(value), ()) if one != name):
             found[name] = others
     return found

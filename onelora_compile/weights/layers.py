@@ -90,7 +90,8 @@ def whole_modules(root: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
         if name in roots:
             own = {clean_name(f"{name}.{key}"): value for key, value in module.state_dict().items()}
             tensors |= {key: whole(value.detach()).to("cpu", copy=True) for key, value in own.items()}
-    return tensors
+    # The model's values are those of its active adapter.
+    return tensors | {key: value for key, value in file.saved.items() if key in tensors}
 
 
 def trained_modules(file: AdapterFile) -> list[str]:

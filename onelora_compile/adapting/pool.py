@@ -1,0 +1,157 @@
+"""The adapters of one model, by name: the active one in the model's own tensors, the others in a pool.
+
+The pool is one tensor [adapters + 1, numbers]: a row for each adapter, its vectors one after another; row 0 is zero,
+the base.  A switch copies the model's vectors into their row, and another row into the same vectors, so that nothing
+that was compiled or recorded sees a difference.  What a linear chooses from in a `rows` block is a view of its columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from onelora_compile.adapting.adapted_module import OneLoRALayer
+from onelora_compile.adapting.batch_rows import ROWS, Block, LayerRows
+from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.dynamo.private_api import any_number_of_rows
+
+DEFAULT = "default"  # PEFT's name of an adapter that was given none
+_ALIGNED = 4  # columns of a vector start at multiples of 16 bytes, which Inductor's kernels load at once
+Places = dict[str, tuple[nn.Module, str]]
+
+
+@dataclasses.dataclass
+class Held:
+    """One adapter of a model.
+
+    Attributes:
+        id: its number in `rows`; never given to another one.
+        config: with which it was made.
+        vectors: the names of those that it was made with; all others of the model are zero for it.
+        row: of the pool, where its vectors are while it waits.
+        saved: heads, norms and statistics while it waits, by name; those that it does not name are the base's.
+        parameter: its row, where rows are trained (row_training.py).
+    """
+
+    id: int
+    config: OneLoRAConfig
+    vectors: tuple[str, ...]
+    row: int
+    saved: dict[str, Tensor]
+    parameter: nn.Parameter | None = None
+
+
+@dataclasses.dataclass
+class Pool:
+    """The adapters of a model.
+
+    Attributes:
+        held: by name, the active one too.
+        active: the name of the one whose values are the model's.
+        scale: by which its vectors are multiplied in the model.
+        values: [adapters + 1, numbers] in the dtype of the vectors; None before there is a second adapter.
+        columns: where the vectors begin in a row, by name.
+        block: the `rows` blocks of the model.
+        used: how many open blocks use an adapter, by name; all of them under None.
+        trained: whether rows are trained, see row_training.py.
+        places: the module and the attribute of every vector, by name, of the adapted modules `seen`.
+    """
+
+    held: dict[str, Held] = dataclasses.field(default_factory=dict)
+    active: str = DEFAULT
+    scale: float = 1.0
+    values: Tensor | None = None
+    columns: dict[str, int] = dataclasses.field(default_factory=dict)
+    block: Block = dataclasses.field(default_factory=Block)
+    used: Counter[str | None] = dataclasses.field(default_factory=Counter)
+    next_id: int = 0
+    trained: bool = False
+    places: Places = dataclasses.field(default_factory=dict)
+    seen: list[nn.Module] = dataclasses.field(default_factory=list)
+    lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy of the model is in no block."""
+        own = {key: value for key, value in self.__dict__.items() if key not in ("lock", "used", "places", "seen")}
+        held = {name: dataclasses.replace(one, parameter=None) for name, one in self.held.items()}
+        return own | {"held": held, "trained": False}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, lock=threading.RLock(), used=Counter(), places={}, seen=[])
+
+    def put(self, name: str, config: OneLoRAConfig, vectors: tuple[str, ...], saved: dict[str, Tensor]) -> Held:
+        """Make room for an adapter, or for other values of one."""
+        known = self.held.get(name)
+        if known is None:
+            taken = {held.row for held in self.held.values()}
+            row = next(row for row in range(1, len(taken) + 2) if row not in taken)
+            known = self.held[name] = Held(self.next_id, config, vectors, row, saved)
+            self.next_id += 1
+        known.config, known.vectors, known.saved = config, vectors, saved
+        return known
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter; its row is free."""
+        held = self.held.pop(name)
+        if self.values is not None and held.row < len(self.values):
+            with torch.no_grad():
+                self.values[held.row].zero_()
+
+    def reserve(self, vectors: Mapping[str, Tensor], device: torch.device | None = None) -> None:
+        """Make the table wide and high enough, and put it on a device; values are kept."""
+        first = next(iter(vectors.values()))
+        columns, width = _columns(vectors)
+        rows = max(held.row for held in self.held.values()) + 1
+        old = self.values
+        device = device or (first.device if old is None else old.device)
+        if old is not None and columns == self.columns and rows <= len(old) and device == old.device:
+            return
+        high = rows + 1 if old is None or rows <= len(old) else len(old) * 3 // 2 + 1
+        dtype = torch.float64 if any(one.dtype == torch.float64 for one in vectors.values()) else torch.float32
+        new = torch.zeros(max(high, 0 if old is None else len(old)), width, dtype=dtype, device=device)
+        if old is not None:
+            for name, start in self.columns.items():
+                size = vectors[name].numel()
+                new[: len(old), columns[name] : columns[name] + size] = old[:, start : start + size]
+        self.values, self.columns = new, columns
+        for held in self.held.values():
+            if held.parameter is not None:  # an optimizer has it
+                held.parameter.data, held.parameter.grad = new[held.row], None
+
+    def row_of(self, name: str, vectors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The vectors of a waiting adapter, views of its row, in the order of `vectors`."""
+        assert self.values is not None
+        sizes = [part for vector in vectors.values() for part in (vector.numel(), -vector.numel() % _ALIGNED)]
+        parts = self.values[self.held[name].row].split(sizes)[::2]  # one call: hundreds of slices take longer
+        return [
+            part if vector.ndim == 1 else part.view(vector.shape)
+            for part, vector in zip(parts, vectors.values(), strict=True)
+        ]
+
+    def give_to(self, places: Places) -> None:
+        """Give every linear that is called its columns to choose from."""
+        assert self.values is not None
+        for name, (module, attribute) in places.items():
+            if not isinstance(module, OneLoRALayer):
+                continue
+            vector = module._parameters[attribute]
+            assert vector is not None
+            start = self.columns[name]
+            table = self.values[:, start : start + prod(vector.shape)].detach()
+            known = getattr(module, ROWS, None)
+            if known is None or known.table.data_ptr() != table.data_ptr() or known.table.shape != table.shape:
+                setattr(module, ROWS, LayerRows(any_number_of_rows(table), self.block))
+
+
+def _columns(vectors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
+    columns, width = {}, 0
+    for name, vector in vectors.items():
+        columns[name] = width
+        width += -(-vector.numel() // _ALIGNED) * _ALIGNED
+    return columns, width
