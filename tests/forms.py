@@ -149,6 +149,21 @@ FORMS = {
         (2, 5, 8),
         {"dt": (6,)},
     ),
+    "called_and_transposed": (
+        lambda: module(lambda s, x: s.fc(x).relu() @ s.fc.weight, fc=nn.Linear(8, 6)),
+        (5, 8),
+        {"fc": (6,)},
+    ),
+    "called_and_transposed_square": (
+        lambda: module(lambda s, x: F.linear(s.fc(x).relu(), s.fc.weight.T), fc=nn.Linear(8, 8)),
+        (5, 8),
+        {"fc": (8,)},
+    ),
+    "both_ways_of_a_linear": (
+        lambda: module(lambda s, x: F.linear(x, s.fc.weight).relu() @ s.fc.weight, fc=nn.Linear(8, 6)),
+        (5, 8),
+        {"fc": (6,)},
+    ),
     "parameter_list": (
         lambda: module(lambda s, x: x @ s.ws[0] @ s.ws[1], ws=nn.ParameterList([weight(8, 4), weight(4, 6)])),
         (5, 8),

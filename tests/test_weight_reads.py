@@ -21,8 +21,10 @@ from onelora_compile.testing import assert_parity, fill_vectors, gradients, merg
 
 ADAPTED = [name for name, (_, _, vectors) in FORMS.items() if vectors is not None]
 LONG = [pytest.param(name, marks=[pytest.mark.slow] * (name in SPELLINGS)) for name in ADAPTED]
-# The update stays on the weight: what is written in place, and an input that has one entry for an axis of the weight.
+# The update stays on the weight: what is written in place, an input that has one entry for an axis of the weight, and
+# a weight that is used as W and as its transpose.
 ON_THE_WEIGHT = {"addmm_in_place", "baddbmm_in_place", *(name for name in FORMS if name.endswith("_for_all"))}
+ON_THE_WEIGHT |= {"called_and_transposed", "called_and_transposed_square", "both_ways_of_a_linear"}
 
 
 def compiled(model, inner="aot_eager"):

@@ -9,7 +9,7 @@ from torch import nn
 
 from onelora_compile.adapting.adapted_module import Adapted
 from onelora_compile.adapting.probe_linear import linear_like, may_be_linear, weight_axes
-from onelora_compile.adapting.trace_weight_uses import INSIDE, KEPT, weight_uses
+from onelora_compile.adapting.trace_weight_uses import BOTH_WAYS, INSIDE, KEPT, weight_uses
 from onelora_compile.adapting.weight_target import Target, calling, reading, targets_of, vector_key
 from onelora_compile.kinds import CONVOLUTIONS, is_linear
 from onelora_compile.passes.sites.contractions import conv_patches
@@ -54,10 +54,12 @@ def candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[s
         if own is not None and found.parameter != own.parameter:
             inside.setdefault(module, []).append((found.parameter, why or INSIDE))
             continue
-        if dims is None and why not in KEPT and own is not None:
+        across = why == BOTH_WAYS or (dims is not None and module in uses.called)
+        if own is not None and (across or (dims is None and why not in KEPT)):
             if not own.dims:
                 continue  # known by its call
-            dims, why = own.dims, ""  # what else reads the weight of a linear sees it adapted, as after a merge
+            # What else reads the weight of a linear sees it adapted, as after a merge; transposed too.
+            dims, why = own.dims, ""
         reason = TIED_EMBEDDING if isinstance(module, _EMBEDDINGS) else CONVOLUTION if found.convolution else why
         target = reading(module, found.parameter, dims) if dims and not reason else None
         read.setdefault(module, []).append((found.parameter, target, reason))

@@ -132,14 +132,27 @@ class UseCounter:
 
         return lambda weight: by(weight) or (weight[0] in called and weight[1] == "weight" and of(weight[0]))
 
+    def called(self, linears: Collection[nn.Module]) -> set[nn.Module]:
+        """The linears that some way through the model calls."""
+        runs = self._runs(_users(self._most))
+        return {module for module in linears if runs(module)}
+
     def _times(
         self, counts: dict[nn.Module, Counts], called: Collection[nn.Module], weights: Collection[Weight]
     ) -> dict[Weight, int]:
         users = _users(counts)
+        of = self._runs(users)
+        found: dict[Weight, int] = {}
+        for module, name in weights:
+            reads = sum(of(user) * times for user, times in users[module, name].items())
+            found[module, name] = reads + (of(module) if module in called and name == "weight" else 0)
+        return found
+
+    def _runs(self, users: Mapping[Any, dict[nn.Module, int]]) -> Callable[[nn.Module], int]:
+        """Tells how often a module runs."""
         runs: dict[nn.Module, int] = {}
 
         def of(module: nn.Module) -> int:
-            """How often a module runs."""
             if module is self._model:
                 return 1
             if module not in runs:
@@ -150,11 +163,7 @@ class UseCounter:
                 runs[module] = calls if calls or uncalled else of(parent)
             return runs[module]
 
-        found: dict[Weight, int] = {}
-        for module, name in weights:
-            reads = sum(of(user) * times for user, times in users[module, name].items())
-            found[module, name] = reads + (of(module) if module in called and name == "weight" else 0)
-        return found
+        return of
 
 
 def _users(counts: Mapping[nn.Module, Counts]) -> dict[Any, dict[nn.Module, int]]:

@@ -90,10 +90,12 @@ class WeightUses:
         reads: the weights that modules read themselves, each once.
         times: how often one forward of the model uses a weight, by a call of the linear or a read, where that is not
             once: at least, and with other arguments; by module and parameter.  Zero at most: never seen to.
+        called: the linears that it calls.
     """
 
     reads: list[DirectRead]
     times: dict[tuple[nn.Module, str], tuple[int, int]]
+    called: set[nn.Module]
 
 
 def weight_uses(model: nn.Module, called: Collection[nn.Module] = ()) -> WeightUses:
@@ -121,7 +123,8 @@ def weight_uses(model: nn.Module, called: Collection[nn.Module] = ()) -> WeightU
                 found[key] = read
             elif None not in (known.dims, read.dims) and known.dims != read.dims:
                 found[key] = dataclasses.replace(known, dims=None, why=BOTH_WAYS)
-    return WeightUses([*found.values(), *_by_other_names(model, found)], code.times())
+    reads = [*found.values(), *_by_other_names(model, found)]
+    return WeightUses(reads, code.times(), code.calls())
 
 
 def _by_other_names(model: nn.Module, found: dict[tuple[nn.Module, str], DirectRead]) -> Iterator[DirectRead]:
@@ -185,6 +188,10 @@ class _Code:
                 self._counter.add_shared(shared, bounds(ways))
         weights = {(module, name) for module in self._model.modules() for name in _matrices(module)}
         return self._counter.times(self._called, weights | {(module, "weight") for module in self._called})
+
+    def calls(self) -> set[nn.Module]:
+        """The linears that one forward calls."""
+        return self._counter.called(self._called)
 
     def _inside(self, module: nn.Module) -> bool:
         """Whether what the forward of a module does with its own weight is not known."""
