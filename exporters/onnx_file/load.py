@@ -32,9 +32,10 @@ def load_model(path: Path) -> onnx_ir.Model:
     try:
         model: onnx_ir.Model = _loaded(ir, path)
         graphs = [model.graph, *model.graph.subgraphs()]
-        tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
-        for tensor in tensors:
-            _check(tensor, path)
+        for value in (value for graph in graphs for value in graph.initializers.values()):
+            _check(value.const_value, path)
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _linked(ir, value.const_value, path)
     except (ExportError, FileNotFoundError):
         raise
     except (Exception, RecursionError) as error:  # protobuf and onnx_ir raise many kinds for a damaged file
@@ -149,9 +150,32 @@ def _check(tensor: Any, path: Path) -> None:
         )
     if not file.is_file():
         raise FileNotFoundError(f"{path}: the file {file} with its weights is missing")
+    if not any((real := file.resolve()).is_relative_to(folder) for folder in _folders(path)):
+        raise ExportError(
+            f"{path}: initializer {tensor.name!r} points to the link {file}, which leads to {real}, outside the folder "
+            "of the model, where ONNX Runtime reads no weights: put the file itself there"
+        )
     offset, length = int(tensor.offset or 0), int(tensor.length or tensor.nbytes)
     if offset < 0 or length != tensor.nbytes or offset + length > file.stat().st_size:
         raise ExportError(
             f"{path}: initializer {tensor.name!r} needs {tensor.nbytes} bytes at {offset} of {file}, which has "
             f"{file.stat().st_size}: the file is damaged, or of another model"
         )
+
+
+def _folders(path: Path) -> tuple[Path, Path]:
+    """Where ONNX Runtime looks for weights: beside the model, and beside what it is a link to."""
+    return path.parent.resolve(), path.resolve().parent
+
+
+def _linked(ir: Any, tensor: Any, path: Path) -> Any:
+    """The tensor; by its whole path where onnx_ir would refuse a link that ONNX Runtime follows.
+
+    A cache of Hugging Face's hub holds a model and its weights as links to another folder; copies may be hard links.
+    """
+    file = path.parent.absolute() / str(tensor.location)
+    if file.resolve().is_relative_to(path.parent.resolve()) and file.stat().st_nlink == 1:
+        return tensor
+    return ir.ExternalTensor(
+        str(file), tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name
+    )

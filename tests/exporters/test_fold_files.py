@@ -1,19 +1,17 @@
 """fold_onnx and the files around it: killed, disk full, read-only, hostile, damaged, large; nothing is ever lost."""
 
-import copy
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
+from fold_project import Project, close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -22,44 +20,6 @@ import onelora_compile as onelora
 from onelora_compile.errors import ExportError, OneLoRAError
 from onelora_compile.exporters import export_onnx, fold_onnx
 from onelora_compile.testing import fill_vectors
-
-CHILDREN = Path(__file__).parents[1] / "fold_children.py"
-
-
-class Project:
-    """A base as ONNX, an adapter of it, and what base and adapted model compute."""
-
-    def __init__(self, folder, external, sizes=(40, 60, 50, 30)):
-        torch.manual_seed(0)
-        layers = [layer for n, m in pairwise(sizes) for layer in (nn.Linear(n, m), nn.ReLU())]
-        base = nn.Sequential(*layers)
-        self.x = torch.randn(3, sizes[0])
-        self.folder = folder / "base"
-        self.folder.mkdir()
-        self.base = self.folder / "m.onnx"
-        export_onnx(base, (self.x,), self.base, external_data=external, progress=False)
-        self.adapter = folder / "a.safetensors"
-        model = fill_vectors(onelora.adapt(copy.deepcopy(base)), 0.1)
-        onelora.save_adapter(model, self.adapter)
-        with torch.no_grad():
-            self.old, self.new = base(self.x).numpy(), model(self.x).numpy()
-
-    def output(self, path):
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return session.run(None, {session.get_inputs()[0].name: self.x.numpy()})[0]
-
-    def files(self, folder):
-        return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "error.txt"}
-
-    def children(self, folders, out, fault, amount):
-        command = [CHILDREN, self.base, self.adapter, out, folders, fault, amount]
-        subprocess.run([sys.executable, *map(str, command)], check=True)
-
-
-def close(actual, expected):
-    return np.allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("external", [True, False], ids=["external", "one file"])
