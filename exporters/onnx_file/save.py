@@ -68,6 +68,8 @@ def save_model(
                 undo.callback(remove, data)
                 _write_external(model, path, data, written)
                 files.append(data)
+            else:
+                onnx_ir.external_data.load_to_model(model)  # what lies in the files of another model
             if apart:
                 own = _fresh(path, "vectors")
                 undo.callback(remove, own)

@@ -154,6 +154,18 @@ def test_given_inputs_are_the_reference(tmp_path):
         )
 
 
+def test_weights_of_another_file_are_in_the_model_of_the_bundle(tmp_path):
+    source = tmp_path / "m.onnx"
+    model = onnx.load(bundles.sources() / "fold.onnx")
+    onnx.save(model, source, save_as_external_data=True, location="m.onnx.data", size_threshold=256)
+    report = bundle(source, tmp_path / "b", shapes=bundles.SHAPES)
+    assert not any("data" in name for name in manifest_of(report.folder)["files"])
+    found = onnx.load(tmp_path / "b" / "model.onnx", load_external_data=False)
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in found.graph.initializer}
+    for tensor in onnx.load(source).graph.initializer:
+        np.testing.assert_array_equal(values[tensor.name], onnx.numpy_helper.to_array(tensor))
+
+
 def test_external_data(tmp_path, monkeypatch):
     source = bundles.sources() / "load.onnx"  # made once in a process, so not with what is set here
     monkeypatch.setattr("onelora_compile.exporters.onnx_file.save.EXTERNAL_FROM", 1000)
