@@ -106,17 +106,20 @@ def as_torch(array: np.ndarray) -> torch.Tensor:
 
 
 def _loaded(ir: Any, path: Path) -> Any:
-    """The model with its sparse initializers made dense, which onnx_ir would drop."""
+    """The model with its sparse tensors made dense: onnx_ir drops initializers and can't read constants."""
     onnx: Any = require("onnx", "onnx", "read an ONNX model")
     proto = onnx.load(path, load_external_data=False)
-    graphs = [proto.graph]
+    graphs = [proto.graph, *proto.functions]
     while graphs:
         graph = graphs.pop()
-        graph.initializer.extend(_dense(onnx, sparse, str(path.parent)) for sparse in graph.sparse_initializer)
-        del graph.sparse_initializer[:]
-        for node in graph.node:
-            for held in node.attribute:
-                graphs += [held.g] if held.HasField("g") else [*held.graphs]
+        if hasattr(graph, "sparse_initializer"):
+            graph.initializer.extend(_dense(onnx, sparse, str(path.parent)) for sparse in graph.sparse_initializer)
+            del graph.sparse_initializer[:]
+        for held in (held for node in graph.node for held in node.attribute):
+            graphs += [held.g] if held.HasField("g") else [*held.graphs]
+            if held.name == "sparse_value" and held.HasField("sparse_tensor"):  # of a Constant
+                dense = _dense(onnx, held.sparse_tensor, str(path.parent))
+                held.CopyFrom(onnx.helper.make_attribute("value", dense))
     model = ir.from_proto(proto)
     ir.external_data.set_base_dir(model.graph, str(path.parent))
     return model

@@ -212,6 +212,28 @@ def test_sparse_initializers_and_strings(tmp_path):
     np.testing.assert_allclose(run(tmp_path / "out.onnx", x), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("of", ["the weight", "something else"])
+@pytest.mark.parametrize("coordinates", [False, True])
+def test_sparse_constants(of, coordinates, tmp_path):
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(OUT, IN)).astype(np.float32)
+    if of == "the weight":
+        weight *= rng.random(weight.shape) < 0.5
+    file, vector = adapter(tmp_path, weight)
+    held = weight.T if of == "the weight" else np.eye(OUT, dtype=np.float32)[:1] * 5
+    places = np.argwhere(held) if coordinates else np.flatnonzero(held)
+    sparse = onnx.helper.make_sparse_tensor(
+        onnx.numpy_helper.from_array(held[held != 0], "values"), onnx.numpy_helper.from_array(places, "at"), held.shape
+    )
+    name, arrays = ("w", {"bias": np.zeros(1, np.float32)}) if of == "the weight" else ("bias", {"w": weight.T.copy()})
+    nodes = [make("Constant", [], [name], sparse_value=sparse), make("MatMul", ["x", "w"], ["a"])]
+    save(tmp_path / "m.onnx", [*nodes, make("Add", ["a", "bias"], ["y"])], arrays)
+    fold_onnx(tmp_path / "m.onnx", file, tmp_path / "out.onnx")
+    x = np.ones((BATCH, IN), np.float32)
+    exact = x @ (weight + vector[:, None]).T + (0 if of == "the weight" else held)
+    np.testing.assert_allclose(run(tmp_path / "out.onnx", x), exact, rtol=1e-4, atol=1e-4)
+
+
 def test_two_folds_at_once_leave_the_number_of_threads(tmp_path):
     from onelora_compile.exporters.onnx_runtime.one_thread import one_thread
 
