@@ -87,9 +87,37 @@ pytestmark = [
 
 
 def adapted(model):
-    # What adapt can't find in a closure of torch.cond is named.
-    axes = {"w": 1, "v": 0} if isinstance(model, CondOnWeights) else {}
-    return fill_vectors(onelora.adapt(model, onelora.OneLoRAConfig(target_parameters=axes)), 0.5)
+    return fill_vectors(onelora.adapt(model), 0.5)
+
+
+CONDITIONS = {
+    "by keywords": lambda s, x: torch.cond(
+        pred=x.sum() > 0, true_fn=lambda x: nn.functional.linear(x, s.w), false_fn=lambda x: x @ s.v, operands=(x,)
+    ),
+    "of closures": lambda s, x: torch.cond(x.sum() > 0, lambda: nn.functional.linear(x, s.w), lambda: x @ s.v),
+    "nested": lambda s, x: torch.cond(
+        x.sum() > 0,
+        lambda x: torch.cond(x.mean() > 9, lambda x: x @ s.v, lambda x: nn.functional.linear(x, s.w), (x,)),
+        lambda x: x @ s.v,
+        (x,),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", CONDITIONS)
+def test_weights_that_only_the_branches_of_a_cond_read_are_adapted_in_one_line(way):
+    torch.manual_seed(0)
+    model = type("Form", (CondOnWeights,), {"forward": CONDITIONS[way]})()
+    x = torch.randn(5, 8)
+    base = [model(sign * x) for sign in (1, -1)]
+    fast = torch.compile(model, backend="onelora", options={"inner": "aot_eager"})
+    with pytest.warns(onelora.OneLoRAWarning, match="adapted 2 linears"):
+        assert torch.equal(fast(x), base[0])
+    assert {name: len(vector) for name, vector in onelora.vectors(model).items()} == {"w": 6, "v": 6}
+    fill_vectors(model, 0.5)
+    for sign, plain in zip((1, -1), base, strict=True):
+        torch.testing.assert_close(fast(sign * x), merged_copy(model)(sign * x))
+        assert different(fast(sign * x), plain)
 
 
 def different(a, b):
@@ -182,8 +210,14 @@ def test_a_weight_that_is_shared_into_a_higher_order_op_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_weight_that_only_a_branch_reads_is_named():
-    model = onelora.adapt(nn.Sequential(nn.Linear(8, 8), CondOnWeights()))
+def test_a_weight_that_only_a_branch_reads_is_named_where_cond_has_another_name():
+    class Renamed(CondOnWeights):
+        choose = staticmethod(torch.cond)
+
+        def forward(self, x):
+            return self.choose(x.sum() > 0, lambda x: nn.functional.linear(x, self.w), lambda x: x @ self.v, (x,))
+
+    model = onelora.adapt(nn.Sequential(nn.Linear(8, 8), Renamed()))
     run = torch.compile(model, backend="onelora", options={"inner": "eager"})
     with pytest.warns(onelora.OneLoRAWarning, match=r"not adapted: .*'1\.w' at .*'1\.v' at .*target_parameters"):
         run(torch.randn(5, 8))

@@ -262,9 +262,10 @@ class Tracer(fx.Tracer):
         return function(*pytree.tree_unflatten(parts, spec))
 
     def of_torch(self) -> dict[str, Any]:
-        """What stands for functions that take no nodes, neither as sizes one by one nor as a dtype."""
+        """What stands for functions that take no nodes: as sizes one by one, as a dtype, as a condition."""
         made = {name: functools.partial(self._made, getattr(torch, name)) for name in _MADE_OF_SIZES}
-        return made | {name: functools.partial(_about, getattr(torch, name), dtype) for name, dtype in _ABOUT.items()}
+        about = {name: functools.partial(_about, getattr(torch, name), dtype) for name, dtype in _ABOUT.items()}
+        return made | about | {"cond": _branch}
 
     def _made(self, make: Any, *sizes: Any, **kwargs: Any) -> Any:
         if not any(isinstance(size, fx.Proxy) for size in sizes):
@@ -340,6 +341,12 @@ class Tracer(fx.Tracer):
         elif node.args and isinstance(node.args[0], fx.Node):
             self.note(node.args[0])
             run_of_shapes(node)
+
+
+def _branch(pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
+    """Stands for `torch.cond`: an `if` whose branches are both followed; one inside a branch gets the same answer."""
+    outputs = true_fn(*operands), false_fn(*operands)
+    return outputs[0] if pred else outputs[1]
 
 
 def _about(kind: Any, guess: torch.dtype, *dtype: Any, **kwargs: Any) -> Any:
