@@ -20,6 +20,7 @@ _SAME_FEATURES = {
     "clone",
     "alias",
     "type_as",
+    "detach",
 }
 
 
@@ -33,13 +34,19 @@ def is_output_of(site: LinearSite) -> bool:
 def addends(y: fx.Node) -> Iterator[fx.Node]:
     """What is added up to y and used for nothing else; seen through what changes neither features nor numbers."""
     name = op_name(y)
-    parts = y.args[:1] if name in _SAME_FEATURES or name == "sub" else y.args[:2] if name == "add" else ()
+    parts = y.args[:1] if _is_same(y) or name == "sub" else y.args[:2] if name == "add" else ()
     if not parts or y.kwargs.get("alpha", 1) != 1:
         yield y
         return
     for part in parts:
         if isinstance(part, fx.Node) and _is_used_once(part) and _features(part) == _features(y):
             yield from addends(part)
+
+
+def _is_same(node: fx.Node) -> bool:
+    """Whether an op gives the numbers of its first argument, as a dropout does that drops nothing."""
+    name = op_name(node)
+    return name in _SAME_FEATURES or (name == "dropout" and node.args[2:] == (False,))
 
 
 def _is_used_once(node: fx.Node) -> bool:
@@ -59,7 +66,7 @@ def _is_scaled(site: LinearSite) -> bool:
 
 def _source(x: fx.Node) -> fx.Node:
     """The node that an input comes from, seen through what changes neither its features nor its numbers."""
-    while op_name(x) in _SAME_FEATURES and isinstance(x.args[0], fx.Node):
+    while _is_same(x) and isinstance(x.args[0], fx.Node):
         before, now = example(x.args[0]), example(x)
         if before is None or now is None or before.shape[-1] != now.shape[-1] or not now.is_floating_point():
             break
