@@ -27,7 +27,7 @@ def chosen_names(what: str, own: Sequence[str], asked: Names, taken: Mapping[str
         ConfigError: another number of names, an unknown one, one twice, one that is taken.
     """
     free: list[str] = []
-    for name in own:
+    for name in (one if one.strip() else what for one in own):  # a key of a dict may be blank, a name may not
         while name in taken or name in free:
             name = f"{what}.{name}"
         free.append(name)

@@ -51,6 +51,7 @@ FORMS = {
     "output": (lambda a, b: Output(a, hidden_states=(b, a + b)), ["logits", "hidden_states.0", "hidden_states.1"]),
     "twice": (lambda a, b: {"a": a, "same": a}, ["a", "same"]),
     "constant": (lambda a, b: {"a": a, "n": torch.arange(3)}, ["a", "n"]),
+    "blank": (lambda a, b: {"": a, " ": b, "z": a + b}, ["output", "output.output", "z"]),
     "number": (lambda a, b: {"a": a, "n": 3, "s": "text"}, ["a"]),
 }
 
