@@ -8,7 +8,7 @@ functions of `torch.jit.script`; each is one node.  What another thread does mea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def follow(
     module: nn.Module,
     entry: Entry,
     values: int,
-    answer: bool,
+    answers: Sequence[bool],
     size: int,
     training: bool,
     holders: Holders,
@@ -61,7 +61,7 @@ def follow(
         module: whose code; the code may change what it reaches.
         entry: the code.
         values: how many arguments are given.
-        answer: what an `if` on a value goes by.
+        answers: what each `if` on a value goes by; the last of them goes on.
         size: what a loop over a value goes by.
         training: the mode that the module is in.
         holders: of the model's parameters.
@@ -77,7 +77,7 @@ def follow(
     shadow.__dict__["training"] = training
     for name in ("_parameters", "_buffers", "_modules"):
         shadow.__dict__[name] = dict(getattr(module, name))
-    tracer, error = Tracer(answer, size, holders, inside, entered), ""
+    tracer, error = Tracer(answers, size, holders, inside, entered), ""
     try:
         # What it prints is about values that it lacks.
         with (

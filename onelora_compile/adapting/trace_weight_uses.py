@@ -3,7 +3,7 @@
 Nobody can tell from a parameter whether it is the weight of a linear op, nor which of its axes are inputs; the code
 can.  So the forward of a module that holds such parameters, or that reads a weight of a child, is traced symbolically
 (`torch.fx`), on its own and without inputs, and the same matcher as for captured graphs finds the linear ops.  Where
-the code depends on values, the trace follows one answer and then the other, and keeps what it saw before it failed:
+the code depends on values, the trace follows one answer and then others, and keeps what it saw before it failed:
 what it misses is found, and named in a warning, when a graph of the model is captured.
 """
 
@@ -58,6 +58,11 @@ _OF_PARAMETERS = _CALLS_WITH | {
 # that uses under one have no count.
 _DERIVATIVES = {"jvp", "vjp", "jacfwd", "jacrev", "hessian", "linearize", "grad", "grad_and_value"}
 _DUAL = "make_dual"
+# What each `if` on a value goes by, and a loop on one: all by the same, or by another after the first ones, as in the
+# branches of `elif`.
+_NO, _YES = (False,), (True,)
+_TURNS = [(one * count + other, 1) for count in (1, 2, 3) for one, other in ((_NO, _YES), (_YES, _NO))]
+_ANSWERS = [(_NO, 1), (_NO, 2), (_YES, 1)]
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -255,6 +260,10 @@ class _Code:
         """The code that a call of a module runs, with the ways through it, and some submodules, in each mode."""
         kept = Kept(module, instead={torch.jit.ScriptFunction: not_entered})
         inside = held_in(module)
+        tried = [
+            *_ANSWERS,
+            *(_TURNS if _holds_weights(module) else ()),
+        ]  # these cost time: where they may find a weight
         for entry in entries(module):
             if entry.forward and of_torch(module) and "forward" not in vars(module):
                 continue
@@ -263,13 +272,15 @@ class _Code:
                 if one is None or any(not way.error for _, way in ways):
                     continue
                 for values, training in itertools.product(one.arguments, modes):
-                    for answer, size in ((False, 1), (False, 2), (True, 1)):
-                        if (size > 1 and not ways[-1][1].guessed) or (answer and not ways[-1][1].asked):
+                    asked = 0
+                    for answers, size in tried:
+                        if (size > 1 and not ways[-1][1].guessed) or (answers != _NO and asked < len(answers)):
                             continue
-                        how = values, answer, size, training, self._holders, inside, entered
+                        how = values, answers, size, training, self._holders, inside, entered
                         with kept:
                             way = silently(follow, module, one, *how)
                         ways.append((training, way))
+                        asked = max(asked, way.asked)
             yield entry, ways
 
     def _not_followed(self, module: nn.Module, error: str) -> Iterator[DirectRead]:

@@ -12,7 +12,7 @@ import operator
 import sys
 import threading
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -138,10 +138,10 @@ class Tracer(fx.Tracer):
     """Follows one function."""
 
     def __init__(
-        self, answer: bool, size: int, holders: Holders, inside: Inside, entered: Collection[nn.Module] = ()
+        self, answers: Sequence[bool], size: int, holders: Holders, inside: Inside, entered: Collection[nn.Module] = ()
     ) -> None:
         super().__init__()
-        self.answer = answer
+        self._answers = answers
         self.asked = 0
         self.guessed = False
         self._size = size
@@ -299,7 +299,7 @@ class Tracer(fx.Tracer):
         self.asked += 1
         if self.asked > _MOST_ANSWERS:
             raise fx.proxy.TraceError("a loop that depends on values")
-        return self.answer
+        return self._answers[min(self.asked, len(self._answers)) - 1]
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
         """The parts of a weight, or one stand-in for the parts of anything else."""
@@ -344,7 +344,7 @@ class Tracer(fx.Tracer):
 
 
 def _branch(pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
-    """Stands for `torch.cond`: an `if` whose branches are both followed; one inside a branch gets the same answer."""
+    """Stands for `torch.cond`: an `if` whose branches are both followed; one inside a branch gets the next answer."""
     outputs = true_fn(*operands), false_fn(*operands)
     return outputs[0] if pred else outputs[1]
 
