@@ -335,8 +335,8 @@ def test_a_weight_that_is_no_finite_number(pair, weight):
     ("given", "message"),
     [
         ({}, "there is no adapter"),
-        (["a.safetensors"], "is no dict of files and weights"),
-        ("a.safetensors", "is no dict of files and weights"),
+        (["a.safetensors"], "is no dict of adapters and weights"),
+        ("a.safetensors", "is no dict of adapters and weights"),
         ({"": 1}, "is no name of a file"),
         ({3: 1}, "an adapter is an int, not the name of a file"),
         ({"a.safetensors": 1, Path("a.safetensors"): 2}, "are one file"),

@@ -79,7 +79,8 @@ def save_adapter(model: nn.Module, path: PathLike, format: str = ONELORA, *, ada
     else:
         refuse_other_folders(path)
     root = unwrap(model)
-    file = _content(root, state_of(root, "save"), adapter_name)
+    state = state_of(root, "save")
+    file = content_of(root, state, adapter_name, base_fingerprints(root, state))
     if format != ONELORA:
         file = dataclasses.replace(file, saved=whole_modules(root, file))
     check_finite(file.tensors, "nothing was written: the training has diverged")
@@ -91,8 +92,10 @@ def save_adapter(model: nn.Module, path: PathLike, format: str = ONELORA, *, ada
                 write_adapter(file, beside)
 
 
-def _content(root: nn.Module, state: AdapterState, name: str | None) -> AdapterFile:
-    """What a file of an adapter of the model holds."""
+def content_of(
+    root: nn.Module, state: AdapterState, name: str | None, fingerprints: Mapping[str, Fingerprint]
+) -> AdapterFile:
+    """What a file of an adapter of the model holds; of the active one for None."""
     values = values_of(root, state, name)
     targets = {key: target for key, target in adapted_weights(root).items() if key in values.vectors}
     tensors = {key: tensor for key, tensor in saved_tensors(root, state).items() if key in values.saved}
@@ -100,10 +103,7 @@ def _content(root: nn.Module, state: AdapterState, name: str | None) -> AdapterF
         config=values.config,
         vectors={key: whole(vector).to("cpu", torch.float32, copy=True) for key, vector in values.vectors.items()},
         saved={key: whole(tensor).to("cpu", copy=True) for key, tensor in values.saved.items()},
-        fingerprints={
-            key: fingerprint_of(target)
-            for key, target in over_weights("fingerprint of the base", on_the_base(targets, state.originals))
-        },
+        fingerprints={key: fingerprints[key] for key in targets},
         producer="",
         bases=bases_of({key: state.originals[key] for key in values.saved}),
         aliases=tied_names(root, tensors),
@@ -112,6 +112,12 @@ def _content(root: nn.Module, state: AdapterState, name: str | None) -> AdapterF
         base_model=base_model_of(root),
         task_type=task_type_of(root),
     )
+
+
+def base_fingerprints(root: nn.Module, state: AdapterState) -> dict[str, Fingerprint]:
+    """The fingerprints of the base's weights, by the names of their vectors."""
+    targets = on_the_base(adapted_weights(root), state.originals)
+    return {key: fingerprint_of(target) for key, target in over_weights("fingerprint of the base", targets)}
 
 
 def bases_of(originals: Mapping[str, Tensor]) -> dict[str, Fingerprint]:

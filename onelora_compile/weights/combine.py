@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from onelora_compile.adapting.adapter import adapted_weights, state_of, unwrap
 from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.select_targets import Selection
 from onelora_compile.errors import ConfigError, OneLoRAWarning
 from onelora_compile.file_names import as_path
+from onelora_compile.many_adapters.names import check_name, put_adapter
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_content import AdapterFile, Part, check_finite, digest, float32
-from onelora_compile.weights.adapter_file import read_adapter, write_adapter
+from onelora_compile.weights.adapter_file import base_fingerprints, content_of, read_adapter, write_adapter
 from onelora_compile.weights.adapter_metadata import PRODUCER
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
 from onelora_compile.weights.base_values import base_values
@@ -55,6 +58,8 @@ def combine(
     *,
     trained: str = REFUSE,
     base: PathLike | Mapping[str, Tensor] | None = None,
+    model: nn.Module | None = None,
+    adapter_name: str | None = None,
 ) -> AdapterFile:
     """Add adapters of one base: an adapter whose vectors are Σ wᵢ bᵢ. No model is needed.
 
@@ -76,6 +81,8 @@ def combine(
             and one of the adapters takes those of that one as they are. "add" adds what training changed, base + Σ wᵢ
             (valueᵢ - base). A head that began at random, another one in each training, does not add.
         base: for "add", where the weights do not add up to 1: a .safetensors file of the base, or its `state_dict()`.
+        model: one that holds the adapters, which then are names and not files (`onelora.adapters`). It knows its base.
+        adapter_name: under which the model gets the sum; it waits there until `set_adapter`.
 
     Returns:
         The adapter, as `read_adapter` reads it.
@@ -85,6 +92,7 @@ def combine(
             another kind; `trained` has to be decided, or base values are needed.
         AdapterFileError: a damaged file; layers of different kind or size; a sum that its dtype can't hold; what can't
             be added.
+        StateError: the model has no adapter of that name, or a `disabled` or `rows` block is open.
         BaseMismatchError: the adapters, or the values of `base`, are of different bases.
         FileNotFoundError: there is no such file.
         OSError: `out` can't be written; an old file is left as it was.
@@ -93,11 +101,16 @@ def combine(
 
     Example:
         onelora.combine({"french.safetensors": 0.7, "formal.safetensors": -0.3}, out="mix.safetensors")
+        onelora.combine({"french": 0.7, "formal": -0.3}, model=model, adapter_name="mix")
     """
-    given = _given(adapters)
     check_word(trained)
     if base is not None and trained != ADD:
         raise ConfigError(f"base= is for trained={ADD!r}, not for {trained!r}")
+    if model is not None:
+        return _of_model(model, adapters, out, trained, base, adapter_name)
+    if adapter_name is not None:
+        raise ConfigError(f"adapter_name={adapter_name!r} is a name in a model: give model= too, or out= for a file")
+    given = _given(adapters)
     if out is not None:
         _check_out(out, [path for path, _ in given], base)
     terms = [Term(str(path), weight, read_adapter(path)) for path, weight in given]
@@ -112,6 +125,31 @@ def combine(
     if out is not None:
         with replacing(out) as beside:
             write_adapter(made, beside)
+    return made
+
+
+def _of_model(
+    model: nn.Module, adapters: Any, out: PathLike | None, trained: str, base: Any, adapter_name: str | None
+) -> AdapterFile:
+    root = unwrap(model)
+    state = state_of(root, "combine adapters")
+    if adapter_name is not None:
+        check_name(adapter_name)
+    if base is not None:
+        raise ConfigError("base= is for files: a model knows the values of its base")
+    if out is not None:
+        refuse_other_kinds(out, ADAPTER)
+    given = [(check_name(name), _weight(name, weight)) for name, weight in _mapping(adapters).items()]
+    known = base_fingerprints(root, state)
+    terms = [Term(name, weight, content_of(root, state, name, known)) for name, weight in given]
+    made = combined(terms, trained, lambda name, others, known: state.originals[name])
+    if out is not None:
+        with replacing(out) as beside:
+            write_adapter(made, beside)
+    if adapter_name is not None:
+        present = adapted_weights(root)
+        chosen = Selection({name: present[name] for name in made.vectors}, [], {})
+        put_adapter(root, state, adapter_name, made.config, chosen, made.vectors, made.saved)
     return made
 
 
@@ -204,12 +242,8 @@ def _widest(dtypes: Sequence[torch.dtype | None]) -> torch.dtype | None:
 
 def _given(adapters: Any) -> list[tuple[Path, float]]:
     """The paths and weights of a call, checked."""
-    if not isinstance(adapters, Mapping):
-        raise ConfigError(f"adapters={adapters!r} is no dict of files and weights: {{'a.safetensors': 0.7}}")
-    if not adapters:
-        raise ConfigError("there is no adapter to combine: give files and weights, {'a.safetensors': 0.7}")
     found: list[tuple[Path, float]] = []
-    for key, weight in adapters.items():
+    for key, weight in _mapping(adapters).items():
         path = as_path(key, "an adapter")
         if twice := [one for one, _ in found if _same(one, path)]:
             raise ConfigError(f"{path} and {twice[0]} are one file: give it once, with the sum of its weights")
@@ -217,11 +251,19 @@ def _given(adapters: Any) -> list[tuple[Path, float]]:
     return found
 
 
+def _mapping(adapters: Any) -> Mapping[Any, Any]:
+    if not isinstance(adapters, Mapping):
+        raise ConfigError(f"adapters={adapters!r} is no dict of adapters and weights: {{'a.safetensors': 0.7}}")
+    if not adapters:
+        raise ConfigError("there is no adapter to combine: give adapters and weights, {'a.safetensors': 0.7}")
+    return adapters
+
+
 def _same(one: Path, other: Path) -> bool:
     return one == other or (one.exists() and other.exists() and one.samefile(other))
 
 
-def _weight(path: Path, weight: Any) -> float:
+def _weight(path: Path | str, weight: Any) -> float:
     try:
         value = float(weight) if not isinstance(weight, bool) and isinstance(weight, numbers.Real) else math.nan
     except OverflowError:  # an int of hundreds of digits
