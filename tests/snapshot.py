@@ -59,6 +59,8 @@ def _parts(value):
         if value.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "enum"):
             yield "attributes", plain
         return
-    if not isinstance(value, (types.ModuleType, types.FunctionType, torch.Tensor)) and hasattr(value, "__dict__"):
+    if isinstance(value, torch.Tensor):
+        yield from vars(value).items()
+    elif not isinstance(value, (types.ModuleType, types.FunctionType)) and hasattr(value, "__dict__"):
         yield "type", type(value)
         yield from vars(value).items()

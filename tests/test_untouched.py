@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import logging
+import os
 import random
 import warnings
 from typing import Any
@@ -123,6 +124,12 @@ def ordered(m, x):
     m.dict["b"] = x
 
 
+def environment(m, x):
+    os.environ["LEAKY"] = "1"
+    os.environ.pop("LEFT", None)
+    os.environ["CHANGED"] = "2"
+
+
 LEAKS = {
     "config": by_if,
     "config_nested": lambda m, x: (m.config.nested["sizes"].append(x), m.config.nested["ids"].add(1)),
@@ -156,6 +163,9 @@ LEAKS = {
     "grad_mode": lambda m, x: torch.set_grad_enabled(False),
     "default_dtype": lambda m, x: torch.set_default_dtype(torch.float64),
     "training": lambda m, x: m.child.train(False),
+    "environment": environment,
+    "attribute_of_a_weight": lambda m, x: setattr(m.child.weight, "tag", 1),
+    "attribute_of_a_tensor": lambda m, x: setattr(m.tensor, "tag", 1),
     "error": lambda m, x: (m.list.append(x), 1 / 0),
     "nothing": lambda m, x: None,
 }
@@ -168,6 +178,9 @@ def logged_once(self, text):
 
 @pytest.fixture(autouse=True)
 def _logger(monkeypatch):
+    monkeypatch.setenv("LEFT", "1")
+    monkeypatch.setenv("CHANGED", "1")
+    monkeypatch.delenv("LEAKY", raising=False)
     monkeypatch.setattr(logging.Logger, "once", logged_once, raising=False)
     once.cache_clear()
     logged_once.cache_clear()
@@ -191,7 +204,7 @@ def state(model):
         list(copy.copy(model.steps_left)),
         list(copy.copy(model.names)),
     ]
-    modes = [torch.is_grad_enabled(), str(torch.get_default_dtype())]
+    modes = [torch.is_grad_enabled(), str(torch.get_default_dtype()), sorted(os.environ.items())]
     return snapshot(model, here, caches, modes)
 
 

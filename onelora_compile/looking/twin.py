@@ -1,7 +1,8 @@
 """Call a module without a trace of the call: on a twin with tensors and side data of its own.
 
-Put back besides: the random state (PyTorch's, Python's, NumPy's), and what the code of its classes keeps on the
-classes and in its modules (counters, caches).  Hooks are not called; what the code prints or warns of is dropped.
+Put back besides: the random state (PyTorch's, Python's, NumPy's), the environment, and what the code of its classes
+keeps on the classes and in its modules (counters, caches).  Hooks are not called; what the code prints or warns of is
+dropped.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.looking.one_at_a_time import LOOKING, silent
+from onelora_compile.looking.undo import environment
 
 _OWN = ("torch", "builtins", "onelora_compile")
 _CONTAINERS = (list, dict, set, collections.deque)
@@ -73,6 +75,7 @@ def no_trace(module: nn.Module) -> Iterator[None]:
                 torch.autocast("cuda", enabled=False),
                 torch.compiler.set_stance("force_eager"),
                 silent("stdout", "stderr"),
+                environment(),
             ):
                 yield
         finally:

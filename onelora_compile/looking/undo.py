@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import operator
+import os
 import random
 import re
 import sys
@@ -188,6 +189,18 @@ def random_states() -> Iterator[None]:
         random.setstate(python)
         if numpy is not None:
             numpy.random.set_state(legacy)
+
+
+@contextlib.contextmanager
+def environment() -> Iterator[None]:
+    """The environment variables of the process stay as they are."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 def _same(one: Any, other: Any) -> bool:

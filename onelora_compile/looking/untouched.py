@@ -8,7 +8,7 @@ a name that some reached code mentions.  Each container is copied one level deep
 that nothing large is copied and nothing has to be copyable.  A tensor is copied when an operator is about to write to
 it.  Functions with a cache run without it (warnings given once, tables by shape).
 
-Not covered: C extensions with a state of their own, generators, files, environment variables.
+Not covered: C extensions with a state of their own, generators, files.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Kept:
             stack.enter_context(LOOKING)
             stack.callback(self.restore)
             stack.enter_context(undo.random_states())
+            stack.enter_context(undo.environment())
             stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             for holder, name, stand_in in self._instead:
@@ -124,6 +125,7 @@ class Kept:
         elif issubclass(kind, type):
             self._class(value)
         elif issubclass(kind, Tensor):
+            self._visit(object.__getattribute__(value, "__dict__"))
             if self._copy_tensors and not isinstance(value, nn.Parameter) and not value.is_meta:
                 self._undo.append(undo.of_tensor(value))
         else:
