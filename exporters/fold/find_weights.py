@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 _PASSED = {"Identity", "Cast", "Transpose", "Squeeze", "Unsqueeze", "Reshape"}
 _CUTS = {"Split", "Slice"}
+# Rows by constant indices: parts of a read weight, or a look-up in an embedding's.
+_PICKS = {"Gather", "GatherND"}
+_QUESTIONS = {"Shape", "Size"}
 # What reads a weight as a table or its shape; an adapted layer's is not meant.
-_READS = {"Gather", "GatherElements", "GatherND", "Shape", "Size", "EmbedLayerNormalization", "SkipLayerNormalization"}
+_READS = {*_PICKS, *_QUESTIONS, "GatherElements", "EmbedLayerNormalization", "SkipLayerNormalization"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +43,8 @@ class WeightUse:
         product: the op with its matrix, of a quantised weight.
         across: the op multiplies by the transpose of the weight; only of a quantised one.
         constant: what the op gives is constant too, and a weight of its own where a linear op reads it.
-        parts: the ways of the parts that the op takes from the weight, where all of them end in linear ops.
+        parts: the ways of the parts that the op takes from the weight, and of their parts, where all of them end in
+            linear ops.
     """
 
     nodes: tuple[onnx_ir.Node, ...]
@@ -69,6 +73,11 @@ class WeightUse:
     def takes_parts(self) -> bool:
         """Whether the op cuts the weight up."""
         return self.constant and self.op.op_type in _CUTS
+
+    @property
+    def picked(self) -> bool:
+        """Whether it passes an op that picks rows, as a look-up does."""
+        return any(node.op_type in _PICKS for node in self.nodes)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -152,10 +161,18 @@ def weights_of(model: onnx_ir.Model) -> list[Weight]:
 def _followed(use: WeightUse, constants: Constants) -> WeightUse:
     """A use with what is constant behind it."""
     use = dataclasses.replace(use, constant=constants.known(use.op.outputs[0]))
-    if not use.takes_parts:
+    if not (use.constant and use.position == 0 and use.op.op_type in _CUTS | _PICKS):
         return use
-    parts = [one for output in use.op.outputs for one in uses_of(output, use.nodes)]
+    parts = [part for output in use.op.outputs for one in uses_of(output, use.nodes) for part in _ways(one, constants)]
     return dataclasses.replace(use, parts=tuple(parts) if all(one.linear for one in parts) else ())
+
+
+def _ways(part: WeightUse, constants: Constants) -> tuple[WeightUse, ...]:
+    """Where a part of a weight goes: to an op, into parts of its own; what asks for its shape is nowhere."""
+    if part.op.op_type in _QUESTIONS:
+        return ()
+    part = _followed(part, constants)
+    return part.parts or (part,)
 
 
 def _matrix(shape: tuple[Any, ...]) -> tuple[int, int] | None:

@@ -13,10 +13,11 @@ import numpy as np
 from onelora_compile.errors import ExportError, OneLoRAError, one_of, require
 from onelora_compile.exporters.fold.checks import check_places, check_trained, missing_uses
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse, names_of, weights_of
-from onelora_compile.exporters.fold.match_fingerprints import Matches, Place, match_weights
+from onelora_compile.exporters.fold.match_fingerprints import Matches, match_weights
 from onelora_compile.exporters.fold.match_trained import match_trained
 from onelora_compile.exporters.fold.owners import Known
 from onelora_compile.exporters.fold.place_trained import fold_trained
+from onelora_compile.exporters.fold.places import Place
 from onelora_compile.exporters.fold.redirect import redirect
 from onelora_compile.exporters.fold.report import FoldedVector, FoldReport
 from onelora_compile.exporters.fold.strip_vectors import strip_vectors
@@ -253,10 +254,12 @@ class _Folder:
             for fold in folds.values():
                 fold.add(start, rows)
             yield part
-        self.losses |= {vector: fold.loss() for vector, fold in folds.items()}
+        for vector, fold in folds.items():  # of a weight in parts the worst
+            losses = [fold.loss(), *([self.losses[vector]] if vector in self.losses else [])]
+            self.losses[vector] = max(losses, key=lambda loss: loss.relative)
 
     def _by_rows(self, vector: str, place: Place) -> FoldByRows:
-        values = self.file.vectors[vector].flatten() * place.factor
+        values = self.file.vectors[vector].flatten()[place.entries] * place.factor
         columns = place.base[1]
         if place.transposed:
             part = slice(place.start, place.start + place.rows)
@@ -268,7 +271,9 @@ class _Folder:
         turned = placed[0][1].transposed
         vector = np.zeros(weight.shape[1] if turned else weight.shape[0], dtype=np.float32)
         for name, place in placed:
-            vector[place.start : place.start + place.rows] += place.factor * float32(self.file.vectors[name]).flatten()
+            vector[place.start : place.start + place.rows] += (
+                place.factor * float32(self.file.vectors[name]).flatten()[place.entries]
+            )
         alone = len(weight.uses) == len(uses) == 1 and not turned
         how = "zero points" if alone and into_zero_points(uses[0].op, vector, self.ir) else "branch"
         if how == "zero points":

@@ -8,54 +8,24 @@ Names decide where several places hold the same numbers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
 from onelora_compile.exporters.fold.owners import Known, decided
-from onelora_compile.exporters.onnx_file.load import as_torch
-from onelora_compile.weights.fingerprint import OUTPUT, TOLERANCE, Fingerprint, signs
+from onelora_compile.exporters.fold.parts import places_in_parts
+from onelora_compile.exporters.fold.places import Place, grouped, places_in
+from onelora_compile.weights.fingerprint import OUTPUT, Fingerprint
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 OUTPUT_ONLY = (
     "its module computes something else than W x + c (it scales, quantises or activates), so the vector, which adds to "
     "its output, can't go into a weight; export the model with adapters='input' or 'bank'"
 )
-_PARTS = 4096  # of a weight that are tried
-# What quantising a weight moves it by (relative Frobenius norm), with a margin: int8 0.005, int4 0.09 measured.
-_QUANTIZED = {"int16": 1e-3, "uint16": 1e-3, "int8": 0.05, "uint8": 0.05, "int4": 0.25, "int2": 0.5}
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a vector goes.
-
-    Attributes:
-        weight: the weight.
-        transposed: whether it is stored as [in_features, out_features].
-        start: the first of its rows (columns, if transposed).
-        base: (out_features, in_features) of the base's weight; as many rows are the vector's.
-        factor: the weight is this times the base's, and so must the vector be.
-        uses: which uses of the weight; all of them, as far as names can tell.
-    """
-
-    weight: Weight
-    transposed: bool
-    start: int
-    base: tuple[int, int]
-    factor: float
-    uses: tuple[WeightUse, ...]
-
-    @property
-    def whole(self) -> bool:
-        """Whether the vector is that of all rows."""
-        return self.base == (self.weight.shape[::-1] if self.transposed else self.weight.shape)
-
-    @property
-    def rows(self) -> int:
-        """How many rows (columns, if transposed) are the vector's."""
-        return self.base[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +46,24 @@ class Matches:
 
 
 def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], known: Known | None = None) -> Matches:
-    """Find the weight of each vector; every weight is read once.
+    """Find the weight of each vector; every weight is read once, and what may be a part of one again.
 
     Args:
         weights: of the model.
         prints: of the vectors' base weights.
         known: what tells equal weights apart besides names; None is the default config's.
     """
-    groups = _grouped(prints)
+    groups = grouped(prints)
     found: dict[str, list[Place]] = {name: [] for name in prints}
     every = []
     for weight in weights:
         every.append(weight)
-        for name, place in _places(weight, groups):
+        for name, place in places_in(weight, groups):
             found[name].append(place)
+    held = {id(place.weight) for places in found.values() for place in places}
+    left = grouped({name: one for name, one in prints.items() if not found[name]})
+    for name, place in places_in_parts([weight for weight in every if id(weight) not in held], left):
+        found[name].append(place)
     nearest = {
         name: float(distance)
         for group in groups
@@ -103,7 +77,8 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
         for place in places:
             at.setdefault((id(place.weight), place.start), set()).add(name)
     for name, places in found.items():
-        own = [dataclasses.replace(place, uses=uses) for place in places if (uses := _linear(place))]
+        times = (known or Known()).uses.get(name, (1, 1))
+        own = list(_each_once(dataclasses.replace(place, uses=_linear(place, times)) for place in places))
         if not own:
             unmatched[name] = OUTPUT_ONLY if prints[name].dtype == OUTPUT else _reason(name, places, nearest)
             continue
@@ -119,117 +94,45 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
             unmatched[name] = chosen_or_why
         else:
             chosen[name] = chosen_or_why
+    for name, reason in _disputed(chosen).items():
+        unmatched[name] = reason
+        del chosen[name]
     taken = {id(place.weight) for places in chosen.values() for place in places}
     return Matches(chosen, unmatched, [weight for weight in every if id(weight) not in taken], nearest)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    """The fingerprints of one shape, as arrays: thousands of vectors are compared with thousands of weights.
+def _linear(place: Place, times: tuple[int, int]) -> tuple[WeightUse, ...]:
+    """The uses that a vector there may go into; of parts only where it is the whole weight's.
 
-    Attributes:
-        shape: (out_features, in_features).
-        names: of the vectors.
-        sketches: float64 [vectors, 16].
-        norms: Frobenius norms [vectors].
-        tolerances: by the dtypes that the fingerprints were taken in [vectors].
-        nearest: the smallest distance to a weight of this shape so far [vectors]; changed as weights are read.
+    Rows that are picked may be looked up in an embedding, of which the base stays: the number of uses tells.
     """
-
-    shape: tuple[int, int]
-    names: list[str]
-    sketches: np.ndarray
-    norms: np.ndarray
-    tolerances: np.ndarray
-    nearest: np.ndarray
+    uses = tuple(use for use in (place.weight.ways if place.whole else place.weight.uses) if use.linear)
+    return uses if (len(uses), len(uses)) == times else tuple(use for use in uses if not use.picked)
 
 
-def _grouped(prints: Mapping[str, Fingerprint]) -> list[_Group]:
-    by_shape: dict[tuple[int, int], list[str]] = {}
-    for name, one in prints.items():
-        if one.dtype != OUTPUT:
-            by_shape.setdefault(one.shape, []).append(name)
-    groups = []
-    for shape, names in by_shape.items():
-        known = [prints[name] for name in names]
-        sketches = np.stack([one.sketch.astype(np.float64) for one in known])
-        tolerances = np.array([TOLERANCE.get(one.dtype, 0.25) for one in known])
-        norms = np.array([one.norm for one in known])
-        groups.append(_Group(shape, names, sketches, norms, tolerances, np.full(len(names), np.inf)))
-    return groups
+def _each_once(places: Iterable[Place]) -> Iterator[Place]:
+    """Places with uses, each use in one: of a stored weight before those of what ops compute from it."""
+    taken: set[tuple[onnx_ir.Node, int]] = set()
+    for place in places:
+        uses = tuple(use for use in place.uses if (use.op, use.position) not in taken)
+        taken |= {(use.op, use.position) for use in uses}
+        if uses:
+            yield dataclasses.replace(place, uses=uses)
 
 
-def _places(weight: Weight, groups: Sequence[_Group]) -> Iterable[tuple[str, Place]]:
-    """Each vector whose fingerprint fits the weight somewhere."""
-    tolerance = TOLERANCE.get(weight.dtype, _QUANTIZED.get(weight.dtype, 0.25))
-    square, found = weight.shape[0] == weight.shape[1], False
-    # A quantised one is read as its op means it, so its transpose is the second guess.
-    usual = not weight.quantized and any(use.op.op_type == "MatMul" and len(use.nodes) == 1 for use in weight.uses)
-    for transposed in (usual, not usual):
-        if square and found:
-            break  # it can't be its transpose too
-        out, columns = weight.shape[::-1] if transposed else weight.shape
-        fitting = [group for group in groups if group.shape[1] == columns and group.shape[0] <= out]
-        if not fitting:
-            continue
-        projected = _projected(weight, transposed)
-        for group in fitting:
-            starts, factors, distances = _best(projected, group)
-            if group.shape[0] == out:
-                np.minimum(group.nearest, distances, out=group.nearest)
-            allowed = np.maximum(tolerance, group.tolerances)
-            # Of a few numbers any others are nearly a multiple: then it must be the weight itself.
-            by_chance = allowed ** (min(16, group.shape[0] * group.shape[1]) - 1) > 1e-4
-            fits = (distances <= allowed) & ~(by_chance & (np.abs(factors - 1) > np.maximum(allowed, 1e-4)))
-            for index in np.flatnonzero(fits):
-                exact = abs(factors[index] - 1) <= max(allowed[index], 1e-4)
-                factor, found = 1.0 if exact else float(factors[index]), True
-                yield group.names[index], Place(weight, transposed, int(starts[index]), group.shape, factor, ())
-
-
-def _projected(weight: Weight, transposed: bool) -> np.ndarray:
-    """W R [out_features, 4] of a weight, stored transposed or not, float64; float32 sums over parts of its rows."""
-    right = torch.from_numpy(signs(weight.shape[0 if transposed else 1], 1))
-    parts = []
-    for start, numbers in weight.by_rows():
-        part = as_torch(numbers)
-        part = part if part.dtype == torch.float64 else part.float()
-        if transposed:
-            parts.append((right[start : start + len(part)].to(part.dtype).T @ part).T.double())
-        else:
-            parts.append((part @ right.to(part.dtype)).double())
-    return np.ascontiguousarray((sum(parts[1:], parts[0]) if transposed else torch.cat(parts)).numpy())
-
-
-def _best(projected: np.ndarray, known: _Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each sketch fits best: first row, factor, distance; arrays [vectors]."""
-    count, rows = len(known.names), known.shape[0]
-    starts, factors, distances = np.zeros(count, dtype=int), np.ones(count), np.full(count, np.inf)
-    step = int(np.gcd(len(projected), rows))  # q, k and v of a packed weight start at multiples of it
-    if len(projected) // step > _PARTS:
-        return starts, factors, distances
-    left, sketches, norms = signs(rows, 0), known.sketches, known.norms
-    squares = np.square(sketches).sum(1)
-    for start in range(0, len(projected) - rows + 1, step):
-        found = (left.T @ projected[start : start + rows]).flatten()
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # bases of zeros, damaged weights
-            factor = sketches @ found / squares
-            distance = np.linalg.norm(found - factor[:, None] * sketches, axis=1) / 4 / (np.abs(factor) * norms)
-            plain = np.linalg.norm(found - sketches, axis=1) / 4 / norms
-        distance = np.where(np.isfinite(distance), distance, np.inf)
-        # A factor costs nothing only where the fit without it is no better.
-        as_it_is = plain <= np.maximum(distance * 2, 1e-5)
-        factor, distance = np.where(as_it_is, 1.0, factor), np.where(as_it_is, plain, distance)
-        distance[squares == 0] = np.inf if found.any() else 0.0  # a base of zeros
-        better = distance < distances
-        starts[better], factors[better], distances[better] = start, factor[better], distance[better]
-    factors[squares == 0] = 1.0
-    return starts, factors, distances
-
-
-def _linear(place: Place) -> tuple[WeightUse, ...]:
-    """The uses that a vector there may go into; of parts only where it is the whole weight's."""
-    return tuple(use for use in (place.weight.ways if place.whole else place.weight.uses) if use.linear)
+def _disputed(chosen: Mapping[str, Sequence[Place]]) -> dict[str, str]:
+    """Vectors that would go into what one op reads by two weights, one computed from the other; with the reason."""
+    claims: dict[tuple[onnx_ir.Node, int], dict[str, Weight]] = {}
+    for name, places in chosen.items():
+        for place in places:
+            for use in place.uses:
+                claims.setdefault((use.op, use.position), {})[name] = place.weight
+    return {
+        name: f"what {op.op_type} {op.name!r} reads can be any of {', '.join(weights)}, and nothing tells which"
+        for (op, _), weights in claims.items()
+        if len(set(map(id, weights.values()))) > 1
+        for name in weights
+    }
 
 
 def _strange(use: WeightUse, place: Place) -> bool:

@@ -31,7 +31,7 @@ from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
 if TYPE_CHECKING:
     import onnx_ir
 
-    from onelora_compile.exporters.fold.match_fingerprints import Place
+    from onelora_compile.exporters.fold.places import Place
 
 _ELSEWHERE, _UNNAMED, _AGAIN, _UNCLEAR = "an op of another name", "an op without a name", "called again?", "unclear"
 

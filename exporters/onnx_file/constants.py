@@ -40,6 +40,7 @@ _MOVES = {
     "Unsqueeze",
     "Concat",
     "Gather",
+    "GatherND",
     "Flatten",
     "Expand",
 }

@@ -1,0 +1,168 @@
+"""Where in a weight a vector's base is: the search by numbers.
+
+A place is rows of a weight, or columns of one that is stored transposed, whose sketch is that of the fingerprint times
+a factor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
+from onelora_compile.exporters.onnx_file.load import as_torch
+from onelora_compile.weights.fingerprint import OUTPUT, TOLERANCE, Fingerprint, signs
+
+_PARTS = 4096  # of a weight that are tried
+# What quantising a weight moves it by (relative Frobenius norm), with a margin: int8 0.005, int4 0.09 measured.
+_QUANTIZED = {"int16": 1e-3, "uint16": 1e-3, "int8": 0.05, "uint8": 0.05, "int4": 0.25, "int2": 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a vector goes.
+
+    Attributes:
+        weight: the weight.
+        transposed: whether it is stored as [in_features, out_features].
+        start: the first of its rows (columns, if transposed).
+        base: (out_features, in_features) of the base's weight, or of a part of it; as many rows are the vector's.
+        factor: the weight is this times the base's, and so must the vector be.
+        uses: which uses of the weight; all of them, as far as names can tell.
+        first: the first of the vector's entries, where the weight is a part of the base's.
+    """
+
+    weight: Weight
+    transposed: bool
+    start: int
+    base: tuple[int, int]
+    factor: float
+    uses: tuple[WeightUse, ...]
+    first: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the vector is that of all rows."""
+        return self.base == (self.weight.shape[::-1] if self.transposed else self.weight.shape)
+
+    @property
+    def rows(self) -> int:
+        """How many rows (columns, if transposed) are the vector's."""
+        return self.base[0]
+
+    @property
+    def entries(self) -> slice:
+        """Which entries of the vector go there."""
+        return slice(self.first, self.first + self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The fingerprints of one shape, as arrays: thousands of vectors are compared with thousands of weights.
+
+    Attributes:
+        shape: (out_features, in_features).
+        names: of the vectors.
+        sketches: float64 [vectors, 16].
+        norms: Frobenius norms [vectors].
+        tolerances: by the dtypes that the fingerprints were taken in [vectors].
+        nearest: the smallest distance to a weight of this shape so far [vectors]; changed as weights are read.
+    """
+
+    shape: tuple[int, int]
+    names: list[str]
+    sketches: np.ndarray
+    norms: np.ndarray
+    tolerances: np.ndarray
+    nearest: np.ndarray
+
+
+def grouped(prints: Mapping[str, Fingerprint]) -> list[Group]:
+    """Fingerprints by their shapes, without those of modules of which only the output is adapted."""
+    by_shape: dict[tuple[int, int], list[str]] = {}
+    for name, one in prints.items():
+        if one.dtype != OUTPUT:
+            by_shape.setdefault(one.shape, []).append(name)
+    groups = []
+    for shape, names in by_shape.items():
+        known = [prints[name] for name in names]
+        sketches = np.stack([one.sketch.astype(np.float64) for one in known])
+        tolerances = np.array([TOLERANCE.get(one.dtype, 0.25) for one in known])
+        norms = np.array([one.norm for one in known])
+        groups.append(Group(shape, names, sketches, norms, tolerances, np.full(len(names), np.inf)))
+    return groups
+
+
+def places_in(weight: Weight, groups: Sequence[Group]) -> Iterable[tuple[str, Place]]:
+    """Each vector whose fingerprint fits the weight somewhere."""
+    tolerance = TOLERANCE.get(weight.dtype, _QUANTIZED.get(weight.dtype, 0.25))
+    square, found = weight.shape[0] == weight.shape[1], False
+    usual = likely_transposed(weight)
+    for transposed in (usual, not usual):
+        if square and found:
+            break  # it can't be its transpose too
+        out, columns = weight.shape[::-1] if transposed else weight.shape
+        fitting = [group for group in groups if group.shape[1] == columns and group.shape[0] <= out]
+        if not fitting:
+            continue
+        found_rows = projected(weight, transposed)
+        for group in fitting:
+            starts, factors, distances = _best(found_rows, group)
+            if group.shape[0] == out:
+                np.minimum(group.nearest, distances, out=group.nearest)
+            allowed = np.maximum(tolerance, group.tolerances)
+            # Of a few numbers any others are nearly a multiple: then it must be the weight itself.
+            by_chance = allowed ** (min(16, group.shape[0] * group.shape[1]) - 1) > 1e-4
+            fits = (distances <= allowed) & ~(by_chance & (np.abs(factors - 1) > np.maximum(allowed, 1e-4)))
+            for index in np.flatnonzero(fits):
+                exact = abs(factors[index] - 1) <= max(allowed[index], 1e-4)
+                factor, found = 1.0 if exact else float(factors[index]), True
+                yield group.names[index], Place(weight, transposed, int(starts[index]), group.shape, factor, ())
+
+
+def likely_transposed(weight: Weight) -> bool:
+    """Whether a weight is [in_features, out_features] by what reads it; a quantised one is read as its op means it."""
+    return not weight.quantized and any(use.op.op_type == "MatMul" and len(use.nodes) == 1 for use in weight.uses)
+
+
+def projected(weight: Weight, transposed: bool) -> np.ndarray:
+    """W R [out_features, 4] of a weight, stored transposed or not, float64; float32 sums over parts of its rows."""
+    right = torch.from_numpy(signs(weight.shape[0 if transposed else 1], 1))
+    parts = []
+    for start, numbers in weight.by_rows():
+        part = as_torch(numbers)
+        part = part if part.dtype == torch.float64 else part.float()
+        if transposed:
+            parts.append((right[start : start + len(part)].to(part.dtype).T @ part).T.double())
+        else:
+            parts.append((part @ right.to(part.dtype)).double())
+    return np.ascontiguousarray((sum(parts[1:], parts[0]) if transposed else torch.cat(parts)).numpy())
+
+
+def _best(projected: np.ndarray, known: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each sketch fits best: first row, factor, distance; arrays [vectors]."""
+    count, rows = len(known.names), known.shape[0]
+    starts, factors, distances = np.zeros(count, dtype=int), np.ones(count), np.full(count, np.inf)
+    step = int(np.gcd(len(projected), rows))  # q, k and v of a packed weight start at multiples of it
+    if len(projected) // step > _PARTS:
+        return starts, factors, distances
+    left, sketches, norms = signs(rows, 0), known.sketches, known.norms
+    squares = np.square(sketches).sum(1)
+    for start in range(0, len(projected) - rows + 1, step):
+        found = (left.T @ projected[start : start + rows]).flatten()
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # bases of zeros, damaged weights
+            factor = sketches @ found / squares
+            distance = np.linalg.norm(found - factor[:, None] * sketches, axis=1) / 4 / (np.abs(factor) * norms)
+            plain = np.linalg.norm(found - sketches, axis=1) / 4 / norms
+        distance = np.where(np.isfinite(distance), distance, np.inf)
+        # A factor costs nothing only where the fit without it is no better.
+        as_it_is = plain <= np.maximum(distance * 2, 1e-5)
+        factor, distance = np.where(as_it_is, 1.0, factor), np.where(as_it_is, plain, distance)
+        distance[squares == 0] = np.inf if found.any() else 0.0  # a base of zeros
+        better = distance < distances
+        starts[better], factors[better], distances[better] = start, factor[better], distance[better]
+    factors[squares == 0] = 1.0
+    return starts, factors, distances
