@@ -13,6 +13,22 @@ from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_file import AdapterFile
 
+NOTHING = "its vector is zero, so there is nothing to fold"
+
+
+def leave_zeros(matches: Matches, file: AdapterFile) -> dict[str, str]:
+    """Take vectors of zeros off those without a place: the file is their function as it is.
+
+    A layer that no forward uses is in no exported file, and training leaves its vector at zero.
+
+    Returns:
+        Which, with the reason; none where no vector has a place, since then it may be another base.
+    """
+    zeros = [name for name in matches.unmatched if not file.vectors[name].any()] if matches.places else []
+    for name in zeros:
+        del matches.unmatched[name]
+    return dict.fromkeys(zeros, NOTHING)
+
 
 def check_places(matches: Matches, file: AdapterFile, base: Path, on_unmatched: str, props: Mapping[str, str]) -> None:
     """Whether every vector has a place.
@@ -31,7 +47,8 @@ def check_places(matches: Matches, file: AdapterFile, base: Path, on_unmatched: 
         free = shortened((f"{one.name} {list(one.shape)} {one.dtype}" for one in matches.free), 12)
         raise ExportError(
             f"{len(matches.unmatched)} of {len(file.vectors)} vectors have no place in {base}: {listed}. Weights of "
-            f"the model that no vector took: {free}. Nothing was written; on_unmatched='skip' folds the others"
+            f"the model that no vector took: {free}. Nothing was written; on_unmatched='skip' folds the others, as "
+            "where the file leaves out layers that its tool saw no use of"
         )
 
 
@@ -41,7 +58,8 @@ def missing_uses(matches: Matches, file: AdapterFile, base: Path, on_missing_use
     Raises:
         ExportError: less often than the model does whatever its arguments are, or nobody can tell.
     """
-    unsure = [name for name, (_, most) in file.uses.items() if not most and name in matches.places]
+    uses = {name: times for name, times in file.uses.items() if name in matches.places and file.vectors[name].any()}
+    unsure = [name for name, (_, most) in uses.items() if not most]
     if unsure and on_missing_uses == "error":
         raise ExportError(
             f"the uses of {shortened(unsure, 8)} can't be counted: the model has more of them where its inputs are "
@@ -51,8 +69,8 @@ def missing_uses(matches: Matches, file: AdapterFile, base: Path, on_missing_use
             "a file that was written without constant folding"
         )
     found = {name: sum(len(place.uses) for place in places) for name, places in matches.places.items()}
-    fewer = {name: (found[name], most) for name, (_, most) in file.uses.items() if found.get(name, most) < most}
-    sure = {name: times for name, times in fewer.items() if times[0] < file.uses[name][0]}
+    fewer = {name: (found[name], most) for name, (_, most) in uses.items() if found[name] < most}
+    sure = {name: times for name, times in fewer.items() if times[0] < uses[name][0]}
     if sure and on_missing_uses == "error":
         listed = shortened([f"{name!r} {there} of {times}" for name, (there, times) in sure.items()], 8)
         raise ExportError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.errors import ExportError, OneLoRAError, one_of, require
-from onelora_compile.exporters.fold.checks import check_places, check_trained, missing_uses
+from onelora_compile.exporters.fold.checks import check_places, check_trained, leave_zeros, missing_uses
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse, names_of, weights_of
 from onelora_compile.exporters.fold.match_fingerprints import Matches, match_weights
 from onelora_compile.exporters.fold.match_trained import match_trained
@@ -77,7 +77,8 @@ def fold_onnx(
             model with this adapter alone.  Into one that holds a folded adapter this one is folded on top.
         adapter: an adapter file, or one that was read.
         out: the file to write, replaced in one step, a link too; weights go into `<out>.data` if the base has such.
-        on_unmatched: "error", or "skip" to leave out vectors without a place, which the report then names.
+        on_unmatched: "error", or "skip" to leave out vectors without a place, which the report then names. One of zeros
+            is left out in any case: training leaves it so on a layer that no forward uses, and no file holds that.
         calibration: inputs of the model, to measure those ranges and widen the ones that are too narrow: arrays by
             name, or in the inputs' order; one such input, several, or a CalibrationDataReader of ONNX Runtime.
         on_saturation: "error", or "allow" to leave ranges that are unknown, or can't be widened, as they are.
@@ -116,6 +117,7 @@ def fold_onnx(
             known = Known(file.config, frozenset(names_of(model)), file.uses)
             matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints, known)
             folder.refuse(matches)
+            zeros = leave_zeros(matches, file)
             check_places(matches, file, base, on_unmatched, model.metadata_props)
             missing = missing_uses(matches, file, base, on_missing_uses)
             named = ((name, use) for name, places in matches.places.items() for one in places for use in one.uses)
@@ -145,7 +147,7 @@ def fold_onnx(
         files=files,
         bytes=bytes_of(files),
         folded=folder.report(),
-        skipped=matches.unmatched | trained.missing,
+        skipped=zeros | matches.unmatched | trained.missing,
         replaced=[name for name in file.saved if name in trained.reads or name in trained.dropped],
         saturation=saturation,
         missing_uses=missing,

@@ -34,7 +34,7 @@ class FoldReport(Printable):
         files: that were written.
         bytes: of all files together.
         folded: where each vector went.
-        skipped: vectors without a place, with the reason; only with `on_unmatched="skip"`.
+        skipped: vectors without a place, with the reason; without `on_unmatched="skip"` only those of zeros.
         saturation: what became of the static quantisers behind the vectors, whose ranges were calibrated on the base.
         missing_uses: of weights that the file uses less often than the model may: how often there, and in the model.
         replaced: other trained tensors (modules_to_save, norms) that took the place of their base values.

@@ -1,0 +1,75 @@
+"""Vectors of layers that an exported file does not hold: nothing to fold where they are zero, named where not."""
+
+import copy
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from onnx_tools import dynamo, torchscript
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.errors import BaseMismatchError, ExportError
+from onelora_compile.exporters import fold_onnx
+from onelora_compile.testing import merged_copy
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the old exporter
+
+
+class Pooled(nn.Module):
+    """`pooler` is used where it is asked for, as that of a text encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.pooler = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, pooled=False):
+        x = self.layer(x)
+        return self.pooler(x) if pooled else x
+
+
+@pytest.fixture(params=[dynamo, torchscript])
+def case(request, tmp_path):
+    torch.manual_seed(0)
+    base, x = Pooled(), torch.randn(3, 8)
+    request.param(copy.deepcopy(base), (x,), tmp_path / "m.onnx")
+    return onelora.adapt(base), x, tmp_path
+
+
+def folded(model, folder, **options):
+    onelora.save_adapter(model, folder / "a.safetensors")
+    return fold_onnx(folder / "m.onnx", folder / "a.safetensors", folder / "out.onnx", **options)
+
+
+def test_a_trained_model_folds(case):
+    """No gradient comes to what no forward uses: its vector stays zero."""
+    model, x, folder = case
+    optimizer = torch.optim.AdamW(onelora.trainable_parameters(model), lr=0.1)
+    for _ in range(3):
+        model(x).square().sum().backward()
+        optimizer.step()
+    report = folded(model, folder)
+    assert report.skipped == {"pooler": "its vector is zero, so there is nothing to fold"}
+    assert "pooler" in str(report)
+    assert set(report.folded) == {"layer"}
+    session = onnxruntime.InferenceSession(folder / "out.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    exact = merged_copy(model, torch.float64)(x.double()).detach().numpy()
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_a_vector_that_is_not_zero_is_refused_unless_asked(case):
+    model, _, folder = case
+    for vector in onelora.vectors(model).values():
+        vector.data.fill_(0.1)
+    with pytest.raises(ExportError, match=r"1 of 2 vectors have no place .*pooler: .*on_unmatched='skip'"):
+        folded(model, folder)
+    assert not (folder / "out.onnx").exists()
+    assert set(folded(model, folder, on_unmatched="skip").skipped) == {"pooler"}
+
+
+def test_zeros_alone_do_not_hide_another_base(case):
+    _, _, folder = case
+    with pytest.raises(BaseMismatchError, match="is not the base of the adapter"):
+        folded(onelora.adapt(Pooled()), folder)
