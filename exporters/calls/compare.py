@@ -47,7 +47,8 @@ def compare_all(expected: Sequence[Tensor], actual: Sequence[Tensor], names: Seq
     """The parity of every output.
 
     Raises:
-        ExportError: another number of outputs, an output of another shape, or no entry in any, which proves nothing.
+        ExportError: another number of outputs, an output of another shape, one without plain numbers, or no entry in
+            any, which proves nothing.
     """
     if len(expected) != len(actual):
         raise ExportError(f"the file has {len(actual)} outputs {list(names)}, the model {len(expected)}")
@@ -55,7 +56,11 @@ def compare_all(expected: Sequence[Tensor], actual: Sequence[Tensor], names: Seq
     for name, want, got in zip(names, expected, actual, strict=True):
         if want.shape != got.shape:
             raise ExportError(f"output {name!r} is {list(got.shape)}, the model's is {list(want.shape)}")
-        found.append(_compare_one(name, want.detach().cpu(), got))
+        if odd := _not_plain(want) or _not_plain(got):
+            raise ExportError(
+                f"output {name!r} is {odd}, which can't be compared: return it as a dense tensor, or leave it out"
+            )
+        found.append(_compare_one(name, want.detach().cpu(), got.detach().cpu()))
     if not found:
         raise ExportError("the model has no tensor among its outputs, so there is nothing to compare")
     if not any(parity.entries for parity in found):
@@ -64,6 +69,15 @@ def compare_all(expected: Sequence[Tensor], actual: Sequence[Tensor], names: Seq
             "was compared: give inputs with rows"
         )
     return found
+
+
+def _not_plain(tensor: Tensor) -> str:
+    """What keeps the numbers of a tensor from being read; "" if nothing does."""
+    if isinstance(tensor, torch._subclasses.FakeTensor):
+        return "a tensor without values, of torch.func inside torch.export"
+    if tensor.is_meta or tensor.is_quantized:
+        return "on the device 'meta'" if tensor.is_meta else f"of the dtype {tensor.dtype}"
+    return "" if tensor.layout == torch.strided else f"of the layout {tensor.layout}"
 
 
 def badness(parity: Parity) -> float:

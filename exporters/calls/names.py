@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from onelora_compile.errors import ConfigError, require
+from onelora_compile.errors import ConfigError, ExportError, require
 from onelora_compile.printable import shortened
 
 if TYPE_CHECKING:
@@ -69,8 +69,16 @@ def name_graph(model: onnx_ir.Model, inputs: Sequence[str], outputs: Sequence[st
         model: whose graph has these inputs and outputs, in order.
         inputs: names of the inputs; vectors and ids may follow them in the graph.
         outputs: names of the outputs, none of them an input's.
+
+    Raises:
+        ExportError: torch.onnx wrote another number of outputs.
     """
     graph = model.graph
+    if len(graph.outputs) != len(outputs):
+        raise ExportError(
+            f"torch.onnx wrote {len(graph.outputs)} of the {len(outputs)} outputs {list(outputs)}: it made None of a "
+            "tensor, as of the tangent of torch.autograd.forward_ad (torch.func.jvp is written). Leave that output out"
+        )
     for index, value in enumerate(graph.outputs):
         if value.producer() is None or value in list(graph.outputs)[:index]:
             graph.outputs[index] = _copied(graph, value)

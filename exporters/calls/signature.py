@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from onelora_compile.errors import ExportError
+from onelora_compile.errors import ConfigError, ExportError
 from onelora_compile.exporters.calls.structure import PAST, PRESENT, Path, check_counters, is_cache, mapped, tensors_in
 
 
@@ -37,7 +37,13 @@ class Call:
 
     @classmethod
     def of(cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Call:
-        """The call of a model with these arguments."""
+        """The call of a model with these arguments.
+
+        Raises:
+            ConfigError: `kwargs` is no mapping.
+        """
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise ConfigError(f"kwargs must be a mapping of argument names to values, got {kwargs!r}")
         args, kwargs = tuple(args), dict(kwargs or {})
         positional, starred = _positional_names(model, len(args))
         arguments: dict[str, Any] = dict(zip(positional, args, strict=False))

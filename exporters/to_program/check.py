@@ -52,7 +52,7 @@ def check_program(
                 actual = feed(args, kwargs | vectors)
             except Exception as error:  # runtimes raise what they like
                 raise ExportError(f"the {what} can't be run on the example inputs: {error}") from error
-        parity = compare(list(outputs_of(outcome).values()), [one.detach().cpu() for one in actual], outputs)
+        parity = compare(list(outputs_of(outcome).values()), actual, outputs)
         if not parity.passed:
             raise ExportError(
                 f"the {what} differs from {type(source.root).__name__} {which}: output {parity.output!r} by "

@@ -1,0 +1,75 @@
+"""Outputs that PyTorch's exporters lose, or that have no numbers to compare: right, or one error that names them."""
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+import onelora_compile as onelora
+from onelora_compile.errors import ConfigError, ExportError
+from onelora_compile.exporters import export_onnx, export_program
+from onelora_compile.testing import fill_vectors
+
+
+def tangent(s, x):
+    with forward_ad.dual_level():
+        both = forward_ad.unpack_dual(s.l(forward_ad.make_dual(x, torch.ones_like(x))))
+    return {"y": both.primal, "slope": both.tangent}
+
+
+# name -> (forward, what is said of the output where it is not written)
+OUTPUTS: dict[str, tuple[Callable[..., Any], str | None]] = {
+    "tangent": (tangent, r"slope.*made None of a tensor"),
+    "jvp": (lambda s, x: {"y": s.l(x), "slope": torch.func.jvp(torch.sin, (x,), (x,))[1]}, None),
+    "vjp": (lambda s, x: {"y": s.l(x), "slope": torch.func.vjp(torch.sin, x)[0]}, r"slope|can't convert"),
+    "sparse": (lambda s, x: {"y": s.l(x), "slope": x.to_sparse()}, r"slope.*sparse|can't convert"),
+    "meta": (lambda s, x: {"y": s.l(x), "slope": torch.empty(2, device="meta")}, r"slope.*'meta'"),
+    "none": (lambda s, x: {"y": s.l(x), "slope": None}, None),
+    "number": (lambda s, x: {"y": s.l(x), "slope": 3}, None),
+    "gradient": (lambda s, x: {"y": s.l(x), "slope": x.grad}, None),
+    "while exporting": (
+        lambda s, x: {"y": s.l(x), "slope": None if torch.compiler.is_exporting() else x},
+        "has 1 outputs .*, the model 2",
+    ),
+}
+
+
+class Outputs(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.l, self.given = nn.Linear(4, 4), forward
+
+    def forward(self, x):
+        return self.given(self, x)
+
+
+@pytest.mark.filterwarnings("ignore:A model attribute .* requires gradient:UserWarning")  # of vjp
+@pytest.mark.parametrize("to", ["onnx", "program"])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_is_right_or_named(name, to, tmp_path):
+    torch.manual_seed(0)
+    forward, said = OUTPUTS[name]
+    said = None if (name, to) == ("tangent", "program") else said  # torch.onnx alone loses it
+    model, x = fill_vectors(onelora.adapt(Outputs(forward)), 0.1), torch.randn(2, 4)
+    before = copy.deepcopy(model.state_dict())
+    with contextlib.nullcontext() if said is None else pytest.raises(ExportError, match=said) as refused:
+        if to == "onnx":
+            export_onnx(model, (x,), tmp_path / "m.onnx", progress=False)
+        else:
+            given, wanted = export_program(model, (x,)).module()(x), model(x)
+            tensors = {key: value for key, value in wanted.items() if isinstance(value, torch.Tensor)}
+            torch.testing.assert_close(given, tensors)
+    assert (tmp_path / "m.onnx").exists() == (to == "onnx" and refused is None)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_keywords_that_are_none(tmp_path):
+    """A path in the place of `kwargs`."""
+    model = onelora.adapt(Outputs(lambda s, x: s.l(x)))
+    with pytest.raises(ConfigError, match=r"kwargs must be a mapping .*, got 'm\.pt2'"):
+        export_program(model, (torch.randn(2, 4),), "m.pt2")  # type: ignore[arg-type]
