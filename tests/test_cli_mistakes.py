@@ -181,6 +181,17 @@ VALUES = [
 ]
 
 
+# A name of a file that is empty, as of a variable that is not set: what stands before it is told.
+EMPTY = [
+    *(tuple("" if "{}" in word else word for word in words) for words in (READS | WRITES).values()),
+    ("bench", ""),
+    ("export", "", "-o", "out.onnx"),
+    ("verify", " ", "base.onnx"),
+    ("fold", "base.onnx", "a.safetensors", "--output="),
+    ("fold", "", "", "-o", ""),
+]
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A folder with the user's modules, a model in two modes, an adapter, and files that are wrong."""
@@ -266,6 +277,14 @@ def test_usage(project, capfd, arguments):
 @pytest.mark.parametrize(("arguments", "said"), VALUES, ids=[" ".join(one) for one, _ in VALUES])
 def test_values(project, capfd, arguments, said):
     assert said in mistake(capfd, arguments)
+
+
+@pytest.mark.parametrize("arguments", EMPTY, ids=" ".join)
+def test_empty_names(project, capfd, arguments):
+    number = next(number for number, one in enumerate(arguments) if not one.strip() or one.endswith("="))
+    before = arguments[number] if arguments[number].endswith("=") else arguments[number - 1]
+    line = mistake(capfd, arguments, code=2)
+    assert f"nothing stands after {before!r} but an empty argument" in line
 
 
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "COLUMNS": "160", "PYTHONCOERCECLOCALE": "0"}

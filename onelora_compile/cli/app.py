@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 import sys
 import types
@@ -109,12 +110,26 @@ def load_arrays(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not a .npz file of arrays: {error}") from None
 
 
+def _before_an_empty_one(arguments: Sequence[str]) -> str:
+    """What stands before an argument that is empty, which a path would take for the folder "."; "" if there is none."""
+    for before, one in itertools.pairwise(["onelora", *arguments]):
+        if not one.strip():
+            return before
+        if match := re.fullmatch(r"(--[\w-]+=)\s*", one):
+            return match[1]
+    return ""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 1 after a mistake, 2 after wrong usage, with one line on standard error."""
     print_in_any_locale()
-    if (sys.argv[1:] if arguments is None else list(arguments)) == ["--version"]:  # typer takes pydantic to read a flag
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given == ["--version"]:  # typer takes pydantic to read a flag
         print(__version__)
         sys.exit(0)
+    if before := _before_an_empty_one(given):
+        fail(ConfigError(f"nothing stands after {before!r} but an empty argument: is a variable of the shell not set?"))
+        sys.exit(2)
     try:
         sys.exit(app(arguments, prog_name="onelora", standalone_mode=False))
     except typer.Abort:

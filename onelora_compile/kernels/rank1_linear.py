@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from onelora_compile.errors import StateError
 from onelora_compile.kernels import NO_GPU, configs, interpreted
 from onelora_compile.kernels.rank1_matmul import rank1_matmul_kernel
 
@@ -36,12 +37,12 @@ def rank1_matmul(
     Shapes: a [M, K] and w [K, N] of any strides; bias and column [N]; row [K]; left [M] -> [M, N], [M], [K] or None.
     Dtype: a and w the same, of float32, bfloat16, float16; the others any of these; out as a, rows and down float32.
     `tile`: None takes the fastest, which the first call for a size measures.
-    Raises: RuntimeError on a device that Triton does not run on; TypeError for another dtype.
+    Raises: StateError on a device that Triton does not run on; TypeError for another dtype.
     """
     if a.dtype not in DTYPES or w.dtype != a.dtype:
         raise TypeError(f"rank1_matmul takes float32, bfloat16 or float16, the same twice; got {a.dtype} and {w.dtype}")
     if not (a.is_cuda or interpreted()):
-        raise RuntimeError(f"rank1_matmul on a tensor on {a.device}: {NO_GPU}, or TRITON_INTERPRET=1 for tests")
+        raise StateError(f"rank1_matmul on a tensor on {a.device}: {NO_GPU}, or TRITON_INTERPRET=1 for tests")
     (m, k), n = a.shape, w.shape[1]
     # The interpreter cuts float32 to bfloat16 instead of rounding.
     out = a.new_empty(m, n, dtype=torch.float32 if interpreted() else a.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import fx
 
-from onelora_compile.errors import require
+from onelora_compile.errors import ConfigError, require
 from onelora_compile.ops import ADAPTED_WEIGHT, FEATURE_SUM
 from onelora_compile.passes.lowerings import LOWERING
 from onelora_compile.passes.sites.linear_site import is_update, match_linear, module_path
@@ -27,7 +27,7 @@ def draw(before: fx.GraphModule, after: fx.GraphModule, path: Path, module: str 
     panels = [_layout(gm, module) for gm in (before, after)]
     if not panels[0]:
         offered = sorted({module_path(node) for node in before.graph.nodes} - {""})
-        raise ValueError(f"no op of the graph belongs to a module {module!r}; its modules are {', '.join(offered)}")
+        raise ConfigError(f"no op of the graph belongs to a module {module!r}; its modules are {', '.join(offered)}")
     columns = [1 + max(x for x, _ in panel.values()) for panel in panels]
     rows = 1 + max(y for panel in panels for _, y in panel.values())
     figure = Figure(figsize=(_WIDTH * sum(columns), _HEIGHT * (rows + 2)))

@@ -17,7 +17,7 @@ from onelora_compile.adapting.select_targets import named_modules, select
 from onelora_compile.adapting.weight_target import vector_key
 from onelora_compile.dynamo import private_api
 from onelora_compile.dynamo.capture import capture
-from onelora_compile.errors import TargetError
+from onelora_compile.errors import ConfigError, TargetError
 from onelora_compile.file_names import as_path
 from onelora_compile.passes.graph.subgraphs import Scope, scopes
 from onelora_compile.passes.lowerings import LOWERING
@@ -113,11 +113,11 @@ class Explanation(Printable):
             graph: number of the graph.
 
         Raises:
-            ValueError: there is no such graph or module in it; the message lists the modules.
+            ConfigError: there is no such graph or module in it; the message lists the modules.
             MissingExtraError: matplotlib is not installed.
         """
         if not 0 <= graph < len(self.captured):
-            raise ValueError(f"there is no graph {graph}; the call became {len(self.captured)} graphs, from 0")
+            raise ConfigError(f"there is no graph {graph}; the call became {len(self.captured)} graphs, from 0")
         return draw(*self.captured[graph], as_path(path, "path"), module)
 
 

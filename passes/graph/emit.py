@@ -11,6 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from onelora_compile.dynamo.private_api import is_of_a_transform, on_examples
+from onelora_compile.errors import PassError
 from onelora_compile.passes.sites.operators import as_operator
 
 _EXAMPLES = ("example_value", "val")
@@ -73,7 +74,7 @@ def inline(graph: fx.Graph, node: fx.Node, traced: fx.GraphModule, sources: Sequ
     with graph.inserting_before(node):
         for old in traced.graph.nodes:
             if old.op == "get_attr":
-                raise NotImplementedError(f"a constant in {node.target}: {old.target}")
+                raise PassError(f"a constant in {node.target}: {old.target}")
             if old.op in ("placeholder", "output"):
                 continue
             new = inner[old] = graph.node_copy(old, inner.__getitem__)
