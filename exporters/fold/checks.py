@@ -13,6 +13,9 @@ from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_file import AdapterFile
 
+_MANY = (
+    " (of experts or heads, of which only weights of two axes are looked for: export the adapted model by export_onnx)"
+)
 NOTHING = "its vector is zero, so there is nothing to fold"
 
 
@@ -43,7 +46,8 @@ def check_places(matches: Matches, file: AdapterFile, base: Path, on_unmatched: 
         hint = f". It holds an adapter already ({', '.join(held.adapters) or 'unnamed'})" if held.traits is FOLD else ""
         raise BaseMismatchError(f"{base} is not the base of the adapter: none of its weights is; {worst}{hint}")
     if matches.unmatched and (on_unmatched == "error" or not matches.places):
-        listed = "; ".join(f"{name}: {reason}" for name, reason in list(matches.unmatched.items())[:8])
+        many = {name: _MANY for name in matches.unmatched if file.vectors[name].ndim > 1}
+        listed = "; ".join(f"{name}: {why}{many.get(name, '')}" for name, why in list(matches.unmatched.items())[:8])
         free = shortened((f"{one.name} {list(one.shape)} {one.dtype}" for one in matches.free), 12)
         raise ExportError(
             f"{len(matches.unmatched)} of {len(file.vectors)} vectors have no place in {base}: {listed}. Weights of "

@@ -1,4 +1,4 @@
-"""Vectors of layers that an exported file does not hold: nothing to fold where they are zero, named where not."""
+"""Vectors whose weight a file does not hold, or not as one matrix: zeros need no place, others are named."""
 
 import copy
 
@@ -12,7 +12,7 @@ from torch import nn
 import onelora_compile as onelora
 from onelora_compile.errors import BaseMismatchError, ExportError
 from onelora_compile.exporters import fold_onnx
-from onelora_compile.testing import merged_copy
+from onelora_compile.testing import fill_vectors, merged_copy
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the old exporter
 
@@ -73,3 +73,19 @@ def test_zeros_alone_do_not_hide_another_base(case):
     _, _, folder = case
     with pytest.raises(BaseMismatchError, match="is not the base of the adapter"):
         folded(onelora.adapt(Pooled()), folder)
+
+
+def test_experts_are_told_what_to_do(tmp_path):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 8, 6))
+
+        def forward(self, x):
+            return torch.bmm(x, self.w)
+
+    base, x = Experts(), torch.randn(3, 5, 8)
+    dynamo(copy.deepcopy(base), (x,), tmp_path / "m.onnx")
+    model = fill_vectors(onelora.adapt(base), 0.1)
+    with pytest.raises(ExportError, match=r"w: no weight of its shape \(of experts or heads, .* by export_onnx\)"):
+        folded(model, tmp_path)
