@@ -77,3 +77,41 @@ def test_what_is_assigned_meanwhile_stays(monkeypatch):
     with seen_here(torch, {"finfo": print}):
         TORCH.finfo = max
     assert TORCH.finfo is max
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.scale = nn.Linear(8, 16), nn.Linear(16, 8), nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return self.second(self.first(x).relu()) * self.scale
+
+
+def test_another_thread_calls_a_compiled_model_while_one_is_adapted():
+    """torch.fx marks the whole process as tracing, and what is compiled refuses to run then."""
+    served, x = Scaled(), torch.randn(2, 8)
+    failed: list[Exception] = []
+    done = threading.Event()
+    fast = torch.compile(served, backend="eager")
+    expected = fast(x)
+
+    def serve():
+        while not done.is_set():
+            try:
+                assert torch.equal(fast(x), expected)
+            except Exception as error:
+                failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for _ in range(20):
+            onelora.adapt(Scaled())
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert failed == []

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -134,6 +135,24 @@ class Uses(TorchFunctionMode):
         return fx.Proxy.__torch_function__(func, types, *given)
 
 
+# torch.fx's own, which marks the whole process as tracing: then what is compiled raises in every thread.  With a copy
+# of its globals it marks nothing.  Source: torch/fx/_symbolic_trace.py, `_is_fx_tracing_flag` (torch 2.13).
+_theirs = fx.Tracer.trace
+_trace: Any = types.FunctionType(
+    _theirs.__code__, dict(vars(_symbolic_trace)), "trace", _theirs.__defaults__, _theirs.__closure__
+)
+
+
+class _InThisThread:
+    """True for the thread that makes it."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return threading.get_ident() == self._thread
+
+
 class Tracer(fx.Tracer):
     """Follows one function."""
 
@@ -157,12 +176,16 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of the forward of a module."""
         kind: Any = nn.Module
+        before = _symbolic_trace._is_fx_tracing_flag
         own = kind.get_parameter, kind.__setattr__
         kind.get_parameter = _stored_parameter
         kind.__setattr__ = lambda module, name, value: self._assign(own[1], module, name, value)
+        _symbolic_trace._is_fx_tracing_flag = _InThisThread()  # type: ignore[assignment]
         try:
-            return super().trace(root, concrete_args)
+            graph: fx.Graph = _trace(self, root, concrete_args)
+            return graph
         finally:
+            _symbolic_trace._is_fx_tracing_flag = before
             kind.get_parameter, kind.__setattr__ = own
 
     def holder(self, parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
