@@ -9,7 +9,7 @@ OTHER := $(VENV)-torch-$(TORCH)
 # Triton 3.6, which comes with it, needs an older NumPy for its interpreter.
 NEEDED_BY_2.11.0 := 'numpy<2.4'
 
-.PHONY: help setup demo test check test-slow test-real test-runtimes test-torch bench docs lint clean
+.PHONY: help setup demo test check test-slow test-real test-runtimes test-torch gpu bench docs lint clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -72,6 +72,12 @@ $(OTHER)/.ready: pyproject.toml constraints.txt
 test-torch: $(if $(TORCH),$(OTHER)/.ready)  ## Run the tests with another PyTorch: make test-torch TORCH=2.15.0
 	@test -n "$(TORCH)" || { echo "which? make test-torch TORCH=2.15.0"; exit 1; }
 	$(OTHER)/bin/pytest -n auto --maxprocesses 4
+
+# The Python that has the GPU's PyTorch: a device's own, or .venv's where that is a CUDA build.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu:  ## Measure everything that a GPU can prove, and say which claims hold (10 minutes; needs CUDA)
+	$(GPU_PYTHON) benchmarks/gpu/run.py
 
 bench: $(READY)  ## Run the CPU benchmarks and print their tables (ROUNDS=5: quicker, noisier)
 	@for one in linear spelling siblings train swap adapters fold onnx; do \
