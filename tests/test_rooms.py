@@ -17,7 +17,8 @@ ORDER += [
     "",
     *(
         "exporters/jetson/device/core exporters/onnx_file exporters/calls exporters/opsets exporters/onnx_runtime "
-        "exporters/to_program exporters/to_onnx exporters/quantized exporters/fold exporters/tensorrt exporters/jetson "
+        "exporters/half exporters/faults exporters/to_program exporters/to_onnx exporters/quantized exporters/fold "
+        "exporters/tensorrt exporters/jetson "
         "exporters examples cli __main__"
     ).split(),
 ]

@@ -154,7 +154,7 @@ def bundle(
     check_free(out)
     with steps(f"bundle {out.name}", 4, progress) as step, replacing_folder(out) as folder:
         step("fit the model")
-        fitted = fit(source, target, swap)
+        fitted = fit(source, target, swap, weak_fp16)
         profile = profile_of(fitted.model, shapes)
         types = types_text(fitted, target, weak_fp16)
         files = _adapter_files(fitted, adapters, source)

@@ -57,6 +57,7 @@ def manifest_of(
             "opset": fitted.model.opset_imports[""],
             "dtypes": fitted.dtypes,
             "quantized": fitted.quantized,
+            "graphs": fitted.graphs,
             "batch_input": first,
         },
         "vectors": {name: list(metadata.vectors[name]) for name in metadata.vectors} if swappable else {},

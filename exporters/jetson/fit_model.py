@@ -2,7 +2,7 @@
 
 vectors as inputs with defaults   TensorRT takes a default for a constant and drops the input: the defaults go
 opset above the parser's          lowered (lower_opset.py)
-LayerNormalization                written out for TensorRT 8.5, in float32 as the operator's definition has it
+graphs that it computes wrong     rewritten to the same function (the room `faults`)
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onelora_compile.errors import ConfigError, ExportError, require
+from onelora_compile.exporters.faults.rewrite import rewrite_for
 from onelora_compile.exporters.jetson.device.core.modes import MODES, HasMode
 from onelora_compile.exporters.jetson.releases import JetPack
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.exporters.opsets.lower import lower_opset
-from onelora_compile.exporters.opsets.write_out import write_out_norms
 from onelora_compile.printable import shortened
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Fitted(HasMode):
         values: the vectors that the file came with, float32 by name; empty if they are not swappable here.
         dtypes: of its numbers, those with most bytes first.
         quantized: whether it has QuantizeLinear.
+        graphs: what it has of the graphs that releases of TensorRT are known to compute wrong.
         notes: what was changed, and what the user should know.
     """
 
@@ -48,16 +49,18 @@ class Fitted(HasMode):
     values: dict[str, np.ndarray]
     dtypes: list[str]
     quantized: bool
+    graphs: list[str]
     notes: list[str]
 
 
-def fit(path: Path, jetpack: JetPack, swap: str = "auto") -> Fitted:
+def fit(path: Path, jetpack: JetPack, swap: str = "auto", weak_fp16: bool = False) -> Fitted:
     """Read a model and make it fit.
 
     Args:
         path: an ONNX file of `export_onnx` or `fold_onnx`, or of another tool (a model without vectors then).
         jetpack: whose TensorRT.
         swap: "refit" makes vectors that are inputs constants that can be refitted; "auto" leaves them inputs.
+        weak_fp16: whether TensorRT will choose float16 for a float32 model.
 
     Raises:
         ConfigError: refit where there is nothing to refit, or TensorRT can't.
@@ -75,15 +78,16 @@ def fit(path: Path, jetpack: JetPack, swap: str = "auto") -> Fitted:
     if before > jetpack.opset:
         lower_opset(model, jetpack.opset)
         notes.append(f"opset {before} lowered to {jetpack.opset}")
-    if "LayerNormalization" in jetpack.unknown and (count := write_out_norms(model)):
-        notes.append(f"{count} LayerNormalization written out: TensorRT {jetpack.tensorrt} has no such operator")
-    _check_operators(model, jetpack)
     dtypes = _dtypes(model)
+    half = weak_fp16 or not {"float16", "bfloat16"}.isdisjoint(dtypes)
+    rewritten = rewrite_for(model, jetpack.tensorrt, half, weak=weak_fp16 or (half and not jetpack.strongly_typed))
+    notes += rewritten.notes
+    _check_operators(model, jetpack)
     _check_dtypes(model, dtypes, jetpack)
     _forget_sources(model)
     require("onnx_ir.passes.common", "onnx", "make a bundle").RemoveUnusedNodesPass()(model)
     quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
-    return Fitted(model, metadata, mode, values, dtypes, quantized, notes)
+    return Fitted(model, metadata, mode, values, dtypes, quantized, rewritten.graphs, notes)
 
 
 def _mode(metadata: Metadata, jetpack: JetPack, swap: str) -> str:

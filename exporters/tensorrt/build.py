@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from onelora_compile.errors import ExportError
+from onelora_compile.errors import ExportError, require
+from onelora_compile.exporters.faults.rewrite import rewrite_for
 from onelora_compile.exporters.jetson.device.core.build import Build
 from onelora_compile.exporters.jetson.device.core.modes import FOLD
 from onelora_compile.exporters.onnx_file.save import data_files
@@ -29,7 +30,7 @@ from onelora_compile.exporters.tensorrt.options import (
     targets_of,
     timing_cache_of,
 )
-from onelora_compile.exporters.tensorrt.precision import precision_notes, precision_text, typing_of
+from onelora_compile.exporters.tensorrt.precision import Typing, holds_half, precision_notes, precision_text, typing_of
 from onelora_compile.exporters.tensorrt.profiles import profiles_of
 from onelora_compile.exporters.tensorrt.vectors import Prepared, hash_files, prepared
 from onelora_compile.file_names import as_path
@@ -57,7 +58,7 @@ class EngineReport(Printable):
         bytes: of the engine.
         manifest: what it was built from and for.
         losses: what rounding lost of vectors that went into weights on the way, by name.
-        notes: what the user should know.
+        notes: what the user should know, and what was rewritten for this TensorRT.
         warnings: of NVIDIA's libraries.
         parse_seconds: wall time of reading the model.
         build_seconds: wall time of the builder.
@@ -176,6 +177,7 @@ def build_engine(
         if model.traits.refits:
             check_refit(api)
         typing = typing_of(api, model.model, precision)
+        model, rewritten = _rewritten(api, model, typing)
         with in_our_words(onnx, api, refit=model.traits.refits):
             build = Build(api.trt, api.logger, typing.strong)
             build.parse(str(model.path), model.content())
@@ -195,7 +197,7 @@ def build_engine(
                 plan = build.plan(bar)
             built = time.perf_counter()
         tf32 = bool(build.config.get_flag(api.trt.BuilderFlag.TF32))
-        notes += precision_notes(model.model, typing)
+        notes += [*rewritten, *precision_notes(model.model, typing)]
         initial = _initial(model, adapter, onnx)
         manifest = dataclasses.replace(
             _manifest(api, model, onnx, adapter),
@@ -218,6 +220,17 @@ def build_engine(
         parse_seconds=parsed - start,
         build_seconds=built - parsed,
     )
+
+
+def _rewritten(api: Api, model: Prepared, typing: Typing) -> tuple[Prepared, list[str]]:
+    """The model without the graphs that this TensorRT is known to compute wrong, and what was done."""
+    if api.flavour != "tensorrt":  # of TensorRT-RTX, whose versions are others, no such graph is known
+        return model, []
+    if model.model.functions:
+        require("onnx_ir.passes.common", "onnx", "build an engine").InlinePass()(model.model)
+    half = bool(typing.flags) or holds_half(model.model)
+    found = rewrite_for(model.model, api.version, half, weak=half and not typing.strong)
+    return dataclasses.replace(model, changed=model.changed or found.changed), found.notes
 
 
 def _manifest(api: Api, model: Prepared, onnx: Path, adapter: Any) -> Manifest:

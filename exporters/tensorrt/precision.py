@@ -73,10 +73,19 @@ def typing_of(api: Api, model: onnx_ir.Model, precision: str | Sequence[str] | N
     return Typing(strong, ())
 
 
-def _needs_flags(model: onnx_ir.Model) -> list[str]:
+def holds_half(model: onnx_ir.Model) -> bool:
+    """Whether a model has numbers of 16 bit."""
+    return bool(_halves(model))
+
+
+def _halves(model: onnx_ir.Model) -> list[str]:
     dtypes = [value.dtype for value in (*model.graph.inputs, *model.graph.initializers.values())]
     found = {dtype.name for dtype in dtypes if dtype is not None}
-    needed = [name for name in ("FLOAT16", "BFLOAT16") if name in found]
+    return [name for name in ("FLOAT16", "BFLOAT16") if name in found]
+
+
+def _needs_flags(model: onnx_ir.Model) -> list[str]:
+    needed = _halves(model)
     quantised = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph)
     return needed + (["QuantizeLinear"] if quantised else [])
 

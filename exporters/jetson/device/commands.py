@@ -126,6 +126,8 @@ def _selftest(folder: Folder, options: Options, chosen: argparse.Namespace) -> i
         measure.smoke(model)
         return 0
     failed = [check for check in checks if not check.passed]
+    for line in measure.suspects(model) if failed else []:
+        print(line)
     print("selftest FAILED" if failed else "selftest passed")
     return 1 if failed else 0
 

@@ -72,6 +72,14 @@ def selftest(model: Deployed, tolerance: float | None = None) -> list[Check]:
     return checks
 
 
+def suspects(model: Deployed) -> list[str]:
+    """Which faults of this TensorRT, known from its users, would explain a difference, and what helps."""
+    if model.engine.faults is None:
+        return []
+    lines = [f"known fault: {fault}\n  -> {fault.cure}" for fault in model.engine.faults]
+    return lines or [f"note: no fault that is known of {model.engine.label} fits the graph of this model"]
+
+
 def references(folder: Folder) -> dict[str, dict[str, Tensor]]:
     """The stored tensors of each case: `inputs/<name>` and `outputs/<adapter>/<name>`."""
     try:

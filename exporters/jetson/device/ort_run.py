@@ -20,6 +20,7 @@ class OnnxRuntime:
     """As `TensorRT` of trt_run.py, on the CPU."""
 
     label = "ONNX Runtime"
+    faults = None
 
     def __init__(self, folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
         try:

@@ -10,6 +10,7 @@ from . import trt_module
 from .adapters import Vectors
 from .core.cuda import Cuda
 from .core.engine import Context, Engine, Weight, refit
+from .core.faults import Fault, known
 from .core.messages import Refused
 from .folder import BundleError, Folder
 from .options import Options
@@ -51,6 +52,7 @@ class TensorRT:
     Attributes:
         inputs: dtype and shape (-1 where it is dynamic) of each input, vectors included.
         outputs: the same of each output.
+        faults: what is known to be wrong in this TensorRT and is in the graph of this model; None if that is not known.
     """
 
     label = "TensorRT"
@@ -63,6 +65,7 @@ class TensorRT:
         plan = Plan(folder, self.trt, self.cuda.sm(), adapter)
         self.record = plan.record()
         self.label = f"{options.runtime} {self.trt.__version__}, SM {plan.identity['sm']}"
+        self.faults = _faults(folder, options, plan)
         self.engine = Engine(self.trt, self.log, plan.read())
         self.context = Context(self.engine, self.cuda)
         self.inputs, self.outputs = self.engine.inputs, self.engine.outputs
@@ -137,6 +140,14 @@ class TensorRT:
         held = {name: ctypes.create_string_buffer(one.data, len(one.data)) for name, one in vectors.items()}
         weights = {n: Weight(one.dtype, ctypes.addressof(held[n]), one.count) for n, one in vectors.items()}
         refit(self.engine, weights, _no_more)
+
+
+def _faults(folder: Folder, options: Options, plan: Plan) -> list[Fault] | None:
+    model, weak = folder.manifest["model"], folder.manifest["build"]["typing"] == "weak_fp16"
+    if options.runtime != "tensorrt" or "graphs" not in model:  # a bundle of an older version
+        return None
+    half = weak or "float16" in model["dtypes"] or "bfloat16" in model["dtypes"]
+    return known(plan.identity["version"], plan.identity["sm"], half, model["graphs"])
 
 
 def _no_more(names: list[str]) -> dict[str, Weight]:

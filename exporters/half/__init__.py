@@ -1,0 +1,1 @@
+"""What float16 can hold, and what stays in float32."""
