@@ -3,7 +3,9 @@
 from onelora_compile.exporters.calls.compare import Parity
 from onelora_compile.exporters.fold.fold import fold_onnx
 from onelora_compile.exporters.fold.report import FoldReport
-from onelora_compile.exporters.jetson.bundle import BundleReport, bundle
+from onelora_compile.exporters.half.report import RangeReport, ranges
+from onelora_compile.exporters.jetson.bundle import bundle
+from onelora_compile.exporters.jetson.bundle_report import BundleReport
 from onelora_compile.exporters.onnx_runtime.convert_adapter import convert_adapter
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
 from onelora_compile.exporters.onnx_runtime.verify import Verification, verify
@@ -23,6 +25,7 @@ __all__ = [
     "FoldReport",
     "OnnxRunner",
     "Parity",
+    "RangeReport",
     "RefitReport",
     "Verification",
     "build_engine",
@@ -32,6 +35,7 @@ __all__ = [
     "export_program",
     "export_runtime",
     "fold_onnx",
+    "ranges",
     "refit_engine",
     "verify",
 ]

@@ -42,6 +42,7 @@ THINNED = {
     "test_jetson_builds.py": 3,
     "test_jetson_double.py": 3,
     "test_jetson_refusals.py": 5,
+    "test_keep_float32.py": 3,
     "test_linears.py": 6,
     "test_modes.py": 8,
     "test_nothing_eaten.py": 3,

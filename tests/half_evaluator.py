@@ -24,8 +24,9 @@ class LayerNormalization(OpRun):
 
 
 def evaluate(model, **inputs):
-    """The outputs of a model of onnx_ir, or of a file."""
-    proto = ir.to_proto(model) if isinstance(model, ir.Model) else onnx.load(model)
+    """The outputs of a model, or of a file."""
+    proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
+    proto = proto if isinstance(proto, onnx.ModelProto) else onnx.load(proto)
     onnx.checker.check_model(proto, full_check=True)
     with np.errstate(all="ignore"):
         return ReferenceEvaluator(proto, new_ops=[LayerNormalization]).run(None, inputs)

@@ -115,6 +115,7 @@ def project(tmp_path_factory):
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(2, 5, 4)
     onelora.save_adapter(fill_vectors(onelora.adapt(model)), folder / "a.safetensors")
     export_onnx(model, (x,), folder / "input.onnx", adapters="input", dynamic_shapes=({0: "batch"},))
+    np.savez(folder / "inputs.npz", input=x.numpy())
     return folder
 
 
@@ -136,6 +137,7 @@ KEYS = {
     "fold": {"files", "folded", "skipped", "saturation"},
     "convert": {"file", "bytes"},
     "combine": {"file", "bytes", "parts", "vectors", "numbers", "saved"},
+    "ranges": {"file", "tensors", "before", "passed"},
     "verify": {"comparisons", "passed"},
     "engine": {"files", "bytes", "manifest", "losses"},
     "bundle": {"folder", "jetpack", "checks"},

@@ -17,9 +17,8 @@ ORDER += [
     "",
     *(
         "exporters/jetson/device/core exporters/onnx_file exporters/calls exporters/opsets exporters/onnx_runtime "
-        "exporters/half exporters/faults exporters/to_program exporters/to_onnx exporters/quantized exporters/fold "
-        "exporters/tensorrt exporters/jetson "
-        "exporters examples cli __main__"
+        "exporters/quantized exporters/fold exporters/half exporters/faults exporters/to_program exporters/to_onnx "
+        "exporters/tensorrt exporters/jetson exporters examples cli __main__"
     ).split(),
 ]
 DEVICE = ROOT / "exporters" / "jetson" / "device"  # a program of its own, with relative imports

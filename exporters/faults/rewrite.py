@@ -6,8 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from onelora_compile.errors import require
-from onelora_compile.exporters.faults.norms import fuse_layer_norms, half_norms, widen_norms
 from onelora_compile.exporters.faults.split_scale import has_attention, join_scales, split_scales
+from onelora_compile.exporters.half.norms import fuse_layer_norms, half_norms, widen_norms
 from onelora_compile.exporters.jetson.device.core.faults import (
     HALF_ATTENTION,
     HALF_NORM,

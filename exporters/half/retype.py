@@ -82,7 +82,7 @@ class _Retyping:
         attribute = _SAYS_ITSELF.get(node.op_type)
         for value in node.outputs:
             if value.dtype is not None and value.dtype.name in FLOATS:
-                value.dtype = dtype
+                value.type = self.writer.ir.TensorType(dtype)  # a copy of a model shares the types of the original
                 if attribute is not None and attribute in node.attributes:
                     node.attributes[attribute] = self.writer.ir.AttrInt64(attribute, dtype.value)
         held = node.attributes.get("value")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from onelora_compile.adapting.adapter import unwrap
 from onelora_compile.errors import ConfigError, ExportError, require
-from onelora_compile.exporters.calls.compare import Parity, badness, compare, compare_all
+from onelora_compile.exporters.calls.compare import TOLERANCE, Parity, badness, compare_all
 from onelora_compile.exporters.calls.evaluating import evaluating
 from onelora_compile.exporters.calls.signature import Call, outputs_of
 from onelora_compile.exporters.onnx_file.trained import Swapped
@@ -180,6 +181,7 @@ def check_export(
     call: Call,
     inputs: Sequence[Tensor],
     bank: Sequence[Mapping[str, np.ndarray]] = (),
+    inside: torch.dtype | None = None,
 ) -> Parity:
     """Run an exported file in ONNX Runtime on the CPU and the model in eager on the same inputs, and compare.
 
@@ -192,6 +194,7 @@ def check_export(
         call: inputs of the model.
         inputs: the same for the file, which may be of another dtype, in order.
         bank: the vectors of each adapter of a bank.
+        inside: a narrower dtype that the file computes in, whose tolerance counts for floating outputs too.
 
     Returns:
         The parity of the worst output of the worst comparison.
@@ -207,15 +210,28 @@ def check_export(
         with evaluating(model):
             outputs = torch.func.functional_call(model, swapped, *call.fresh())
         actual = [torch.from_numpy(np.asarray(value)) for value in chosen.run(given)]
-        parity = compare(_tensors(outputs), actual, runner.output_names)
+        compared = compare_all(_tensors(outputs), actual, runner.output_names)
+        parity = max((_at_least(one, inside) for one in compared), key=badness)
         if not parity.passed:
             raise ExportError(
                 f"the exported model differs from {type(model).__name__} {what}: output {parity.output!r} by "
                 f"{parity.relative:.1e} relative ({parity.absolute:.1e} absolute), {parity.tolerance:.0e} is allowed; "
-                "nothing was written"
+                f"nothing was written{_half_hint(parity, inputs)}"
             )
         found.append(parity)
     return max(found, key=badness)
+
+
+def _at_least(parity: Parity, inside: torch.dtype | None) -> Parity:
+    if inside is None or parity.tolerance not in TOLERANCE.values():  # of integers
+        return parity
+    return dataclasses.replace(parity, tolerance=max(parity.tolerance, TOLERANCE[inside]))
+
+
+def _half_hint(parity: Parity, inputs: Sequence[Tensor]) -> str:
+    half = any(value.dtype == torch.float16 for value in inputs) or parity.tolerance == TOLERANCE[torch.float16]
+    lost = not math.isfinite(parity.relative) and half
+    return ". float16 can't hold some of its values: keep_float32='auto' leaves these in float32" if lost else ""
 
 
 def _scenarios(

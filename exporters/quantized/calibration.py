@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,11 @@ import numpy as np
 from onelora_compile.errors import ConfigError, ExportError, require
 from onelora_compile.exporters.onnx_file.node_writer import Writer
 from onelora_compile.exporters.onnx_file.save import save_model
+from onelora_compile.exporters.onnx_runtime.feeds import NO_INPUTS, feeds
 from onelora_compile.exporters.quantized.saturation import Quantizer
 
 if TYPE_CHECKING:
     import onnx_ir
-
-
-NO_INPUTS = "calibration= holds no inputs"
 
 
 @dataclasses.dataclass
@@ -70,7 +68,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="onelora-") as folder:
         save_model(twin, Path(folder) / "twin.onnx", external or None)
         session = _session(Path(folder) / "twin.onnx")
-        for feed in _feeds(inputs, names):
+        for feed in feeds(inputs, names):
             with_vectors = _run(session, probes, feed)
             plain = _run(session, probes, feed | zeroed)
             for one, quantizer, value, base in zip(seen, quantizers, with_vectors, plain, strict=True):
@@ -87,7 +85,7 @@ def check_fits(inputs: Any, model: onnx_ir.Model) -> None:
     Raises:
         ConfigError: there are none, or they do not fit the model's.
     """
-    if not sum(1 for _ in _feeds(inputs, _input_names(model))):
+    if not sum(1 for _ in feeds(inputs, _input_names(model))):
         raise ConfigError(NO_INPUTS)
 
 
@@ -182,25 +180,3 @@ def _run(session: Any, probes: Sequence[str], feed: Mapping[str, np.ndarray]) ->
         return [np.asarray(value, np.float64) for value in session.run(list(probes), dict(feed))]
     except Exception as error:
         raise ConfigError(f"ONNX Runtime can't run a calibration input: {error}") from error
-
-
-def _feeds(inputs: Any, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-    """Each input by name."""
-    if hasattr(inputs, "get_next"):  # a CalibrationDataReader of onnxruntime.quantization
-        inputs = iter(inputs.get_next, None)
-    if isinstance(inputs, Mapping) or hasattr(inputs, "shape"):
-        inputs = [inputs]
-    for one in inputs:
-        if isinstance(one, Mapping):
-            feed = dict(one)
-        else:
-            values = list(one) if isinstance(one, (list, tuple)) else [one]
-            if len(values) != len(names):
-                raise ConfigError(f"a calibration input holds {len(values)} arrays; the model takes {list(names)}")
-            feed = dict(zip(names, values, strict=True))
-        if set(feed) != set(names):
-            raise ConfigError(f"a calibration input names {sorted(feed)}; the model takes {list(names)}")
-        yield {
-            name: np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
-            for name, value in feed.items()
-        }

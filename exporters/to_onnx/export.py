@@ -18,6 +18,9 @@ from onelora_compile.exporters.calls.compare import Parity
 from onelora_compile.exporters.calls.names import Names, chosen_names, name_graph
 from onelora_compile.exporters.calls.quiet import quiet
 from onelora_compile.exporters.calls.signature import Call
+from onelora_compile.exporters.half.choose import AUTO
+from onelora_compile.exporters.half.convert import fit_inputs, to_float16
+from onelora_compile.exporters.half.runs import Runs
 from onelora_compile.exporters.jetson.device.core.modes import BASE, EXPORTED, FOLD, IDS, MODES
 from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
@@ -60,6 +63,8 @@ def export_onnx(
     progress: bool = True,
     input_names: Names = None,
     output_names: Names = None,
+    keep_float32: str | Sequence[str] | None = None,
+    calibration: Any = None,
 ) -> ExportReport:
     """Export a model, adapted or not, to an ONNX file, and check that file in ONNX Runtime.
 
@@ -92,12 +97,18 @@ def export_onnx(
             arguments; of a tensor inside an argument, the way to it (`boxes.0`, `past_key_values.0.key`).
         output_names: of the tensors among the outputs, in the same way. Without: the keys of a mapping or a dataclass
             (`logits`), `output_0`, ... of a tuple, `present.0.key`, ... of a cache.
+        keep_float32: with `dtype=torch.float16`, which operators stay in float32. "auto": sums, softmax, norms that are
+            written out, and what reads or makes values that float16 can't hold, on the inputs, with a margin of 8.
+            Names of operators or of what they make, `*` for any part; names beside "auto" stay too. An input or
+            output that float16 can't hold stays in float32. None converts everything. Vectors are float32 in any case.
+        calibration: inputs for "auto", in the form that `fold_onnx` takes, by the names of the file's inputs; None is
+            the example. Ranges are measured with the vectors, without, and with every adapter of a bank.
 
     Raises:
         ExportError: the model can't be exported so, or the file differs from the model; no file is left then, and an
             old one is as it was.
         ConfigError: an unknown value of `adapters`, a bank without files, names that are too few, too many, unknown or
-            taken, an axis that no input has.
+            taken, an axis that no input has; `keep_float32` without float16, or a name that the file does not have.
         StateError: "load" or "input" of a model that is not adapted; a `disabled` block is open.
         AdapterFileError: a file of the bank that is damaged or of another model.
         BaseMismatchError: a file of the bank that was trained on another base.
@@ -110,6 +121,7 @@ def export_onnx(
         raise ConfigError("adapters='bank' needs bank=[files], and only that takes it")
     if opset_version is not None and opset_version < OLDEST:
         raise ConfigError(f"opset_version={opset_version}: {OLDEST} is the oldest that a model can be written in")
+    _check_kept(keep_float32, calibration, dtype)
     refuse_overwriting(path, bank, "path")
     refuse_other_kinds(path, ".onnx", "path")
     mode = MODES[adapters]
@@ -133,8 +145,11 @@ def export_onnx(
         taken = {} if mode is FOLD else dict.fromkeys(held, "a vector of the adapter")
         taken |= {IDS: "the ids of a bank"} if mode.feeds_ids else {}
         inputs = chosen_names("input", list(call.tensors), input_names, taken)
-        given = [_cast(tensor, dtype) for tensor in call.tensors.values()]
-        frozen = source.captured(Call.of(root, *call.with_tensors(given)), axes, _PLACES[adapters], dtype)
+        # What stays in float32 is never rounded: the program is captured wide, and converted as a file.
+        captured = dtype if keep_float32 is None else _wide(root)
+        given = [_cast(tensor, captured) for tensor in call.tensors.values()]
+        call_given = Call.of(root, *call.with_tensors(given))
+        frozen = source.captured(call_given, axes, _PLACES[adapters], captured, dtype)
         taken |= dict.fromkeys(inputs, "an input")
         outputs = chosen_names("output", frozen.outputs, output_names, taken)
         folded = source.named(frozen.folded)
@@ -147,6 +162,15 @@ def export_onnx(
         )
         name_graph(ir_model, inputs, outputs)
         _in_opset(ir_model, opset_version)
+        mixed = None
+        if keep_float32 is not None:
+            arrays = {name: tensor.detach().cpu().numpy() for name, tensor in zip(inputs, given, strict=True)}
+            whole = [name for name in used if name in trained.bases]
+            samples = arrays if calibration is None else calibration
+            runs = Runs(mode, used, held, len(banked), samples, inputs, zeros=not whole)
+            added = [name for name in used if name not in whole and mode is not FOLD]
+            mixed = to_float16(ir_model, keep_float32, lambda: runs.measured(ir_model), added, whole)
+            given = [torch.from_numpy(array) for array in fit_inputs(ir_model, arrays).values()]
         metadata = Metadata(
             mode=adapters if held else BASE.name,
             vectors={name: held[name].shape for name in used},
@@ -168,7 +192,8 @@ def export_onnx(
 
         def check(written: Path) -> None:
             if verify:
-                parity.append(check_export(written, root, call, given, list(banked.values())))
+                inside = None if mixed is None else torch.float16
+                parity.append(check_export(written, root, call, given, list(banked.values()), inside))
 
         files = save_model(ir_model, path, external_data, check, apart=used if mode.rebuilds else ())
     return ExportReport(
@@ -181,6 +206,7 @@ def export_onnx(
         losses=folded.losses,
         unused=folded.unused,
         captured_for=frozen.captured_for,
+        mixed=mixed,
         parity=parity[0] if parity else None,
         seconds=time.perf_counter() - start,
     )
@@ -188,6 +214,19 @@ def export_onnx(
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def _wide(root: nn.Module) -> torch.dtype | None:
+    """The dtype to capture a model in so that nothing is narrower than float32; None is its own."""
+    held = [*root.parameters(), *root.buffers()]
+    return torch.float32 if any(one.dtype in (torch.float16, torch.bfloat16) for one in held) else None
+
+
+def _check_kept(keep: str | Sequence[str] | None, calibration: Any, dtype: torch.dtype | None) -> None:
+    if keep is not None and dtype is not torch.float16:
+        raise ConfigError(f"keep_float32={keep!r} is for dtype=torch.float16; dtype is {dtype}")
+    if calibration is not None and (keep is None or AUTO not in ([keep] if isinstance(keep, str) else keep)):
+        raise ConfigError("calibration is for keep_float32='auto', which measures ranges on it")
 
 
 def _converted(program: ExportedProgram, opset_version: int | None, axes: Sequence[Axes]) -> onnx_ir.Model:

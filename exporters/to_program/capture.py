@@ -56,6 +56,7 @@ def freeze(
     place: Place = "folded",
     originals: Mapping[str, Tensor] | None = None,
     trained: Mapping[str, str] | None = None,
+    stored: torch.dtype | None = None,
 ) -> Frozen:
     """Export a plain model in evaluation mode and bring its vectors to their place; the model is not changed.
 
@@ -67,6 +68,7 @@ def freeze(
             "activation" as `add_rank1` of feature sums, one for each input.
         originals: as in `fold_vectors`.
         trained: as in `carry_vectors`, where vectors are carried.
+        stored: as in `fold_vectors`.
     """
     names: list[str] = []
     results: list[pytree.TreeSpec] = []
@@ -89,7 +91,7 @@ def freeze(
         program = exported(vary)  # with numbers for what is fixed
     sizes = captured_for(program, call, vary)
     if place == "folded":
-        placed, done = fold_vectors(program, originals=originals)
+        placed, done = fold_vectors(program, originals=originals, stored=stored)
     else:
         placed, done = carry_vectors(program, place, trained)
     return Frozen(placed, done, names, results[0], vary, sizes)

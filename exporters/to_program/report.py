@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from onelora_compile.exporters.calls.compare import Parity
+from onelora_compile.exporters.half.convert import Mixed
 from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.table import Table
 from onelora_compile.weights.merge import FoldLoss
@@ -28,6 +29,7 @@ class ExportReport(Printable):
             branches on a size was captured for the branch that the example takes.
         parity: the difference to eager on the example inputs; None without verification.
         seconds: wall time.
+        mixed: what stays in float32 of a model that was converted with `keep_float32`.
     """
 
     files: list[Path]
@@ -41,6 +43,7 @@ class ExportReport(Printable):
     captured_for: list[str]
     parity: Parity | None
     seconds: float
+    mixed: Mixed | None = None
 
     @property
     def error(self) -> float | None:
@@ -60,6 +63,8 @@ class ExportReport(Printable):
             table.add_row("vectors folded", f"{len(self.losses)} (lost to rounding: at most {worst:.1e} of the update)")
         else:
             table.add_row("vectors", f"{self.vectors}, mode {self.mode!r}")
+        if self.mixed is not None:
+            table.add_row("float16", str(self.mixed))
         if self.unused:
             table.add_row("not in the graph", ", ".join(self.unused))
         if self.captured_for:

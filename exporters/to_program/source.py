@@ -68,7 +68,14 @@ class Source:
         targets, values = self.trained.targets, self.trained.values
         return {target: self.prefix + name for target, name in targets.items() if name in values}
 
-    def captured(self, call: Call, axes: Sequence[Axes], place: Place, dtype: torch.dtype | None = None) -> Frozen:
+    def captured(
+        self,
+        call: Call,
+        axes: Sequence[Axes],
+        place: Place,
+        dtype: torch.dtype | None = None,
+        stored: torch.dtype | None = None,
+    ) -> Frozen:
         """The program of a call, its vectors at a place.
 
         Args:
@@ -76,6 +83,7 @@ class Source:
             axes: dynamic axes of each tensor of the call.
             place: of the vectors.
             dtype: of the program, whose folded weights are rounded once; None is the model's own.
+            stored: that folded weights will be stored in, for what is said of their rounding; None is the program's.
 
         Raises:
             ExportError: torch.export can't capture the model.
@@ -84,7 +92,7 @@ class Source:
         held = self.root.state_dict() if dtype is not None else {}
         originals = {name: value for name, value in held.items() if vector_of(name) is None}
         try:
-            return freeze(_in_dtype(self.root, dtype), call, axes, place, originals, self.replaced)
+            return freeze(_in_dtype(self.root, dtype), call, axes, place, originals, self.replaced, stored)
         except OneLoRAError:
             raise
         except Exception as error:  # torch.export raises what it likes, also the model's own exceptions

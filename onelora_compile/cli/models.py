@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from onelora_compile.cli.inspect_file import Content
     from onelora_compile.cli.reports import Combination, Comparisons, Conversion
-    from onelora_compile.exporters import ExportReport, FoldReport, OnnxRunner
+    from onelora_compile.exporters import ExportReport, FoldReport, OnnxRunner, RangeReport
 
 
 @command("onelora inspect a.safetensors", "onelora inspect model.onnx --json")
@@ -49,6 +49,14 @@ def export(
     bank: Annotated[list[Path] | None, typer.Option(help="An adapter of a bank; give it once for each.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset version; the exporter's own choice without.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Convert to float16.")] = False,
+    keep_float32: Annotated[
+        list[str] | None,
+        typer.Option(help="With --half: auto, or an operator that stays in float32, * for any part; once for each."),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="Inputs by name, a .npz, to measure ranges on for auto; once for each. Else the example."),
+    ] = None,
     dynamic: Annotated[
         list[str] | None, typer.Option(help="One more dynamic axis: 1=tokens, or of one input, x:2=height.")
     ] = None,
@@ -61,7 +69,7 @@ def export(
 
     The function is found in the current folder or among the installed packages. The first axis of the inputs is
     exported as the dynamic dimension "batch"; for executorch the sizes are the example's. --bank, --opset, --half,
-    --input-name and --output-name are for onnx.
+    --keep-float32, --calibration, --input-name and --output-name are for onnx.
     """
     import torch
 
@@ -80,19 +88,21 @@ def export(
             dtype=torch.float16 if half else None,
             bank=bank or (),
             verify=verify,
+            keep_float32=keep_float32 or None,
+            calibration=[load_arrays(path) for path in calibration] if calibration else None,
             input_names=renamed("--input-name", input_name or ()),
             output_names=renamed("--output-name", output_name or ()),
         )
     else:
         alone = {"--bank": bank, "--opset": opset, "--half": half, "--input-name": input_name}
-        alone |= {"--output-name": output_name}
+        alone |= {"--output-name": output_name, "--keep-float32": keep_float32, "--calibration": calibration}
         if given := [option for option, value in alone.items() if value]:
             raise ConfigError(f"{given[0]} is for --to onnx, not for {to}")
         if dynamic and to is Runtime.EXECUTORCH:
             raise ConfigError("--dynamic: executorch needs the largest size of an axis, which export_runtime takes")
         write = functools.partial(export_runtime, runtime=to.value, adapters=adapters.value, verify=verify)
     axes = [*([] if static or to is Runtime.EXECUTORCH else [BATCH]), *parse_axes(dynamic or ())]
-    refuse_overwriting(output, [adapter] if adapter else [], "--output")
+    refuse_overwriting(output, [*([adapter] if adapter else []), *(calibration or [])], "--output")
     check_writable(output)
     loaded = load_target(target)
     refuse_overwriting(output, loaded.files, "--output")
@@ -100,6 +110,21 @@ def export(
         if first := adapter or next(iter(bank or ()), None):
             load_adapter(loaded.model, first)
         return export_dynamic(loaded, axes, write, output)
+
+
+@command("onelora ranges model.onnx inputs.npz", "onelora ranges base.onnx inputs.npz --adapter a.safetensors")
+def ranges(
+    model: Annotated[Path, typer.Argument(help="The ONNX model, of any mode.")],
+    inputs: Annotated[list[Path], typer.Argument(help="Inputs by name, a .npz each.")],
+    adapter: Annotated[Path | None, typer.Option(help="Adapter to fold into a base, or to use.")] = None,
+) -> RangeReport:
+    """Show how large a model's values are on inputs, with its adapter and without: what float16 can't hold.
+
+    Fails if the file has float16 where a value overflows.
+    """
+    from onelora_compile.exporters import ranges as measure_ranges
+
+    return measure_ranges(model, [load_arrays(path) for path in inputs], adapter)
 
 
 @command("onelora fold base.onnx a.safetensors -o folded.onnx")

@@ -18,11 +18,13 @@ The given program is left as it is; tensors that are not folded are shared with 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
@@ -68,7 +70,10 @@ class _Use:
 
 
 def fold_vectors(
-    program: ExportedProgram, keep: bool = False, originals: Mapping[str, Tensor] | None = None
+    program: ExportedProgram,
+    keep: bool = False,
+    originals: Mapping[str, Tensor] | None = None,
+    stored: torch.dtype | None = None,
 ) -> tuple[ExportedProgram, FoldResult]:
     """A program that computes the same with vectors in its weights.
 
@@ -77,13 +82,14 @@ def fold_vectors(
         keep: leave the sums W + b 1ᵀ in the graph, and the vectors parameters of the program.
         originals: weights of the same names in a wider dtype, from before the program's were rounded: what is folded
             is rounded once, to the program's dtype.
+        stored: the dtype that the weights will be stored in later, which the losses are of; None is the program's.
 
     Raises:
         PassError: an update whose linear, or whose weight, can't be found in the program.
         MergeError: a weight that can't take its vector (quantised, or its dtype overflows).
     """
     gm = copied(program)
-    folder = _Folder(gm, program, keep, originals or {})
+    folder = _Folder(gm, program, keep, originals or {}, stored)
     folder.fold()
     return rebuilt(program, gm, folder.specs, folder.state), folder.result()
 
@@ -137,12 +143,18 @@ class _Folder:
     """One run of the pass: the new graph, the new state, and the books."""
 
     def __init__(
-        self, gm: fx.GraphModule, program: ExportedProgram, keep: bool, originals: Mapping[str, Tensor]
+        self,
+        gm: fx.GraphModule,
+        program: ExportedProgram,
+        keep: bool,
+        originals: Mapping[str, Tensor],
+        stored: torch.dtype | None,
     ) -> None:
         self.gm = gm
         self.program = program
         self.keep = keep
         self.originals = originals
+        self.stored = stored
         self.state: dict[str, Tensor] = dict(program.state_dict)
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         self.scopes = scopes(gm)
@@ -260,9 +272,14 @@ class _Folder:
         stored = self.program.state_dict[self._target(weight)].detach()
         exact = self.originals.get(self._target(weight), stored).detach()
         try:
-            value, loss = fold_weight(exact, self.program.state_dict[self._target(vector)], dims, stored.dtype)
+            held = self.program.state_dict[self._target(vector)]
+            value, loss = fold_weight(exact, held, dims, stored.dtype)
+            if self.stored not in (None, stored.dtype):
+                with contextlib.suppress(MergeError):  # what that dtype can't hold stays in the program's
+                    _, loss = fold_weight(exact, held, dims, self.stored)
         except MergeError as error:
-            raise MergeError(f"{self._module(vector)!r}: {error}") from None
+            helps = "; export_onnx(keep_float32='auto') leaves it in float32" if stored.dtype is torch.float16 else ""
+            raise MergeError(f"{self._module(vector)!r}: {error}{helps}") from None
         return nn.Parameter(value, requires_grad=False), loss
 
     def _sum(self, weight: fx.Node, vector: fx.Node, dims: tuple[int, ...]) -> fx.Node:
