@@ -98,7 +98,18 @@ def builder_side(real, faults, checked):
             self.ranges[name] = [low, best, high]
 
     class Network:
-        num_layers = 0  # nothing is known of them
+        @property
+        def num_layers(self):
+            return len(self.model.graph.node)
+
+        def get_layer(self, index):
+            node = self.model.graph.node[index]
+            inferred = onnx.shape_inference.infer_shapes(self.model).graph.value_info
+            known = {value.name: value for value in [*inferred, *self.model.graph.output]}
+            return checked("ILayer", Layer([known[name] for name in node.output if name in known], self.model.graph))
+
+        def mark_output(self, tensor):
+            self.model.graph.output.append(tensor._double.value)
 
         def __init__(self, flags):
             self.flags, self.marked = flags, []
@@ -127,8 +138,20 @@ def builder_side(real, faults, checked):
             self.marked += [name] if found else []
             return found
 
+    class Layer:
+        type = real.LayerType.ELEMENTWISE
+
+        def __init__(self, values, graph):
+            numbers = [value for value in values if value.type.tensor_type.elem_type in NUMBERS]
+            self.values, self.graph, self.num_outputs = numbers, graph, len(numbers)
+
+        def get_output(self, index):
+            return checked("ITensor", Slot(self.values[index], self.graph))
+
     class Slot:
-        def __init__(self, value):
+        def __init__(self, value, graph=None):
+            self.value = value
+            self.is_network_output = graph is not None and value.name in {one.name for one in graph.output}
             self.name, self.dtype, self.shape = value.name, dtype_of(real, value), shape_of(value)
 
     class Parser:
@@ -170,6 +193,9 @@ def builder_side(real, faults, checked):
         node_name = node_operator = lambda self: ""
 
     return {"Builder": Builder, "OnnxParser": Parser}
+
+
+NUMBERS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64)
 
 
 def dtype_of(real, value):

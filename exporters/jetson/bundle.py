@@ -12,7 +12,6 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,20 @@ from onelora_compile.exporters.jetson.bundle_manifest import (
     types_text,
 )
 from onelora_compile.exporters.jetson.bundle_readme import readme
+from onelora_compile.exporters.jetson.bundle_report import BundleReport
+from onelora_compile.exporters.jetson.check_ranges import check_ranges
 from onelora_compile.exporters.jetson.device.deployed import Deployed
 from onelora_compile.exporters.jetson.device.folder import BundleError, Folder, sha256_of
 from onelora_compile.exporters.jetson.device.measure import Check, selftest
 from onelora_compile.exporters.jetson.device.options import Options
 from onelora_compile.exporters.jetson.fit_model import Fitted, fit
-from onelora_compile.exporters.jetson.reference_outputs import default_swaps, reference_cases
+from onelora_compile.exporters.jetson.reference_outputs import (
+    Cases,
+    default_swaps,
+    reference_cases,
+    reference_inputs,
+    reference_runner,
+)
 from onelora_compile.exporters.jetson.releases import JetPack, jetpack_of
 from onelora_compile.exporters.jetson.shape_ranges import Shapes, profile_of
 from onelora_compile.exporters.jetson.trtexec import trtexec_script
@@ -41,11 +48,8 @@ from onelora_compile.exporters.onnx_file.save import save_model
 from onelora_compile.exporters.onnx_file.trained import other_values
 from onelora_compile.exporters.onnx_runtime.convert_adapter import adapter_of
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
-from onelora_compile.exporters.tensorrt.profiles import Profile
 from onelora_compile.file_names import as_path, as_paths
-from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.progress import steps
-from onelora_compile.table import Table
 from onelora_compile.weights.adapter_file import read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing_folder
 
@@ -54,56 +58,6 @@ PathLike = str | os.PathLike[str]
 # Largest difference over the largest magnitude of an output in ONNX Runtime here, where only the form changed.
 _HERE = {"float32": 1e-4, "float16": 1e-2}
 _BUILT = "(built)"  # the adapter whose values an engine for refit is built with
-
-
-@dataclass(frozen=True)
-class BundleReport(Printable):
-    """What a bundle holds.
-
-    Attributes:
-        folder: where it is.
-        bytes: of all its files.
-        jetpack: for which it is made.
-        tensorrt: of that JetPack.
-        mode: how an adapter reaches the model there: "fold", "load", "input", "bank", "refit" or "base".
-        adapters: names of those that can be used without a new bundle.
-        opset_version: of the model in it.
-        types: what the engine will compute in.
-        notes: what was changed in the model, and what to know.
-        checks: the bundle's own self-test in ONNX Runtime; empty without.
-        seconds: wall time.
-    """
-
-    folder: Path
-    bytes: int
-    jetpack: str
-    tensorrt: str
-    mode: str
-    adapters: list[str]
-    opset_version: int
-    types: str
-    notes: list[str]
-    checks: list[Check]
-    seconds: float
-
-    def __rich__(self) -> Table:
-        table = Table(title=f"bundle {self.folder}", show_header=False)
-        table.add_row("for", f"JetPack {self.jetpack}, TensorRT {self.tensorrt}")
-        table.add_row("size", bytes_text(self.bytes))
-        table.add_row("mode", self.mode)
-        table.add_row("adapters", ", ".join(self.adapters) or "none")
-        table.add_row("opset", str(self.opset_version))
-        table.add_row("types", self.types)
-        for note in self.notes:
-            table.add_row("note", note)
-        if self.checks:
-            worst = max(check.relative for check in self.checks)
-            table.add_row("checked", f"in ONNX Runtime: {len(self.checks)} comparisons, at most {worst:.1e} relative")
-        else:
-            table.add_row("checked", "no, and the device can't either (selftest=False)")
-        table.add_row("not checked", "TensorRT: run `python3 build_and_run.py build` and `selftest` on the device")
-        table.add_row("time", f"{self.seconds:.1f} s")
-        return table
 
 
 def bundle(
@@ -141,7 +95,8 @@ def bundle(
 
     Raises:
         ConfigError: an argument that can't be meant, or a dynamic input without shapes.
-        ExportError: that TensorRT would not take the model, or the bundle computes something else than the model.
+        ExportError: that TensorRT would not take the model, the bundle computes something else than the model, or a
+            value that the model has in float16 overflows on the reference inputs.
         StateError: adapters for a model that can't take any; `out` is something else, or is used on this machine.
         AdapterFileError: an adapter that is damaged or of another model.
         BaseMismatchError: an adapter that was trained on another base.
@@ -159,13 +114,17 @@ def bundle(
         types = types_text(fitted, target, weak_fp16)
         files = _adapter_files(fitted, adapters, source)
         built = _template(fitted) if fitted.traits.refits else {}
+        runner = reference_runner(source) if selftest else None
+        cases = reference_inputs(runner, profile, inputs) if runner is not None else {}
+        values = check_ranges(fitted, cases, files, weak_fp16)
         step("write")
         apart = tuple(fitted.values) if fitted.traits.takes_files and not fitted.traits.feeds_vectors else ()
         written = save_model(fitted.model, folder / "model.onnx", apart=apart)
         _write_adapters(folder, fitted, files)
         step("reference")
-        reference = _write_reference(folder, source, profile, inputs, files, built) if selftest else []
+        reference = _write_reference(folder, runner, cases, files, built) if runner is not None else []
         manifest = manifest_of(fitted, target, source, written, reference)
+        manifest["model"]["values"] = values
         manifest["build"] = {
             "typing": "weak_fp16" if weak_fp16 else "model",
             "workspace_mib": workspace_mib,
@@ -231,19 +190,12 @@ def _template(fitted: Fitted) -> dict[str, np.ndarray]:
 
 
 def _write_reference(
-    folder: Path,
-    source: Path,
-    profile: Profile,
-    inputs: Mapping[str, Any] | None,
-    files: Mapping[str, Path],
-    built: Mapping[str, np.ndarray],
+    folder: Path, runner: OnnxRunner, cases: Cases, files: Mapping[str, Path], built: Mapping[str, np.ndarray]
 ) -> list[dict[str, str]]:
     """What the original computes with every adapter; the manifest's list of the files."""
-    require("onnxruntime", "onnx", "make reference tensors (or pass selftest=False)")
-    runner, written = OnnxRunner(source), []
-    swaps = default_swaps(runner, files) | ({_BUILT: built} if built else {})
+    written, swaps = [], default_swaps(runner, files) | ({_BUILT: built} if built else {})
     (folder / "reference").mkdir()
-    for case, content in reference_cases(runner, profile, inputs, swaps).items():
+    for case, content in reference_cases(runner, cases, swaps).items():
         name = f"reference/{case}.safetensors"
         (folder / name).write_bytes(content)
         written.append({"case": case, "file": name})

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from onelora_compile.errors import ConfigError, ExportError
+from onelora_compile.errors import ConfigError, ExportError, require
 from onelora_compile.exporters.jetson.device.core.modes import BASE, IDS
 from onelora_compile.exporters.jetson.device.tensors import Tensor, safetensors_bytes
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
@@ -20,27 +20,47 @@ Swap = Mapping[str, np.ndarray] | Path | int | None
 Swaps = Mapping[str, Swap]
 
 
-def reference_cases(
-    runner: OnnxRunner, profile: Profile, given: Mapping[str, Any] | None, swaps: Swaps
-) -> dict[str, bytes]:
-    """The content of a safetensors file for each case, "opt" and, where it is another shape, "min".
+Cases = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def reference_runner(source: Path) -> OnnxRunner:
+    """The original model, before anything was done to it for TensorRT."""
+    require("onnxruntime", "onnx", "make reference tensors (or pass selftest=False)")
+    return OnnxRunner(source)
+
+
+def reference_inputs(
+    runner: OnnxRunner, profile: Profile, given: Mapping[str, Any] | None
+) -> dict[str, dict[str, np.ndarray]]:
+    """The inputs of each case: "given", or "opt" and, where it is another shape, "min".
 
     Args:
-        runner: the original model, before anything was done to it for TensorRT.
+        runner: the original model.
         profile: ranges of the dynamic inputs.
         given: arrays by name for one case; None draws random ones: floats from a normal distribution, integers 0 and 1.
-        swaps: for each adapter, its vectors, its file, or its id in a bank; None is the model as it is.
 
     Raises:
         ConfigError: other inputs than the model's, or of shapes outside of the profile.
-        ExportError: ONNX Runtime can't run the model.
     """
     if given is not None:
-        cases = {"given": _checked(runner, profile, given)}
-    else:
-        cases = {"opt": _draw(runner, profile, 1)}
-        if any(low != best for low, best, _ in profile.values()):
-            cases["min"] = _draw(runner, profile, 0)
+        return {"given": _checked(runner, profile, given)}
+    cases = {"opt": _draw(runner, profile, 1)}
+    if any(low != best for low, best, _ in profile.values()):
+        cases["min"] = _draw(runner, profile, 0)
+    return cases
+
+
+def reference_cases(runner: OnnxRunner, cases: Cases, swaps: Swaps) -> dict[str, bytes]:
+    """The content of a safetensors file for each case.
+
+    Args:
+        runner: as above.
+        cases: the inputs.
+        swaps: for each adapter, its vectors, its file, or its id in a bank; None is the model as it is.
+
+    Raises:
+        ExportError: ONNX Runtime can't run the model.
+    """
     return {case: safetensors_bytes(_run(runner, inputs, swaps)) for case, inputs in cases.items()}
 
 

@@ -12,6 +12,7 @@ from . import measure
 from .adapters import BASE, read_adapter, read_bytes, vectors_of
 from .deployed import Deployed, why_fixed
 from .folder import BundleError, Folder, sweep, write_atomically
+from .layers import find_start
 from .options import RUNTIMES, Options
 from .tensors import TensorError, npy_bytes, read_npy
 
@@ -47,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     _builder_options(one)
     one = add("selftest", _selftest, "compare the engine with the reference tensors of the bundle")
     one.add_argument("--tolerance", type=float, help="largest relative difference (default: the bundle's, by dtype)")
+    one.add_argument("--layers", action="store_true", help="if it fails, build an engine that shows where it starts")
+    _builder_options(one)
     one = add("bench", _bench, "measure latency, p50 and p99")
     one.add_argument("--runs", type=int, default=200)
     one.add_argument("--cuda-graph", action="store_true", help="launch the model as a CUDA graph")
@@ -126,7 +129,9 @@ def _selftest(folder: Folder, options: Options, chosen: argparse.Namespace) -> i
         measure.smoke(model)
         return 0
     failed = [check for check in checks if not check.passed]
-    for line in measure.suspects(model) if failed else []:
+    for line in measure.suspects(model, checks) if failed else []:
+        print(line)
+    for line in find_start(model) if failed and chosen.layers else []:
         print(line)
     print("selftest FAILED" if failed else "selftest passed")
     return 1 if failed else 0

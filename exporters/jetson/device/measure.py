@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Callable, NamedTuple
 
@@ -9,6 +10,8 @@ from .adapters import BASE
 from .deployed import Deployed
 from .folder import BundleError, Folder
 from .tensors import Tensor, TensorError, difference, read_safetensors
+
+LARGEST = 65504.0  # of float16
 
 
 class Check(NamedTuple):
@@ -22,6 +25,7 @@ class Check(NamedTuple):
         allowed: what `relative` may be.
         effect: how far the adapter moves this output from the base's, in the same measure; a difference can be told
             from "no adapter" only if this is larger than what is allowed.
+        wrong: what the output is where it is NaN, infinite, or one number everywhere and should not be; "" elsewhere.
     """
 
     case: str
@@ -30,6 +34,7 @@ class Check(NamedTuple):
     relative: float
     allowed: float
     effect: float
+    wrong: str = ""
 
     @property
     def passed(self) -> bool:
@@ -72,12 +77,34 @@ def selftest(model: Deployed, tolerance: float | None = None) -> list[Check]:
     return checks
 
 
-def suspects(model: Deployed) -> list[str]:
-    """Which faults of this TensorRT, known from its users, would explain a difference, and what helps."""
+def suspects(model: Deployed, checks: list[Check]) -> list[str]:
+    """What would explain that checks failed: outputs that are NaN, infinite or constant, and known faults."""
+    failed = [check for check in checks if not check.passed]
+    lines = [
+        f"output {check.output!r} with adapter {check.adapter!r}: {check.wrong}" for check in failed if check.wrong
+    ]
+    if any(check.wrong for check in failed):
+        lines += _nearest(model.folder)
     if model.engine.faults is None:
-        return []
-    lines = [f"known fault: {fault}\n  -> {fault.cure}" for fault in model.engine.faults]
-    return lines or [f"note: no fault that is known of {model.engine.label} fits the graph of this model"]
+        return lines
+    lines += [f"known fault: {fault}\n  -> {fault.cure}" for fault in model.engine.faults]
+    return lines if model.engine.faults else [*lines, _NO_FAULT.format(model.engine.label)]
+
+
+_NO_FAULT = "note: no fault that is known of {} fits the graph of this model"
+_NEAR = 8.0  # times smaller than the largest number of float16
+
+
+def _nearest(folder: Folder) -> list[str]:
+    """The values of the model that are nearest to the end of float16, of which the first is the likely beginning."""
+    values = folder.manifest["model"].get("values") or []
+    near = [one for one in values if one["largest"] * _NEAR > LARGEST and one["dtype"] == "float16"]
+    if not near:
+        return [
+            "no value of the model was near the end of float16 at packing; `selftest --layers` finds where it starts"
+        ]
+    named = ", ".join(f"{one['name']} ({one['op']}, {one['largest']:.3g})" for one in near[:5])
+    return [f"nearest to the end of float16 at packing, in order: {named}; `selftest --layers` finds where it starts"]
 
 
 def references(folder: Folder) -> dict[str, dict[str, Tensor]]:
@@ -110,8 +137,21 @@ def _compare(
             relative = difference(expected, found[output])[1]
         except TensorError as error:
             raise BundleError(f"output {output!r} has {error}") from None
-        checks.append(Check(case, name + again, output, relative, allowed, effect))
+        told = "" if relative <= allowed else wrong(found[output], expected)
+        checks.append(Check(case, name + again, output, relative, allowed, effect, told))
     return checks
+
+
+def wrong(found: Tensor, expected: Tensor | None = None) -> str:
+    """What a tensor is that can't be right: NaN, infinite, or one number where others are expected; "" elsewhere."""
+    values = found.values()
+    for what, is_so in (("NaN", math.isnan), ("infinite", math.isinf)):
+        count = sum(map(is_so, values)) if found.dtype.startswith(("float", "bfloat")) else 0
+        if count and (expected is None or expected.is_finite()):
+            return f"{count} of {len(values)} entries are {what}"
+    if expected is not None and len(values) > 1 and len(set(values)) == 1 and len(set(expected.values())) > 1:
+        return f"all {len(values)} entries are {values[0]:g}"
+    return ""
 
 
 def smoke(model: Deployed) -> None:

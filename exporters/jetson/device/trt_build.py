@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from typing import Any
+from typing import Any, Sequence
 
 from . import trt_module
 from .adapters import vectors_of
@@ -28,16 +28,20 @@ class Plan:
         trt: the module.
         sm: compute capability, "8.7".
         adapter: of the state; its vectors are in the engine in mode "load", elsewhere it does not matter.
+        watch: inner values that are outputs of it too.
     """
 
-    def __init__(self, folder: Folder, trt: Any, sm: str, adapter: dict[str, Any]) -> None:
-        self.identity = {
+    def __init__(self, folder: Folder, trt: Any, sm: str, adapter: dict[str, Any], watch: Sequence[str] = ()) -> None:
+        self.watch = list(watch)
+        self.identity: dict[str, Any] = {
             "module": str(trt.__name__),
             "version": str(trt.__version__),
             "sm": sm,
             "model": folder.manifest["model"]["sha256"],
             "adapter": adapter["sha256"] if folder.traits.rebuilds else "",
         }
+        if watch:
+            self.identity["watch"] = self.watch
         key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder.file("local", "engines")
         self.path = os.path.join(self.folder, key + ".plan")
@@ -80,15 +84,19 @@ class Plan:
         return content
 
 
-def build(folder: Folder, options: Options, adapter: dict[str, Any], force: bool = False) -> Plan:
+def build(
+    folder: Folder, options: Options, adapter: dict[str, Any], force: bool = False, watch: Sequence[str] = ()
+) -> Plan:
     """Build the engine if it is not there yet, in one step: a cut of power leaves none or a whole one.
+
+    With `watch`, one that has these inner values as outputs too.
 
     Raises:
         BundleError: TensorRT refuses the model; with its own messages and, for the known ones, what to do.
     """
     trt = trt_module.load(options.runtime)
     sm = f"{options.sm[:-1]}.{options.sm[-1]}" if options.sm else Cuda(options.library).sm()
-    plan = Plan(folder, trt, sm, adapter)
+    plan = Plan(folder, trt, sm, adapter, watch)
     if plan.exists() and not force:
         return plan
     os.makedirs(plan.folder, exist_ok=True)
@@ -169,6 +177,7 @@ def _build(trt: Any, folder: Folder, options: Options, plan: Plan, path: str) ->
         build.parse(path)
     except Refused as refused:
         raise BundleError(str(refused) + "".join(f"\n  -> {hint}" for hint in hints)) from None
+    build.watch(plan.watch)
     choices = folder.manifest["build"]
     build.workspace((options.workspace_mib or choices["workspace_mib"]) << 20)
     asked = options.optimization_level

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any
+from typing import Any, Sequence
 
 from . import trt_module
 from .adapters import Vectors
@@ -57,12 +57,12 @@ class TensorRT:
 
     label = "TensorRT"
 
-    def __init__(self, folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
+    def __init__(self, folder: Folder, options: Options, adapter: dict[str, Any], watch: Sequence[str] = ()) -> None:
         self.folder = folder
         self.trt = trt_module.load(options.runtime)
         self.log = trt_module.log(self.trt, options)
         self.cuda = Cuda(options.library)
-        plan = Plan(folder, self.trt, self.cuda.sm(), adapter)
+        plan = Plan(folder, self.trt, self.cuda.sm(), adapter, watch)
         self.record = plan.record()
         self.label = f"{options.runtime} {self.trt.__version__}, SM {plan.identity['sm']}"
         self.faults = _faults(folder, options, plan)

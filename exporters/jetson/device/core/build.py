@@ -84,6 +84,17 @@ class Build:
         self.config.set_flag(flag(self.trt, "BuilderFlag", "REFIT_INDIVIDUAL"))
         return [name for name in names if not network.mark_weights_refittable(name)]
 
+    def watch(self, names: Sequence[str]) -> list[str]:
+        """Let inner values be outputs too; returns those that the network has under these names."""
+        wanted, network, found = set(names), self.network, []
+        for index in range(network.num_layers):
+            layer = network.get_layer(index)
+            for tensor in (layer.get_output(place) for place in range(layer.num_outputs)):
+                if tensor is not None and tensor.name in wanted and not tensor.is_network_output:
+                    network.mark_output(tensor)
+                    found.append(tensor.name)
+        return found
+
     def use_timings(self, content: bytes) -> bool:
         """Use a timing cache, b"" for a new one; returns whether it is of this device and version.
 
