@@ -6,6 +6,7 @@ from onelora_compile.exporters.fold.report import FoldReport
 from onelora_compile.exporters.half.report import RangeReport, ranges
 from onelora_compile.exporters.jetson.bundle import bundle
 from onelora_compile.exporters.jetson.bundle_report import BundleReport
+from onelora_compile.exporters.onnx_runtime.calibration_reader import calibration_reader
 from onelora_compile.exporters.onnx_runtime.convert_adapter import convert_adapter
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
 from onelora_compile.exporters.onnx_runtime.verify import Verification, verify
@@ -30,6 +31,7 @@ __all__ = [
     "Verification",
     "build_engine",
     "bundle",
+    "calibration_reader",
     "convert_adapter",
     "export_onnx",
     "export_program",
