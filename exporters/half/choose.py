@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from onelora_compile.errors import ConfigError, require
 from onelora_compile.exporters.half.norms import half_norms
 from onelora_compile.exporters.half.ranges import LARGEST, NORMAL, STORED, TensorRange
-from onelora_compile.exporters.half.retype import FLOATS
+from onelora_compile.exporters.half.retype import FLOATS, OWN_INPUTS
 from onelora_compile.exporters.opsets.schema import schema_of, why_not
 from onelora_compile.printable import shortened
 
@@ -123,9 +123,13 @@ def _impossible(model: onnx_ir.Model) -> Kept:
             found[node] = "it has a body"
         elif not known or node.op_type in _QUANTIZERS:
             found[node] = f"{node.op_type} has dtypes of its own"
-        elif why_not(node, opset, {kinds.FLOAT: kinds.FLOAT16}) is not None and why_not(node, opset) is None:
+        elif node.op_type not in OWN_INPUTS and _is_float32_alone(node, opset, kinds):
             found[node] = f"{node.op_type} has no float16 in opset {opset}"
     return found
+
+
+def _is_float32_alone(node: onnx_ir.Node, opset: int, kinds: Any) -> bool:
+    return why_not(node, opset, {kinds.FLOAT: kinds.FLOAT16}) is not None and why_not(node, opset) is None
 
 
 def _reading(model: onnx_ir.Model, vectors: Collection[str]) -> Kept:

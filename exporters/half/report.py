@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from onelora_compile.errors import require
+from onelora_compile.errors import StateError, require
 from onelora_compile.exporters.fold.fold import fold_onnx
 from onelora_compile.exporters.half.ranges import LARGEST, STORED, TensorRange
 from onelora_compile.exporters.half.runs import Runs
@@ -19,7 +19,7 @@ from onelora_compile.exporters.jetson.device.core.modes import IDS
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.file_names import as_path
-from onelora_compile.printable import Printable
+from onelora_compile.printable import Printable, shortened
 from onelora_compile.table import Table
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 
@@ -108,7 +108,7 @@ def ranges(
 
     Raises:
         ConfigError: there are no inputs, or they do not fit the model.
-        StateError: an adapter for a model that can't take one.
+        StateError: a model whose vectors have no values, without an adapter.
         AdapterFileError, BaseMismatchError: the adapter does not belong to the model.
         ExportError: not a model, or ONNX Runtime can't run it.
         MissingExtraError: onnxruntime is not installed.
@@ -137,12 +137,14 @@ def _folded(path: Path, inputs: Any, adapter: Any) -> dict[str, TensorRange]:
 
 def _own(path: Path, metadata: Metadata) -> dict[str, np.ndarray]:
     held = load_model(path).graph.initializers
+    if absent := [name for name in metadata.vectors if name not in held]:
+        raise StateError(f"{path} has no values for its vectors ({shortened(absent)}), as in a bundle: give adapter=")
     return {name: read_tensor(held[name].const_value) for name in metadata.vectors}
 
 
 def _measured(path: Path, inputs: Any, metadata: Metadata, values: Mapping[str, np.ndarray]) -> dict[str, TensorRange]:
     model = load_model(path)
     given = [str(value.name) for value in model.graph.inputs if value.const_value is None]
-    names = [name for name in given if name != IDS]
+    names = [name for name in given if name != IDS and name not in values]
     runs = Runs(metadata.traits, list(values), values, len(metadata.adapters), inputs, names, zeros=False)
     return runs.measured(model)

@@ -31,7 +31,7 @@ _SAYS_ITSELF = {
     "RandomUniformLike": "dtype",
     "EyeLike": "dtype",
 }
-_OWN_INPUTS = {
+OWN_INPUTS = {
     "Resize": (1, 2),
     "QuantizeLinear": (1,),
     "DequantizeLinear": (1,),
@@ -95,7 +95,7 @@ class _Retyping:
     def inputs(self, node: onnx_ir.Node, dtype: onnx_ir.DataType) -> None:
         """Let an operator read its floating inputs in a dtype."""
         for index, value in enumerate(node.inputs):
-            if value is not None and index not in _OWN_INPUTS.get(node.op_type, ()):
+            if value is not None and index not in OWN_INPUTS.get(node.op_type, ()):
                 self._read(node, index, value, dtype)
 
     def kept(self, node: onnx_ir.Node) -> None:

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import onelora_compile as onelora
 from onelora_compile.cli import app
-from onelora_compile.errors import BaseMismatchError, ConfigError
-from onelora_compile.exporters import export_onnx, ranges
+from onelora_compile.errors import BaseMismatchError, ConfigError, StateError
+from onelora_compile.exporters import bundle, export_onnx, ranges
 from onelora_compile.testing import fill_vectors
 
 
@@ -103,6 +103,19 @@ def test_mistakes_are_named(graph, tmp_path):
     export_onnx(model, (x,), tmp_path / "f.onnx", input_names=["x"], progress=False)
     with pytest.raises(BaseMismatchError):  # it holds an adapter already
         ranges(tmp_path / "f.onnx", {"x": x.numpy()}, tmp_path / "a.safetensors")
+
+
+def test_a_file_without_values_for_its_vectors_is_given_an_adapter(tmp_path):
+    model, x = onelora.adapt(nn.Sequential(nn.Linear(8, 4))), torch.randn(5, 8)
+    onelora.save_adapter(fill_vectors(model, 0.1), tmp_path / "a.safetensors")
+    export_onnx(model, (x,), tmp_path / "m.onnx", adapters="input", input_names=["x"], progress=False)
+    bundle(tmp_path / "m.onnx", tmp_path / "b", progress=False)
+    with pytest.raises(StateError, match="give adapter="):
+        ranges(tmp_path / "b" / "model.onnx", {"x": x.numpy()})
+    report = ranges(tmp_path / "b" / "model.onnx", {"x": x.numpy()}, tmp_path / "a.safetensors")
+    whole = ranges(tmp_path / "m.onnx", {"x": x.numpy()})
+    largest = [max(one.largest for one in each.tensors.values()) for each in (report, whole)]
+    assert largest[0] == pytest.approx(largest[1], rel=1e-6)
 
 
 def test_the_command_line_shows_it_and_fails_where_float16_overflows(tmp_path):

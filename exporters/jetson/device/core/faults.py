@@ -80,6 +80,8 @@ FAULTS = (
         since=(8, 0),
         before=None,
         half=True,
+        cure="make the bundle or the engine again from the ONNX model: it is rewritten on the way. Where TensorRT "
+        "chooses the types (8.x, weak_fp16) that is no order to it: take float32 there",
     ),
     Fault(
         LAYER_NORM,
