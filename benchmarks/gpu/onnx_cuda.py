@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import onelora_compile as onelora
 from gpu.blocks import SMALL
@@ -30,7 +31,9 @@ def rows(device: str, small: bool) -> Iterator[Row]:
     for name, block in SMALL.items():
         model, x = block.build("cpu", torch.float32)
         x = x.detach()
-        fill_vectors(onelora.adapt(model), 0.05)
+        # The condition of a DiT is one for the whole batch, so a bank can't choose rows of what it feeds.
+        linears = [key for key, one in model.named_modules() if isinstance(one, nn.Linear) and key != "adaln"]
+        fill_vectors(onelora.adapt(model, onelora.OneLoRAConfig(target_modules=linears)), 0.05)
         merged = merged_copy(model)
         plain, wide = merged(x), merged.double()(x.double())
         with tempfile.TemporaryDirectory() as folder:
