@@ -136,10 +136,16 @@ class Uses(TorchFunctionMode):
 
 
 # torch.fx's own, which marks the whole process as tracing: then what is compiled raises in every thread.  With a copy
-# of its globals it marks nothing.  Source: torch/fx/_symbolic_trace.py, `_is_fx_tracing_flag` (torch 2.13).
+# of its globals it marks nothing.  From 2.14 on it marks its thread alone, and needs no copy.
+# Source: torch/fx/_symbolic_trace.py, `_is_fx_tracing_flag` (torch 2.11 to 2.13), `_is_fx_tracing_tls` (from 2.14).
+_FLAG = "_is_fx_tracing_flag"
 _theirs = fx.Tracer.trace
 _trace: Any = types.FunctionType(
-    _theirs.__code__, dict(vars(_symbolic_trace)), "trace", _theirs.__defaults__, _theirs.__closure__
+    _theirs.__code__,
+    dict(vars(_symbolic_trace)) if hasattr(_symbolic_trace, _FLAG) else _theirs.__globals__,
+    "trace",
+    _theirs.__defaults__,
+    _theirs.__closure__,
 )
 
 
@@ -176,16 +182,18 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of the forward of a module."""
         kind: Any = nn.Module
-        before = _symbolic_trace._is_fx_tracing_flag
+        before = getattr(_symbolic_trace, _FLAG, None)
         own = kind.get_parameter, kind.__setattr__
         kind.get_parameter = _stored_parameter
         kind.__setattr__ = lambda module, name, value: self._assign(own[1], module, name, value)
-        _symbolic_trace._is_fx_tracing_flag = _InThisThread()  # type: ignore[assignment]
+        if before is not None:
+            setattr(_symbolic_trace, _FLAG, _InThisThread())
         try:
             graph: fx.Graph = _trace(self, root, concrete_args)
             return graph
         finally:
-            _symbolic_trace._is_fx_tracing_flag = before
+            if before is not None:
+                setattr(_symbolic_trace, _FLAG, before)
             kind.get_parameter, kind.__setattr__ = own
 
     def holder(self, parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
