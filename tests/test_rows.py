@@ -334,3 +334,10 @@ def test_training_rows_warns_of_no_dead_vectors():
         warnings.simplefilter("error")
         with onelora.rows(model, [1, 1]):
             model(torch.randn(2, 8)).sum().backward()
+
+
+def test_vmap_hides_the_batch():
+    model, _ = with_adapters(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), 2)
+    x = torch.randn(3, 3, 4)  # as many rows as each has tokens
+    with onelora.rows(model, [1, 0, -1]), pytest.raises(onelora.StateError, match=r"inside torch\.func\.vmap"):
+        torch.func.vmap(model)(x)
