@@ -91,3 +91,120 @@ def test_what_is_trained_moves_with_a_switch():
     onelora.set_adapter(model, "two")
     assert all((vector == 0.5).all() for vector in onelora.vectors(model).values())
     assert list(onelora.row_parameters(model)) == ["one"]
+
+
+def gradients(model, parameters, loss):
+    """Of one backward: those of the waiting adapters; None for what has none."""
+    for parameter in parameters.values():
+        parameter.grad = None
+    loss(model).backward()
+    return {name: parameter.grad for name, parameter in parameters.items()}
+
+
+def two_users():
+    torch.manual_seed(0)
+    model = onelora.adapt(zoo.MLP().double())
+    for user in "ab":
+        onelora.add_adapter(model, user)
+    return model, onelora.row_parameters(model), torch.randn(3, 8).double()
+
+
+def of_rows(ids, x):
+    def loss(model):
+        with onelora.rows(model, ids):
+            return model(x).sin().sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("when", ["before the backward", "between two forwards", "before the step"])
+@pytest.mark.parametrize("wider", [False, True])
+def test_an_adapter_that_comes_meanwhile_takes_no_gradient_away(when, wider):
+    torch.manual_seed(0)
+    config = onelora.OneLoRAConfig(target_modules=["a"] if wider else "all-linear")
+    model, x = onelora.adapt(zoo.MLP().double(), config), torch.randn(3, 8).double()
+    for user in "ab":
+        onelora.add_adapter(model, user)
+    parameters, first_linear = onelora.row_parameters(model), len(onelora.vectors(model)["a"])
+    twice = when == "between two forwards"
+    expected = gradients(model, parameters, lambda model: of_rows(["a", "b", None], x)(model) * (2 if twice else 1))
+    for parameter in parameters.values():
+        parameter.grad = None
+    first = of_rows(["a", "b", None], x)(model)
+    if when == "before the step":
+        first.backward()
+    for number in range(6):
+        onelora.add_adapter(model, str(number), onelora.OneLoRAConfig())
+    if when != "before the step":
+        (first + of_rows(["a", "b", None], x)(model) if twice else first).backward()
+    for user, parameter in parameters.items():
+        assert parameter.grad is not None
+        assert parameter.grad.shape == parameter.shape
+        torch.testing.assert_close(parameter.grad[:first_linear], expected[user][:first_linear])
+
+
+def test_after_a_backward_that_failed():
+    model, parameters, x = two_users()
+    loss = of_rows(["a", "b", None], x)
+    expected = gradients(model, parameters, loss)
+
+    def fail(gradient):
+        raise RuntimeError("out of memory")
+
+    names = list(onelora.vectors(model))
+    handle = model.get_submodule(names[0]).register_forward_hook(lambda module, args, y: y.register_hook(fail) and None)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loss(model).backward()
+    handle.remove()
+    actual = gradients(model, parameters, loss)
+    for user in "ab":
+        torch.testing.assert_close(actual[user], expected[user])
+
+
+def test_the_row_of_a_deleted_adapter_is_out_of_an_optimizers_reach():
+    model, parameters, x = two_users()
+    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+    of_rows(["a", "b", None], x)(model).backward()
+    onelora.delete_adapter(model, "a")
+    onelora.add_adapter(model, "zoe")
+    optimizer.step()
+    onelora.set_adapter(model, "zoe")
+    assert not any(vector.any() for vector in onelora.vectors(model).values())
+
+
+def test_an_adapter_trains_on_its_own_linears_alone():
+    torch.manual_seed(0)
+    base, x = zoo.MLP().double(), torch.randn(3, 8).double()
+    config = onelora.OneLoRAConfig(target_modules=["a"])
+    model, alone = onelora.adapt(copy.deepcopy(base)), onelora.adapt(copy.deepcopy(base), config)
+    for name in ("active", "row"):
+        onelora.add_adapter(model, name, config)
+    row = torch.optim.AdamW([onelora.row_parameters(model)["row"]], lr=1e-2)
+    of_rows(["row"] * 3, x)(model).backward()
+    row.step()
+    onelora.set_adapter(model, "active")
+    for one in (model, alone):
+        one.zero_grad()
+        optimizer = torch.optim.AdamW(onelora.trainable_parameters(one), lr=1e-2)
+        one(x).sin().sum().backward()
+        optimizer.step()
+    expected = onelora.vectors(alone)["a"]
+    for name in ("active", "row"):
+        onelora.set_adapter(model, name)
+        actual = dict(onelora.vectors(model))
+        torch.testing.assert_close(actual.pop("a").float(), expected.float())
+        assert not any(vector.any() for vector in actual.values())
+
+
+def test_adapters_that_came_in_inference_mode_are_trained_as_any():
+    model = onelora.adapt(zoo.MLP())
+    x = torch.randn(2, 8)
+    with torch.inference_mode():
+        onelora.add_adapter(model, "a")
+        with onelora.rows(model, ["a", None]):
+            model(x)
+        onelora.set_adapter(model, "a")
+        onelora.set_adapter(model, "default")
+    parameters = onelora.row_parameters(model)
+    assert gradients(model, parameters, of_rows(["a", None], x))["a"] is not None
+    torch.optim.SGD(parameters.values(), lr=0.1).step()

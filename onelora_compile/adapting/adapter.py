@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapted_module import is_adapted, made_by_attach, remove
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import watch
-from onelora_compile.adapting.pool import DEFAULT, Pool
+from onelora_compile.adapting.pool import DEFAULT, Pool, check_name
 from onelora_compile.adapting.select_targets import Selection, clean_name, named_modules, select
 from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
@@ -81,6 +81,7 @@ def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: st
 
     Raises:
         StateError: the model, or a part of it, is adapted already, or it is sharded over processes.
+        ConfigError: the name is no string, or empty.
         TargetError: the selection is empty or can't be adapted; the message lists what the model offers.
     """
     root = unwrap(model)
@@ -91,6 +92,7 @@ def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: st
             "to load other values use onelora.load_adapter(model, path); for one more adapter beside it "
             "onelora.add_adapter(model, name)"
         )
+    check_name(adapter_name)
     refuse_sharded(root, "adapt", "call onelora.adapt before fully_shard")
     config = config or OneLoRAConfig()
     attach_vectors(root, select(root, config), config)
@@ -182,6 +184,8 @@ def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What an optimizer should get: the vectors and whatever modules_to_save and train_norms train.
 
+    Of a model that holds several adapters it is what the active one is on, and nothing that only others train.
+
     Raises:
         StateError: the model is not adapted, so that its whole base would be trained.
     """
@@ -191,7 +195,23 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
             "the model is not adapted yet: call onelora.adapt(model) before you build the optimizer, or run a model "
             "compiled with backend='onelora' once"
         )
-    return [meant(parameter) for parameter in root.parameters() if parameter.requires_grad]
+    others = _of_other_adapters(root)
+    parameters = [meant(parameter) for parameter in root.parameters() if parameter.requires_grad]
+    return [parameter for parameter in parameters if id(parameter) not in others]
+
+
+def _of_other_adapters(root: nn.Module) -> set[int]:
+    """The identities of what other adapters of the model train, and the active one does not."""
+    found: set[int] = set()
+    for _, part in named_modules(root):
+        state = state_or_none(part)
+        if state is not None and state.pool.held:
+            own = state.pool.held[state.pool.active]
+            tensors = {name: one.vector for name, one in adapted_weights(part).items()} | saved_tensors(part, state)
+            mine = {*own.vectors, *own.saved}
+            found |= {id(meant(one)) for one in tensors.values()}
+            found -= {id(meant(one)) for name, one in tensors.items() if name in mine}  # by any of its names
+    return found
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -202,6 +222,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = model.module
     return unwrap(inner) if inner is not None else model
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Whether a model is given inside DDP, which reduces the gradients of the parameters that it was built with."""
+    inner = model._modules.get("_orig_mod")
+    return isinstance(model, nn.parallel.DistributedDataParallel) or (inner is not None and is_replicated(inner))
 
 
 def refuse_sharded(root: nn.Module, purpose: str, remedy: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -20,6 +20,7 @@ from onelora_compile.adapting.adapted_module import OneLoRALayer
 from onelora_compile.adapting.batch_rows import ROWS, Block, LayerRows
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.dynamo.private_api import any_number_of_rows
+from onelora_compile.errors import ConfigError
 
 DEFAULT = "default"  # PEFT's name of an adapter that was given none
 _ALIGNED = 4  # columns of a vector start at multiples of 16 bytes, which Inductor's kernels load at once
@@ -60,6 +61,7 @@ class Pool:
         block: the `rows` blocks of the model.
         used: how many open blocks use an adapter, by name; all of them under None.
         trained: whether rows are trained, see row_training.py.
+        arriving: of the backward that runs, by its number: gradients of tables by the names of their vectors.
         places: the module and the attribute of every vector, by name, of the adapted modules `seen`.
     """
 
@@ -72,6 +74,7 @@ class Pool:
     used: Counter[str | None] = dataclasses.field(default_factory=Counter)
     next_id: int = 0
     trained: bool = False
+    arriving: tuple[int, list[tuple[str, Tensor]]] | None = None
     places: Places = dataclasses.field(default_factory=dict)
     seen: list[nn.Module] = dataclasses.field(default_factory=list)
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
@@ -80,7 +83,7 @@ class Pool:
         """A copy of the model is in no block."""
         own = {key: value for key, value in self.__dict__.items() if key not in ("lock", "used", "places", "seen")}
         held = {name: dataclasses.replace(one, parameter=None) for name, one in self.held.items()}
-        return own | {"held": held, "trained": False}
+        return own | {"held": held, "trained": False, "arriving": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, lock=threading.RLock(), used=Counter(), places={}, seen=[])
@@ -99,30 +102,34 @@ class Pool:
     def drop(self, name: str) -> None:
         """Forget an adapter; its row is free."""
         held = self.held.pop(name)
+        if held.parameter is not None:  # an optimizer may have it still, and the row will be another adapter's
+            held.parameter.data, held.parameter.grad = held.parameter.data.clone(), None
         if self.values is not None and held.row < len(self.values):
             with torch.no_grad():
                 self.values[held.row].zero_()
 
     def reserve(self, vectors: Mapping[str, Tensor], device: torch.device | None = None) -> None:
-        """Make the table wide and high enough, and put it on a device; values are kept."""
+        """Make the table wide and high enough, and put it on a device; values and gradients are kept."""
         first = next(iter(vectors.values()))
         columns, width = _columns(vectors)
         rows = max(held.row for held in self.held.values()) + 1
         old = self.values
         device = device or (first.device if old is None else old.device)
-        if old is not None and columns == self.columns and rows <= len(old) and device == old.device:
+        wide = any(one.dtype == torch.float64 for one in [*vectors.values(), *([] if old is None else [old])])
+        dtype = torch.float64 if wide else torch.float32
+        enough = old is not None and columns == self.columns and rows <= len(old)
+        if enough and old is not None and (device, dtype) == (old.device, old.dtype):
             return
         high = rows + 1 if old is None or rows <= len(old) else len(old) * 3 // 2 + 1
-        dtype = torch.float64 if any(one.dtype == torch.float64 for one in vectors.values()) else torch.float32
-        new = torch.zeros(max(high, 0 if old is None else len(old)), width, dtype=dtype, device=device)
-        if old is not None:
-            for name, start in self.columns.items():
-                size = vectors[name].numel()
-                new[: len(old), columns[name] : columns[name] + size] = old[:, start : start + size]
-        self.values, self.columns = new, columns
-        for held in self.held.values():
-            if held.parameter is not None:  # an optimizer has it
-                held.parameter.data, held.parameter.grad = new[held.row], None
+        shape, before, self.columns = (max(high, 0 if old is None else len(old)), width), self.columns, columns
+        places = [(start, columns[name], vectors[name].numel()) for name, start in before.items()]
+        with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference mode could never be trained
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
+            if old is not None:
+                _move(old, self.values, places)
+            for held in self.held.values():
+                if held.parameter is not None:
+                    _follow(held.parameter, self.values[held.row], places)
 
     def row_of(self, name: str, vectors: Mapping[str, Tensor]) -> list[Tensor]:
         """The vectors of a waiting adapter, views of its row, in the order of `vectors`."""
@@ -147,6 +154,31 @@ class Pool:
             known = getattr(module, ROWS, None)
             if known is None or known.table.data_ptr() != table.data_ptr() or known.table.shape != table.shape:
                 setattr(module, ROWS, LayerRows(any_number_of_rows(table), self.block))
+
+
+def check_name(name: object) -> str:
+    """Check the name of an adapter.
+
+    Raises:
+        ConfigError: it is no string, or empty.
+    """
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"adapter_name={name!r}: the name of an adapter is a string, and not empty")
+    return name
+
+
+def _move(old: Tensor, new: Tensor, places: Sequence[tuple[int, int, int]]) -> None:
+    """Copy columns of a table: where they were, where they are, and how many they are."""
+    for before, after, size in places:
+        new[: len(old), after : after + size] = old[:, before : before + size]
+
+
+def _follow(parameter: nn.Parameter, row: Tensor, places: Sequence[tuple[int, int, int]]) -> None:
+    """Let a parameter, which an optimizer has, be a row of the new table, with the gradient that it has."""
+    gradient, parameter.grad, parameter.data = parameter.grad, None, row
+    if gradient is not None:
+        parameter.grad = torch.zeros_like(row)
+        _move(gradient.unsqueeze(0), parameter.grad.unsqueeze(0), places)
 
 
 def _columns(vectors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:

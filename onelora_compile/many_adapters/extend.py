@@ -9,11 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted, remove, vector_name
-from onelora_compile.adapting.adapter import AdapterState, adapted_weights, running_statistics
+from onelora_compile.adapting.adapter import (
+    AdapterState,
+    adapted_weights,
+    is_replicated,
+    running_statistics,
+    unwrap,
+)
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.select_targets import Selection, clean_name, select
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
 from onelora_compile.adapting.weight_target import Target, attach, targets_of
+from onelora_compile.errors import StateError
+from onelora_compile.printable import shortened
 
 
 def select_on_base(root: nn.Module, config: OneLoRAConfig) -> Selection:
@@ -43,6 +51,24 @@ def extend(root: nn.Module, state: AdapterState, selection: Selection) -> None:
     for name in new:
         state.skipped.pop(name, None)
         state.not_linear.pop(name, None)
+
+
+def refuse_replicated(model: nn.Module, selection: Selection) -> None:
+    """Check that no process of DistributedDataParallel would train further vectors, or heads and norms, by itself.
+
+    Raises:
+        StateError: the model got there as one in DistributedDataParallel, and would have more to train.
+    """
+    if not is_replicated(model):
+        return
+    root = unwrap(model)
+    present, named = adapted_weights(root), named_tensors(root)
+    new = [name for name in selection.targets if name not in present]
+    if new := [*new, *(name for name in selection.saved if not named[name].requires_grad)]:
+        raise StateError(
+            f"DistributedDataParallel reduces the gradients that it knew when it was built, and the adapter trains "
+            f"others: {shortened(new)}. Give the model all its adapters first, and wrap it then"
+        )
 
 
 def named_tensors(root: nn.Module) -> dict[str, Tensor]:

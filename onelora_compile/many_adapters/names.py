@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import TypeVar
 
 import torch
@@ -23,11 +24,11 @@ from onelora_compile.adapting.adapter import (
     unwrap,
 )
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.pool import Held, Pool
+from onelora_compile.adapting.pool import Held, Pool, check_name
 from onelora_compile.adapting.select_targets import Selection, named_modules, saved_parameters
 from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.errors import ConfigError, StateError
-from onelora_compile.many_adapters.extend import extend, select_on_base
+from onelora_compile.many_adapters.extend import extend, refuse_replicated, select_on_base
 from onelora_compile.printable import shortened
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,11 +59,12 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     state = state_or_none(root)
     if state is None:
         return {}
-    pool, own = pool_of(root, state), {name: target.vector for name, target in adapted_weights(root).items()}
-    found = {}
-    for name, held in pool.held.items():
-        numbers = sum(own[key].numel() for key in held.vectors) + sum(one.numel() for one in held.saved.values())
-        found[name] = AdapterInfo(held.id, name == pool.active, held.vectors, tuple(held.saved), numbers)
+    pool, found = pool_of(root, state), {}
+    with pool.lock:  # other threads may add some
+        own = {name: target.vector for name, target in adapted_weights(root).items()}
+        for name, held in pool.held.items():
+            numbers = sum(own[key].numel() for key in held.vectors) + sum(one.numel() for one in held.saved.values())
+            found[name] = AdapterInfo(held.id, name == pool.active, held.vectors, tuple(held.saved), numbers)
     return found
 
 
@@ -79,7 +81,8 @@ def add_adapter(model: Model, adapter_name: str, config: OneLoRAConfig | None = 
         The same object.
 
     Raises:
-        StateError: the model is not adapted, or has an adapter of that name; a `disabled` block is open.
+        StateError: the model is not adapted, or has an adapter of that name; a `disabled` block is open; it would have
+            more to train, and DistributedDataParallel holds it.
         ConfigError: the name is no string, or empty.
         TargetError: as `adapt`.
     """
@@ -91,6 +94,7 @@ def add_adapter(model: Model, adapter_name: str, config: OneLoRAConfig | None = 
         chosen = Selection(adapted_weights(root), saved_parameters(root, state.config), {})
     else:
         chosen = select_on_base(root, config)
+    refuse_replicated(model, chosen)
     put_adapter(root, state, adapter_name, config or state.config, chosen, {}, {})
     return model
 
@@ -106,6 +110,8 @@ def put_adapter(
 ) -> None:
     """Let the model hold an adapter, or other values of the one of that name; those of the active one are written.
 
+    The scale of the active one is 1 then.
+
     Args:
         root: the adapted model.
         state: its state.
@@ -117,7 +123,7 @@ def put_adapter(
     """
     refuse_sharded(root, "hold several adapters in", "name no adapter")
     pool = pool_of(root, state)
-    with pool.lock:
+    with pool.lock, torch.inference_mode(False):
         refuse_used(pool, name, f"write to {name!r}")
         extend(root, state, selection)
         trained = [*selection.saved, *running_statistics(root, selection), *saved]
@@ -127,24 +133,13 @@ def put_adapter(
         live = live_vectors(root, pool)
         pool.reserve(live)
         assert pool.values is not None
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             pool.values[held.row].zero_()
             for row, key in zip(pool.row_of(name, live), live, strict=True):
                 if key in vectors:
                     row.copy_(vectors[key])
             if name == pool.active:
-                _write_active(root, state, pool, live, name, pool.scale)
-
-
-def check_name(name: object) -> str:
-    """Check the name of an adapter.
-
-    Raises:
-        ConfigError: it is no string, or empty.
-    """
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"adapter_name={name!r}: the name of an adapter is a string, and not empty")
-    return name
+                _write_active(root, state, pool, live, name, 1.0)
 
 
 def set_adapter(model: Model, adapter_name: str, scale: float = 1.0) -> Model:
@@ -172,15 +167,20 @@ def set_adapter(model: Model, adapter_name: str, scale: float = 1.0) -> Model:
     refuse_blocks([state], "switch")
     pool = pool_of(root, state)
     one_held(pool, adapter_name)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ConfigError(f"scale={scale!r} is no finite number")
+    scale = _number(scale)
     with pool.lock:
         if (adapter_name, scale) != (pool.active, pool.scale):
             refuse_used(pool, None, f"make {adapter_name!r} the active adapter")
             vectors = live_vectors(root, pool)
             _store_active(root, state, pool, vectors)
-            _write_active(root, state, pool, vectors, adapter_name, float(scale))
+            _write_active(root, state, pool, vectors, adapter_name, scale)
     return model
+
+
+def _number(scale: object) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ConfigError(f"scale={scale!r} is no finite number of Python")
+    return float(scale)
 
 
 def delete_adapter(model: Model, adapter_name: str) -> Model:
@@ -250,7 +250,7 @@ def one_held(pool: Pool, name: str) -> Held:
     Raises:
         StateError: there is none.
     """
-    if name not in pool.held:
+    if not isinstance(name, str) or name not in pool.held:
         raise StateError(f"there is no adapter {name!r} on this model; it has {shortened(list(pool.held))}")
     return pool.held[name]
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import OneLoRALayer
@@ -14,14 +18,14 @@ from onelora_compile.adapting.batch_rows import Chosen
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.errors import ConfigError, StateError
 from onelora_compile.many_adapters.names import live_vectors, pool_of
-from onelora_compile.many_adapters.row_training import follow_tables
+from onelora_compile.many_adapters.row_training import follow_tables, refuse_reduced
 from onelora_compile.printable import shortened
 
 BASE = -1
 
 
 @contextlib.contextmanager
-def rows(model: nn.Module, ids: Sequence[int | str | None] | Tensor) -> Iterator[None]:
+def rows(model: nn.Module, ids: Sequence[int | str | None] | NDArray[Any] | Tensor) -> Iterator[None]:
     """Inside the block each row of the batch has its own adapter; one graph for any mix, no recompilation.
 
     The block holds for the thread that opens it. Gradients flow to the active adapter through the model's vectors,
@@ -32,7 +36,8 @@ def rows(model: nn.Module, ids: Sequence[int | str | None] | Tensor) -> Iterator
         ids: [batch], an adapter for each row: names, or numbers as `adapters(model)` has them; None or -1 for the base.
 
     Raises:
-        StateError: the model is not adapted, or disabled; there is no such adapter; adapters of the block differ in
+        StateError: the model is not adapted, or disabled; rows are trained, and it is in DistributedDataParallel; there
+            is no such adapter; adapters of the block differ in
             what has no row: heads, norms, and weights that are read and not called (experts, packed attention,
             convolutions). The message names it. In the forward: the batch has another size.
         ConfigError: the ids are no list of names and numbers, and no tensor of integers with one axis.
@@ -41,6 +46,8 @@ def rows(model: nn.Module, ids: Sequence[int | str | None] | Tensor) -> Iterator
         raise StateError("rows can't be chosen in nn.DataParallel, which gives parts of a batch to other threads")
     root = unwrap(model)
     state = state_of(root, "choose rows", allow_disabled=True)
+    if state.pool.trained and torch.is_grad_enabled():
+        refuse_reduced(model)
     if state.disabled:
         raise StateError("can't choose rows inside a onelora.disabled block: all of them are the base's there")
     pool = pool_of(root, state)
@@ -58,25 +65,29 @@ def rows(model: nn.Module, ids: Sequence[int | str | None] | Tensor) -> Iterator
             pool.used.subtract({*names, None})
 
 
-def _listed(ids: Sequence[int | str | None] | Tensor) -> list[int | str | None]:
+def _listed(ids: Sequence[int | str | None] | NDArray[Any] | Tensor) -> list[int | str | None]:
     if isinstance(ids, Tensor):
         if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ConfigError(f"ids is {list(ids.shape)} in {ids.dtype}: one integer for each row of the batch, please")
+        return list(ids.tolist())
+    if isinstance(ids, np.ndarray) and ids.ndim == 1:
         return list(ids.tolist())
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
         raise ConfigError(f"ids={ids!r}: a list with the adapter of each row of the batch, or a tensor of integers")
     return list(ids)
 
 
-def _name(pool: Pool, one: int | str | None) -> str | None:
+def _name(pool: Pool, one: object) -> str | None:
     """The name that is meant by an id; None for the base."""
-    if one is None or (one == BASE and not isinstance(one, bool)):
+    if one is None:
         return None
     if isinstance(one, str):
         if one in pool.held:
             return one
-    elif not isinstance(one, int) or isinstance(one, bool):
-        raise ConfigError(f"ids holds {one!r}: a name, a number, or None for the base")
+    elif isinstance(one, bool) or not isinstance(one, Integral):
+        raise ConfigError(f"ids holds {one!r}: a name, a whole number, or None for the base")
+    elif one == BASE:
+        return None
     elif found := [name for name, held in pool.held.items() if held.id == one]:
         return found[0]
     known = shortened([f"{name!r} ({held.id})" for name, held in pool.held.items()])
@@ -99,7 +110,8 @@ def _prepared(root: nn.Module, pool: Pool, names: list[str | None]) -> Chosen:
     numbers = [0 if name is None else pool.held[name].row for name in names]
     active = [name == pool.active for name in names]
     with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device), torch.tensor(active, device=device).unsqueeze(-1)
+        chosen = torch.tensor(numbers, dtype=torch.int64, device=device)
+        return chosen, torch.tensor(active, dtype=torch.bool, device=device).unsqueeze(-1)
 
 
 def _refuse_wholes(root: nn.Module, state: AdapterState, pool: Pool, used: set[str | None]) -> None:

@@ -24,11 +24,11 @@ from onelora_compile.adapting.adapter import (
     vectors,
     was_adapted,
 )
-from onelora_compile.adapting.pool import DEFAULT
+from onelora_compile.adapting.pool import DEFAULT, check_name
 from onelora_compile.adapting.select_targets import Selection, available_targets, saved_parameters, select
 from onelora_compile.errors import AdapterFileError, OneLoRAWarning, TargetError
-from onelora_compile.many_adapters.extend import as_base, named_tensors
-from onelora_compile.many_adapters.names import check_name, pool_of, put_adapter
+from onelora_compile.many_adapters.extend import as_base, named_tensors, refuse_replicated
+from onelora_compile.many_adapters.names import pool_of, put_adapter
 from onelora_compile.printable import shortened
 from onelora_compile.sharded import write_whole
 from onelora_compile.weights.adapter_content import AdapterFile
@@ -54,9 +54,9 @@ def load_adapter(model: Model, path: PathLike, approximate: bool = False, *, ada
             `OneLoRAWarning` says which share of ‖ΔW‖² that keeps.
         adapter_name: under which the model holds it, beside the adapters that it has; it waits until `set_adapter`,
             or in a `rows` block. The first adapter of a model is the active one, and other values of the active one
-            are written at once. It may be on other linears than they: the model gets vectors there, which are zero for
-            the others, and a compiled model is captured anew then. None is the active adapter; where it is the only
-            one, the file has to be on the linears that the model is adapted on.
+            are written at once, with a scale of 1. It may be on other linears than they: the model gets vectors there,
+            which are zero for the others, and a compiled model is captured anew then. None is the active adapter;
+            where it is the only one, the file has to be on the linears that the model is adapted on.
 
     Returns:
         The same object.
@@ -65,7 +65,8 @@ def load_adapter(model: Model, path: PathLike, approximate: bool = False, *, ada
         AdapterFileError: a damaged file, a newer format, other modules or shapes than the model's, NaN or infinity, an
             adapter of PEFT that vectors can't hold.
         BaseMismatchError: the adapter was trained on another base.
-        StateError: a `disabled` block is open, or a `rows` block that uses the adapter of that name.
+        StateError: a `disabled` block is open, or a `rows` block that uses the adapter of that name; it is on further
+            linears, and DistributedDataParallel holds the model.
         ConfigError: the name is no string, or empty.
     """
     if adapter_name is not None:
@@ -74,7 +75,7 @@ def load_adapter(model: Model, path: PathLike, approximate: bool = False, *, ada
     file = read_adapter(path, approximate)
     if adapted_weights(root) and (adapter_name or _has_several(root)):
         state = state_of(root, "load")
-        _load_beside(root, state, file, path, adapter_name or state.pool.active)
+        _load_beside(model, state, file, path, adapter_name or state.pool.active)
     else:
         _load_as_active(root, file, path, adapter_name or DEFAULT)
     if file.projection is not None:
@@ -88,12 +89,14 @@ def _has_several(root: nn.Module) -> bool:
     return len(pool_of(root, state_of(root, "load")).held) > 1
 
 
-def _load_beside(root: nn.Module, state: AdapterState, file: AdapterFile, path: PathLike, name: str) -> None:
+def _load_beside(model: nn.Module, state: AdapterState, file: AdapterFile, path: PathLike, name: str) -> None:
     """Check everything against the base, then let the model hold the adapter."""
+    root = unwrap(model)
     chosen = _chosen_like(root, file, path)
     named = named_tensors(root)
     trained = {key: named[key] for key in [*chosen.saved, *running_statistics(root, chosen)]}
     check_model(root, on_the_base(chosen.targets, state.originals), trained, file, path)
+    refuse_replicated(model, chosen)
     put_adapter(root, state, name, file.config, chosen, file.vectors, file.saved)
 
 
