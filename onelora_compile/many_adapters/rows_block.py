@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any
@@ -28,18 +30,18 @@ BASE = -1
 def rows(model: nn.Module, ids: Sequence[int | str | None] | NDArray[Any] | Tensor) -> Iterator[None]:
     """Inside the block each row of the batch has its own adapter; one graph for any mix, no recompilation.
 
-    The block holds for the thread that opens it. Gradients flow to the active adapter through the model's vectors,
-    and to the others through `row_parameters`.
+    The block holds for the thread that opens it, and ends in it, without an `await` inside. Gradients flow to the
+    active adapter through the model's vectors, and to the others through `row_parameters`.
 
     Args:
         model: an adapted model, plain or compiled. The first axis of what its linears return has to be the batch.
         ids: [batch], an adapter for each row: names, or numbers as `adapters(model)` has them; None or -1 for the base.
 
     Raises:
-        StateError: the model is not adapted, or disabled; rows are trained, and it is in DistributedDataParallel; there
-            is no such adapter; adapters of the block differ in
-            what has no row: heads, norms, and weights that are read and not called (experts, packed attention,
-            convolutions). The message names it. In the forward: the batch has another size.
+        StateError: the model is not adapted, or disabled; rows are trained, and it is in DistributedDataParallel;
+            there is no such adapter; adapters of the block differ in what has no row: heads, norms, and weights that
+            are read and not called (experts, packed attention, convolutions). The message names it. In the forward:
+            the batch has another size. At the end: the block was held over an `await`, or ends in another thread.
         ConfigError: the ids are no list of names and numbers, and no tensor of integers with one axis.
     """
     if isinstance(model, nn.DataParallel):
@@ -56,13 +58,45 @@ def rows(model: nn.Module, ids: Sequence[int | str | None] | NDArray[Any] | Tens
         _refuse_wholes(root, state, pool, set(names))
         chosen = _prepared(root, pool, names)
         pool.used.update({*names, None})
+    holding = _Holding()
     before = pool.block.choose(chosen)
     try:
         yield
+        holding.check()
     finally:
-        pool.block.choose(before)
+        if holding.here():
+            pool.block.choose(None if holding.awaited() else before)  # what was before may be another task's
         with pool.lock:
             pool.used.subtract({*names, None})
+
+
+class _Holding:
+    """How a block is held: in one thread, and without an await, where other tasks of the thread would have its rows."""
+
+    def __init__(self) -> None:
+        self._thread, self._others = threading.get_ident(), list[bool]()
+        with contextlib.suppress(RuntimeError):  # no event loop runs here
+            # Runs when the loop gets its turn, which is at the next await.
+            asyncio.get_running_loop().call_soon(self._others.append, True)
+
+    def awaited(self) -> bool:
+        return bool(self._others)
+
+    def here(self) -> bool:
+        return threading.get_ident() == self._thread
+
+    def check(self) -> None:
+        if self.awaited():
+            raise StateError(
+                "a onelora.rows block was held over an await: other tasks of the thread had its rows meanwhile, and a "
+                "model that an executor runs, in another thread, had none. Open the block around the call of the model "
+                "alone, in the function that an executor runs"
+            )
+        if not self.here():
+            raise StateError(
+                "a onelora.rows block ends in another thread than it began in, and that one still has its rows: open "
+                "it around the call of the model alone"
+            )
 
 
 def _listed(ids: Sequence[int | str | None] | NDArray[Any] | Tensor) -> list[int | str | None]:

@@ -1,0 +1,60 @@
+"""How a block of rows is held: in one thread, and without an await."""
+
+import asyncio
+import threading
+
+import torch
+import zoo
+from test_rows import with_adapters
+
+import onelora_compile as onelora
+
+
+def test_tasks_of_one_thread_do_not_mix_their_rows():
+    """A block over an await: other tasks would have its rows, and a model in an executor none."""
+    model, merged = with_adapters(zoo.MLP().double(), 3, scale=0.5)
+    x = torch.randn(2, 8).double()
+
+    async def serve(number, wait):
+        with onelora.rows(model, [number] * 2):
+            await wait()
+        return number
+
+    async def short():
+        await asyncio.sleep(0.01)
+
+    async def executor():
+        await asyncio.get_running_loop().run_in_executor(None, model, x)
+
+    async def whole(number):
+        await asyncio.sleep(0)
+        with onelora.rows(model, [number] * 2):
+            return model(x)
+
+    async def all_of(*tasks):
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    for tasks in ((serve(1, executor),), (serve(1, short), serve(2, short)), (serve(2, executor), serve(1, short))):
+        for result in asyncio.run(all_of(*tasks)):
+            assert isinstance(result, onelora.StateError)
+            assert "held over an await" in str(result)
+        torch.testing.assert_close(model(x), merged[0](x))  # nothing is left open
+    for number, result in enumerate(asyncio.run(all_of(*(whole(number) for number in range(3))))):
+        torch.testing.assert_close(result, merged[number](x))
+
+
+def test_a_block_ends_in_its_thread():
+    model, _ = with_adapters(zoo.MLP(), 2)
+    block, failed = onelora.rows(model, [1]), []
+
+    def end():
+        try:
+            block.__exit__(None, None, None)
+        except onelora.StateError as error:
+            failed.append(str(error))
+
+    thread = threading.Thread(target=block.__enter__)
+    thread.start()
+    thread.join()
+    end()
+    assert "ends in another thread" in failed[0]
