@@ -31,6 +31,24 @@ def test_a_model_that_became_float64_loses_no_digit_by_a_switch():
     assert torch.equal(values(model), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_scales_come_and_go_without_a_trace(dtype, tmp_path):
+    """Also of vectors that training left as they are, where it changed others."""
+    model = fill_vectors(onelora.adapt(zoo.MLP(), onelora.OneLoRAConfig(vector_dtype=dtype), adapter_name="0"), 0.5)
+    before = {name: vector.clone() for name, vector in onelora.vectors(model).items()}
+    for scale in (0.37, -1.7, 0.0, 1 / 3):
+        onelora.set_adapter(model, "0", scale=scale)
+        for name, vector in onelora.vectors(model).items():
+            torch.testing.assert_close(vector.double(), (before[name].double() * scale).to(dtype).double())
+        onelora.save_adapter(model, tmp_path / "a.safetensors")
+    with torch.no_grad():
+        onelora.vectors(model)["b"].add_(1.0)
+    onelora.set_adapter(model, "0")
+    after = onelora.vectors(model)
+    assert all(torch.equal(after[name], before[name]) for name in ("a", "c"))
+    torch.testing.assert_close(after["b"], before["b"] + 3.0, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("name", [None, "0"])
 def test_a_file_that_is_loaded_into_a_scaled_adapter_is_not_scaled(several, name, tmp_path):

@@ -280,14 +280,13 @@ def own_values(pool: Pool, vectors: dict[str, nn.Parameter]) -> list[Tensor]:
     if pool.scale == 1:
         return live
     known = pool.row_of(pool.active, vectors)
-    if all(torch.equal(one, (row * pool.scale).to(one)) for one, row in zip(live, known, strict=True)):
-        return known
-    if pool.scale == 0:
+    same = [torch.equal(one, (row * pool.scale).to(one)) for one, row in zip(live, known, strict=True)]
+    if pool.scale == 0 and not all(same):
         raise StateError(
             f"the vectors of {pool.active!r} were changed while its scale was 0, and what that makes of them can't be "
             "told: set the scale to 1 before training"
         )
-    return [one / pool.scale for one in live]
+    return [row if kept else one / pool.scale for one, row, kept in zip(live, known, same, strict=True)]
 
 
 def _write_active(
@@ -297,9 +296,9 @@ def _write_active(
     held = pool.held[name]
     live: list[Tensor] = [*vectors.values()]
     with torch.inference_mode(False), torch.no_grad():
-        torch._foreach_copy_(live, pool.row_of(name, vectors))
-        if scale != 1:
-            torch._foreach_mul_(live, scale)
+        values = pool.row_of(name, vectors)
+        # Multiplied before it is rounded: `own_values` compares with that.
+        torch._foreach_copy_(live, values if scale == 1 else torch._foreach_mul(values, scale))
         for key, tensor in (saved_tensors(root, state) if state.originals else {}).items():
             tensor.copy_(held.saved.get(key, state.originals[key]))
     pool.active, pool.scale = name, scale

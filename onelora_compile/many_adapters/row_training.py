@@ -98,14 +98,15 @@ def _arrived(pool: Pool, name: str, table: Tensor) -> None:
 
 def _spread(pool: Pool, gradients: list[tuple[str, Tensor]]) -> None:
     """The gradients of the tables, as those of the adapters, each on the linears that it is on."""
-    assert pool.values is not None
-    flat = torch.zeros_like(pool.values)
-    for name, gradient in gradients:
-        rows = [held.row for held in pool.held.values() if name in held.vectors and held.row < len(gradient)]
-        start = pool.columns[name]
-        flat[rows, start : start + gradient.shape[1]] += gradient[rows].to(flat)
-    touched = flat.any(1).tolist()
-    for held in pool.held.values():
-        if held.parameter is not None and touched[held.row]:
-            known, new = held.parameter.grad, flat[held.row]
-            held.parameter.grad = new.clone() if known is None else known + new
+    with pool.lock:  # other threads may add adapters
+        assert pool.values is not None
+        flat = torch.zeros_like(pool.values)
+        for name, gradient in gradients:
+            rows = [held.row for held in pool.held.values() if name in held.vectors and held.row < len(gradient)]
+            start = pool.columns[name]
+            flat[rows, start : start + gradient.shape[1]] += gradient[rows].to(flat)
+        touched = flat.any(1).tolist()
+        for held in pool.held.values():
+            if held.parameter is not None and touched[held.row]:
+                known, new = held.parameter.grad, flat[held.row]
+                held.parameter.grad = new.clone() if known is None else known + new
