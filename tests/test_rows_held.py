@@ -58,3 +58,10 @@ def test_a_block_ends_in_its_thread():
     thread.join()
     end()
     assert "ends in another thread" in failed[0]
+
+
+def test_a_block_opens_while_another_thread_compiles(monkeypatch):
+    model, _ = with_adapters(zoo.MLP(), 2)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # of the process, not of a thread
+    with onelora.rows(model, [1, 0]):
+        pass

@@ -282,7 +282,8 @@ def any_number_of_rows(table: torch.Tensor) -> torch.Tensor:
     """A table that gets further rows in time: none of them compiles a graph again, and CUDA graphs don't copy it."""
     torch._dynamo.maybe_mark_dynamic(table, 0)
     # With dynamic=True it would have one size with a batch of as many rows as it has columns.
-    torch._dynamo.mark_static(table, list(range(1, table.ndim)))
+    # As mark_static does, which asks whether anything is compiled, and takes another thread's compilation for its own.
+    table._dynamo_static_indices = set(range(1, table.ndim))  # type: ignore[attr-defined]
     torch._dynamo.mark_static_address(table, guard=False)
     return table
 
