@@ -11,24 +11,29 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapted_module import Adapted, vector_name
 from onelora_compile.adapting.adapter import (
     AdapterState,
     adapted_weights,
     refuse_blocks,
     refuse_sharded,
     running_statistics,
-    saved_tensors,
     state_of,
     state_or_none,
     unwrap,
 )
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.pool import Held, Pool, check_name
-from onelora_compile.adapting.select_targets import Selection, named_modules, saved_parameters
-from onelora_compile.adapting.stand_ins import meant
+from onelora_compile.adapting.pool import check_name
+from onelora_compile.adapting.select_targets import Selection, saved_parameters
 from onelora_compile.errors import ConfigError, StateError
 from onelora_compile.many_adapters.extend import extend, refuse_replicated, select_on_base
+from onelora_compile.many_adapters.values import (
+    live_vectors,
+    one_held,
+    pool_of,
+    refuse_used,
+    store_active,
+    write_active,
+)
 from onelora_compile.printable import shortened
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -139,7 +144,7 @@ def put_adapter(
                 if key in vectors:
                     row.copy_(vectors[key])
             if name == pool.active:
-                _write_active(root, state, pool, live, name, 1.0)
+                write_active(root, state, pool, live, name, 1.0)
 
 
 def set_adapter(model: Model, adapter_name: str, scale: float = 1.0) -> Model:
@@ -172,8 +177,8 @@ def set_adapter(model: Model, adapter_name: str, scale: float = 1.0) -> Model:
         if (adapter_name, scale) != (pool.active, pool.scale):
             refuse_used(pool, None, f"make {adapter_name!r} the active adapter")
             vectors = live_vectors(root, pool)
-            _store_active(root, state, pool, vectors)
-            _write_active(root, state, pool, vectors, adapter_name, scale)
+            store_active(root, state, pool, vectors)
+            write_active(root, state, pool, vectors, adapter_name, scale)
     return model
 
 
@@ -203,141 +208,3 @@ def delete_adapter(model: Model, adapter_name: str) -> Model:
         refuse_used(pool, adapter_name, f"delete {adapter_name!r}")
         pool.drop(adapter_name)
     return model
-
-
-def pool_of(root: nn.Module, state: AdapterState) -> Pool:
-    """The adapters of an adapted model, the first of which is what `adapt` or `load_adapter` made it with."""
-    pool = state.pool
-    with pool.lock:
-        if not pool.held:
-            pool.put(pool.active, state.config, tuple(adapted_weights(root)), dict(state.originals))
-    return pool
-
-
-def live_vectors(root: nn.Module, pool: Pool) -> dict[str, nn.Parameter]:
-    """The vectors of the model, by name."""
-    adapted = _adapted_modules(root)
-    if len(adapted) != len(pool.seen) or any(a is not b for a, b in zip(adapted, pool.seen, strict=True)):
-        # Names are looked up once: of hundreds of modules they take longer than a switch.
-        targets = adapted_weights(root)
-        pool.places = {key: (target.module, vector_name(target.parameter)) for key, target in targets.items()}
-        pool.seen = adapted
-        other = (name for name, module in named_modules(root) if getattr(module, "batch_first", True) is False)
-        pool.block.sequence_first = next(other, "")
-    found = {}
-    for name, (module, attribute) in pool.places.items():
-        vector = module._parameters[attribute]
-        assert vector is not None
-        found[name] = meant(vector)
-    return found
-
-
-def _adapted_modules(root: nn.Module) -> list[nn.Module]:
-    """The adapted modules, each once, in the order of a walk that is quicker than `modules()`."""
-    found: dict[nn.Module, None] = {}
-    left: list[nn.Module | None] = [root]
-    while left:
-        module = left.pop()
-        if module is not None and module not in found:
-            found[module] = None
-            left.extend(module._modules.values())
-    return [module for module in found if isinstance(module, Adapted)]
-
-
-def one_held(pool: Pool, name: str) -> Held:
-    """The adapter of that name.
-
-    Raises:
-        StateError: there is none.
-    """
-    if not isinstance(name, str) or name not in pool.held:
-        raise StateError(f"there is no adapter {name!r} on this model; it has {shortened(list(pool.held))}")
-    return pool.held[name]
-
-
-def refuse_used(pool: Pool, name: str | None, purpose: str) -> None:
-    """Check that no open `rows` block uses an adapter; any adapter for None.
-
-    Raises:
-        StateError: one does.
-    """
-    if pool.used[name]:
-        raise StateError(f"can't {purpose} while a onelora.rows block of the model is open that uses it")
-
-
-def _store_active(root: nn.Module, state: AdapterState, pool: Pool, vectors: dict[str, nn.Parameter]) -> None:
-    """Copy what the model has to where its adapter waits."""
-    held = pool.held[pool.active]
-    pool.reserve(vectors)
-    with torch.inference_mode(False), torch.no_grad():
-        torch._foreach_copy_(pool.row_of(pool.active, vectors), own_values(pool, vectors))
-        held.saved = {name: value.clone() for name, value in _live_saved(root, state, held).items()}
-
-
-def own_values(pool: Pool, vectors: dict[str, nn.Parameter]) -> list[Tensor]:
-    """The vectors of the active adapter as they are without its scale."""
-    live = [vector.detach() for vector in vectors.values()]
-    if pool.scale == 1:
-        return live
-    known = pool.row_of(pool.active, vectors)
-    same = [torch.equal(one, (row * pool.scale).to(one)) for one, row in zip(live, known, strict=True)]
-    if pool.scale == 0 and not all(same):
-        raise StateError(
-            f"the vectors of {pool.active!r} were changed while its scale was 0, and what that makes of them can't be "
-            "told: set the scale to 1 before training"
-        )
-    return [row if kept else one / pool.scale for one, row, kept in zip(live, known, same, strict=True)]
-
-
-def _write_active(
-    root: nn.Module, state: AdapterState, pool: Pool, vectors: dict[str, nn.Parameter], name: str, scale: float
-) -> None:
-    """Copy an adapter from where it waits into the model."""
-    held = pool.held[name]
-    live: list[Tensor] = [*vectors.values()]
-    with torch.inference_mode(False), torch.no_grad():
-        values = pool.row_of(name, vectors)
-        # Multiplied before it is rounded: `own_values` compares with that.
-        torch._foreach_copy_(live, values if scale == 1 else torch._foreach_mul(values, scale))
-        for key, tensor in (saved_tensors(root, state) if state.originals else {}).items():
-            tensor.copy_(held.saved.get(key, state.originals[key]))
-    pool.active, pool.scale = name, scale
-
-
-def _live_saved(root: nn.Module, state: AdapterState, held: Held) -> dict[str, Tensor]:
-    """Of the active adapter: what it trains besides its vectors, and what of the model's is not the base's any more."""
-    if not state.originals:
-        return {}
-    live = saved_tensors(root, state)
-    return {
-        name: live[name].detach()
-        for name, original in state.originals.items()
-        if name in held.saved or not torch.equal(live[name], original.to(live[name]))
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterValues:
-    """The values of one adapter: views where it waits, or of the model where it is the active one."""
-
-    config: OneLoRAConfig
-    vectors: dict[str, Tensor]
-    saved: dict[str, Tensor]
-
-
-def values_of(root: nn.Module, state: AdapterState, name: str | None = None) -> AdapterValues:
-    """The values of an adapter, without its scale; of the active one for None.
-
-    Of several each has its own vectors alone, and those that are not zero.
-
-    Raises:
-        StateError: there is no such adapter.
-    """
-    pool = pool_of(root, state)
-    name = pool.active if name is None else name
-    held, vectors = one_held(pool, name), live_vectors(root, pool)
-    active = name == pool.active
-    values = dict(zip(vectors, own_values(pool, vectors) if active else pool.row_of(name, vectors), strict=True))
-    if len(pool.held) > 1:
-        values = {key: value for key, value in values.items() if key in held.vectors or bool(value.any())}
-    return AdapterValues(held.config, values, _live_saved(root, state, held) if active else held.saved)

@@ -18,7 +18,7 @@ from onelora_compile.adapting.adapter import is_replicated, state_of, unwrap
 from onelora_compile.adapting.batch_rows import ROWS
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.errors import StateError
-from onelora_compile.many_adapters.names import live_vectors, pool_of
+from onelora_compile.many_adapters.values import live_vectors, pool_of
 
 
 def row_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

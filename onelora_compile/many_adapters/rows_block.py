@@ -19,8 +19,8 @@ from onelora_compile.adapting.adapter import AdapterState, saved_tensors, state_
 from onelora_compile.adapting.batch_rows import Chosen
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.errors import ConfigError, StateError
-from onelora_compile.many_adapters.names import live_vectors, pool_of
 from onelora_compile.many_adapters.row_training import follow_tables, refuse_reduced
+from onelora_compile.many_adapters.values import live_vectors, pool_of
 from onelora_compile.printable import shortened
 
 BASE = -1

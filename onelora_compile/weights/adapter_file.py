@@ -33,7 +33,7 @@ from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.select_targets import named_modules
 from onelora_compile.errors import AdapterFileError, one_of
 from onelora_compile.file_names import as_path
-from onelora_compile.many_adapters.names import values_of
+from onelora_compile.many_adapters.values import values_of
 from onelora_compile.printable import shortened
 from onelora_compile.progress import over_weights
 from onelora_compile.sharded import together, whole

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from onelora_compile.adapting.adapter import adapted_weights, state_of, unwrap
 from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.pool import check_name
 from onelora_compile.adapting.select_targets import Selection
 from onelora_compile.errors import ConfigError, OneLoRAWarning
 from onelora_compile.file_names import as_path
-from onelora_compile.many_adapters.names import check_name, put_adapter
+from onelora_compile.many_adapters.names import put_adapter
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_content import AdapterFile, Part, check_finite, digest, float32
 from onelora_compile.weights.adapter_file import base_fingerprints, content_of, read_adapter, write_adapter

@@ -28,7 +28,8 @@ from onelora_compile.adapting.pool import DEFAULT, check_name
 from onelora_compile.adapting.select_targets import Selection, available_targets, saved_parameters, select
 from onelora_compile.errors import AdapterFileError, OneLoRAWarning, TargetError
 from onelora_compile.many_adapters.extend import as_base, named_tensors, refuse_replicated
-from onelora_compile.many_adapters.names import pool_of, put_adapter
+from onelora_compile.many_adapters.names import put_adapter
+from onelora_compile.many_adapters.values import pool_of
 from onelora_compile.printable import shortened
 from onelora_compile.sharded import write_whole
 from onelora_compile.weights.adapter_content import AdapterFile
