@@ -23,6 +23,29 @@ PRODUCER = f"{_KEY}producer"  # stands in every file that this package wrote
 
 
 @dataclasses.dataclass(frozen=True)
+class TableSource:
+    """Which part of a tensor of an adapter is its row in a table of a bank.
+
+    Attributes:
+        name: of the tensor.
+        offset: the number in it, flat, that the row begins with.
+        strides: how many numbers of it further the next one is, along each axis of the row.
+    """
+
+    name: str
+    offset: int
+    strides: tuple[int, ...]
+
+    def row(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The row, of its shape, that an adapter with this tensor has."""
+        places = np.full((), self.offset)
+        for stride, size in zip(self.strides, shape, strict=True):
+            places = places[..., None] + stride * np.arange(size)
+        row: np.ndarray = tensor.reshape(-1).take(places, mode="clip")
+        return row
+
+
+@dataclasses.dataclass(frozen=True)
 class Metadata(HasMode):
     """The vectors of an ONNX model.
 
@@ -37,6 +60,8 @@ class Metadata(HasMode):
             graph does not use them.
         adapters: names of the adapters: those of a bank by id, of mode "fold" those that were folded, in order.
         digests: of the adapters of a bank, by id: what tells whether a file is one of them.
+        tables: of a bank, where each table's rows come from; empty where an older version wrote the file, or a row
+            is not a regular part of one tensor.
         sha256: of the vectors that the file was written with, "" for a base.
         producer: what wrote it.
         uses: as in `AdapterFile`.
@@ -49,6 +74,7 @@ class Metadata(HasMode):
     constant: Mapping[str, str] = dataclasses.field(default_factory=dict)
     adapters: tuple[str, ...] = ()
     digests: tuple[str, ...] = ()
+    tables: Mapping[str, TableSource] = dataclasses.field(default_factory=dict)
     sha256: str = ""
     producer: str = f"onelora-compile {__version__}"
     uses: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
@@ -63,6 +89,7 @@ class Metadata(HasMode):
             f"{_KEY}constant": json.dumps(dict(self.constant)),
             f"{_KEY}adapters": json.dumps(list(self.adapters)),
             f"{_KEY}digests": json.dumps(list(self.digests)),
+            f"{_KEY}tables": json.dumps({name: dataclasses.astuple(one) for name, one in self.tables.items()}),
             f"{_KEY}adapter_sha256": self.sha256,
             PRODUCER: self.producer,
             f"{_KEY}uses": json.dumps(dict(self.uses)),
@@ -91,6 +118,7 @@ class Metadata(HasMode):
                 constant={str(name): str(one) for name, one in json.loads(own.get("constant", "{}")).items()},
                 adapters=tuple(map(str, json.loads(own.get("adapters", "[]")))),
                 digests=tuple(map(str, json.loads(own.get("digests", "[]")))),
+                tables=_sources(own.get("tables", "{}")),
                 sha256=own.get("adapter_sha256", ""),
                 producer=own.get("producer", ""),
                 uses={str(name): (int(a), int(b)) for name, (a, b) in json.loads(own.get("uses", "{}")).items()},
@@ -98,10 +126,15 @@ class Metadata(HasMode):
         except DAMAGED as error:
             raise AdapterFileError(f"{path}: damaged onelora metadata: {error!r}") from error
 
-    def check_fits(self, file: AdapterFile, path: str) -> None:
+    def check_fits(self, file: AdapterFile, path: str, whole: bool = True) -> None:
         """Whether an adapter belongs to this model.
 
         What a trained head replaces is not compared: a new head is random, and another one in every process.
+
+        Args:
+            file: the adapter.
+            path: of the model.
+            whole: whether it has to give all that the model takes; for a bank the base gives the rest.
 
         Raises:
             AdapterFileError: it has other vectors or trained tensors, or other shapes.
@@ -114,14 +147,15 @@ class Metadata(HasMode):
                 f"{path} has no place for vectors of the adapter: {shortened(missing)}; it has "
                 f"{shortened(self.vectors)}"
             )
-        if absent := sorted(set(self.vectors) - set(tensors)):
+        if whole and (absent := sorted(set(self.vectors) - set(tensors))):
             kind = "trained values" if set(absent) <= set(self.trained) else "vectors"
             raise AdapterFileError(f"the adapter has no {kind} for {shortened(absent)} of {path}")
-        if mixed := sorted(name for name in self.vectors if (name in self.trained) != (name in file.saved)):
+        given = [name for name in self.vectors if name in tensors]
+        if mixed := sorted(name for name in given if (name in self.trained) != (name in file.saved)):
             raise AdapterFileError(
                 f"{shortened(mixed)}: a vector in {path} or in the adapter, trained whole in the other"
             )
-        wrong = [name for name, shape in self.vectors.items() if tuple(tensors[name].shape) != shape]
+        wrong = [name for name in given if tuple(tensors[name].shape) != self.vectors[name]]
         if wrong:
             raise AdapterFileError(f"the vectors of {shortened(wrong)} have other shapes in {path}")
         other = [
@@ -144,7 +178,7 @@ class Metadata(HasMode):
     def values_of(self, file: AdapterFile) -> dict[str, np.ndarray]:
         """What an adapter gives this model, float32 by name; for an adapter that fits."""
         tensors = file.tensors
-        return {name: float32(tensors[name]) for name in self.vectors}
+        return {name: float32(tensors[name]) for name in self.vectors if name in tensors}
 
 
 def bank_id(metadata: Metadata, path: str | os.PathLike[str], adapter: str | os.PathLike[str] | AdapterFile) -> int:
@@ -177,3 +211,8 @@ def bank_id(metadata: Metadata, path: str | os.PathLike[str], adapter: str | os.
 
 def _prints(text: str) -> dict[str, Fingerprint]:
     return {str(name): Fingerprint.from_json(fields) for name, fields in json.loads(text).items()}
+
+
+def _sources(text: str) -> dict[str, TableSource]:
+    known = json.loads(text).items()
+    return {str(table): TableSource(str(name), int(at), tuple(map(int, by))) for table, (name, at, by) in known}

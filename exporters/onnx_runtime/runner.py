@@ -16,6 +16,7 @@ from onelora_compile.errors import ExportError, OneLoRAError, StateError, requir
 from onelora_compile.exporters.jetson.device.core.modes import IDS
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata, bank_id
+from onelora_compile.exporters.onnx_runtime.bank_tables import BankTables
 from onelora_compile.file_names import as_path
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 
@@ -36,9 +37,13 @@ class OnnxRunner:
         adapter: as in `use`.
         providers: execution providers of ONNX Runtime.
         options: makes the `onnxruntime.SessionOptions` of each session that is opened.
+        room: of a bank, how many adapters `add_adapter` can add. Room that is not used yet is an address, not memory,
+            wherever the system gives memory at the first write, as Linux does.
 
     Raises:
         ExportError: not an ONNX model, or ONNX Runtime refuses it.
+        StateError: room in a model that is no bank, or in one that does not say how its tables are filled.
+        ConfigError: room for something else than CPUExecutionProvider alone, or a room that is no count.
         MissingExtraError: onnxruntime is not installed.
     """
 
@@ -48,16 +53,23 @@ class OnnxRunner:
         adapter: Adapter = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         options: Callable[[], onnxruntime.SessionOptions] | None = None,
+        room: int = 0,
     ) -> None:
         self.path = as_path(path, "path")
         self._providers = list(providers)
         self._options = options
         self._vectors: dict[str, np.ndarray] = {}
         self._id = -1
+        self._tables = BankTables(self.path, room, self._providers) if room else None
         self.session = self._open({})
-        self.metadata = Metadata.from_props(self.session.get_modelmeta().custom_metadata_map, str(path))
+        self._metadata = Metadata.from_props(self.session.get_modelmeta().custom_metadata_map, str(path))
         if adapter is not None:
             self.use(adapter)
+
+    @property
+    def metadata(self) -> Metadata:
+        """What the model says of its vectors; of a bank, with the adapters that were added."""
+        return self._tables.metadata if self._tables else self._metadata
 
     @property
     def mode(self) -> str:
@@ -96,6 +108,34 @@ class OnnxRunner:
         if isinstance(adapter, int):
             raise StateError(f"{self.path} is no bank: give an adapter file, not the number {adapter}")
         self._set(self._checked(adapter))
+
+    def add_adapter(self, adapter: str | os.PathLike[str] | AdapterFile, name: str | None = None) -> int:
+        """Add an adapter to a bank that was opened with `room`, for this runner and all that share its session.
+
+        Other threads may run the bank meanwhile: the adapter is written into rows that no call reads yet, and no
+        session is opened. The file of the bank stays as it is.
+
+        Args:
+            adapter: a file, or one that was read. What the bank has and the adapter has not is the base's.
+            name: of the adapter; None is the file's.
+
+        Returns:
+            Its id.
+
+        Raises:
+            StateError: no bank, no room left, or an adapter of that name. Nothing is changed, whatever is raised.
+            ConfigError: no name.
+            AdapterFileError: a damaged file, or an adapter of what the bank has no tables for.
+            BaseMismatchError: the adapter was trained on another base.
+            FileNotFoundError: there is no such file.
+        """
+        if self._tables is None:
+            raise StateError(
+                f"{self.path} was opened without room for more adapters: OnnxRunner(bank, room=1000)"
+                if self.metadata.traits.feeds_ids
+                else f"{self.path} is of mode {self.mode!r}: only a bank takes more adapters"
+            )
+        return self._tables.add(adapter, name)
 
     def run(
         self, inputs: Mapping[str, Any] | Sequence[Any], adapter_ids: Sequence[int] | np.ndarray | None = None
@@ -222,8 +262,12 @@ class OnnxRunner:
         if vectors:
             values = [runtime.OrtValue.ortvalue_from_numpy(value) for value in vectors.values()]
             options.add_external_initializers(list(vectors), values)
+        if self._tables:
+            self._tables.give_to(options)
         try:
-            return runtime.InferenceSession(str(self.path), options, providers=self._providers)
+            session = runtime.InferenceSession(str(self.path), options, providers=self._providers)
+            session.onelora_tables = self._tables  # its memory, which has to live as long as the session
+            return session
         except Exception as error:  # see run
             raise ExportError(
                 f"ONNX Runtime can't load {self.path}: {error}. Export with verify=False to keep the file for another "

@@ -26,6 +26,7 @@ from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
 from onelora_compile.exporters.onnx_runtime.verify import check_export
 from onelora_compile.exporters.opsets.lower import lower_opset
+from onelora_compile.exporters.to_onnx.bank_sources import PlaceNumbers
 from onelora_compile.exporters.to_onnx.operators import translations
 from onelora_compile.exporters.to_onnx.place_vectors import place_vectors
 from onelora_compile.exporters.to_onnx.read_bank import carrying, read_bank
@@ -155,12 +156,14 @@ def export_onnx(
         folded = source.named(frozen.folded)
         step("convert to ONNX")
         ir_model = _converted(frozen.program, opset_version, frozen.axes)
+        places = PlaceNumbers(held if mode.feeds_ids else {})
         used = (
-            place_vectors(ir_model, mode, held, list(banked.values()), source.part, trained.originals)
+            place_vectors(ir_model, mode, held, [*banked.values(), *places.adapters], source.part, trained.originals)
             if mode is not FOLD
             else list(folded.losses)
         )
         name_graph(ir_model, inputs, outputs)
+        tables = places.take_out(ir_model) if mode.feeds_ids else {}
         _in_opset(ir_model, opset_version)
         mixed = None
         if keep_float32 is not None:
@@ -181,6 +184,7 @@ def export_onnx(
             ),
             adapters=tuple(banked),
             digests=tuple(digest({name: one[name] for name in used if name in one}) for one in banked.values()),
+            tables=tables,
             sha256=digest(held) if held else "",
             producer=f"onelora-compile {__version__}, torch {torch.__version__}",
             uses=dict(state.uses) if state is not None else {},
