@@ -4,7 +4,8 @@
     y = op(x, views(W))    ->   y = op(x, views(onelora::adapted_weight(W, vector)))
 
 The first form is for ops that take W as it is stored, the second for all others: transposed and sliced weights, weights
-on the left, experts, einsum, convolutions.  `weight_to_activation` moves it behind the op where that is exact.
+that are used both ways, weights on the left, experts, einsum, convolutions.  `weight_to_activation` moves it behind the
+op where that is exact.
 
 The vectors are inputs, not constants, so their values can change without a new compilation.  Leaves alone (1) a
 site that is adapted already, (2) a site that `vectors` does not name, (3) a weight that other sites use under another
@@ -62,14 +63,16 @@ def insert_rank1(
     updated: dict[fx.Node, fx.Node] = {}  # a linear op -> what its users read now
     sites = match_linear(gm)
     names = {site.node: (name_of or default_name)(site) for site in sites}
+    turned = _turned(sites)
     for site in sites:
         name = names[site.node]
         if reason := _why_not(site, name, vectors):
             result.skips[name or site.node.name] = reason
             continue
         vector = vectors[name]
-        by_output = _takes_stored_weight(site, vector)
-        dims = () if by_output else _input_dims(site)
+        axes = turned.get(site.chain.root) if site.chain is not None else None
+        by_output = axes is None and _takes_stored_weight(site, vector)
+        dims = () if by_output else axes or _input_dims(site)
         if not by_output and (dims is None or not _has_one_name(site, sites, names)):
             result.skips[name] = MIXED if dims is None else SHARED
             continue
@@ -147,6 +150,22 @@ def _input_dims(site: LinearSite) -> tuple[int, ...] | None:
     if site.chain is None or (weight := _stored(site.chain.root)) is None:
         return None
     return input_axes(site.chain, weight.shape, site.axes)
+
+
+def _turned(sites: Sequence[LinearSite]) -> dict[fx.Node, tuple[int, ...]]:
+    """Weights that are used both as W and as its transpose, with the input axes of W: those of the module's call.
+
+    Their vector is W's, so the other use gets W + vector 1ᵀ too, turned, and no update of its own.
+    """
+    uses: dict[fx.Node, list[tuple[LinearSite, tuple[int, ...]]]] = {}
+    for site in sites:
+        if site.chain is not None and (dims := _input_dims(site)) is not None:
+            uses.setdefault(site.chain.root, []).append((site, dims))
+    found = {}
+    for root, own in uses.items():
+        if len({dims for _, dims in own}) > 1:
+            found[root] = next((dims for site, dims in own if _is_linear_call(site.node)), own[0][1])
+    return found
 
 
 def _has_one_name(site: LinearSite, sites: Sequence[LinearSite], names: Mapping[fx.Node, str]) -> bool:
