@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from onelora_compile.sharded import is_partial, is_sharded, reduced_once
 from onelora_compile.torch_versions import warn_if_untested
 
 warn_if_untested(str(torch.__version__))  # here, as nothing of this package works without its operators
@@ -57,6 +58,10 @@ def add_rank1(y: Tensor, s: Tensor, vector: Tensor) -> Tensor:
             vector.shape[-1] == y.shape[-1],
             lambda: f"the vector has {vector.shape[-1]} entries; the linear has out_features={y.shape[-1]}",
         )
+    if is_sharded(y):
+        vector = reduced_once(vector)
+        if is_partial(y):
+            return (y + s * vector).to(y.dtype)  # partial still: one reduction for both
     # addcmul is one pass over y in every dtype, and promotes by itself.
     return torch.addcmul(y, s, vector).to(y.dtype)
 

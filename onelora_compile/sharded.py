@@ -7,7 +7,7 @@ Read in torch 2.11 to 2.13: `torch/distributed/_composable_state.py` (which modu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,43 @@ def is_fsdp_shard(module: nn.Module, parameter: str) -> bool:
 def is_sharded(tensor: object) -> bool:
     """Whether the tensor is split over processes."""
     return type(tensor).__name__ == "DTensor"  # by name: the import is slow, and needless without torch.distributed
+
+
+def is_partial(tensor: Any) -> bool:
+    """Whether a tensor that is split over processes is the sum of what they hold (torch.distributed's `Partial`)."""
+    return any(placement.is_partial() for placement in tensor.placements)
+
+
+def reduced_once(tensor: Any) -> Any:
+    """The same tensor, whose gradient is split over processes as it is itself.
+
+    A gradient that stays partial is reduced at each use: three times in a step of AdamW.
+    """
+    return tensor.redistribute(placements=tensor.placements) if is_sharded(tensor) else tensor
+
+
+def is_fully_sharded(root: Any) -> bool:
+    """Whether `fully_shard` was given the model or a part of it."""
+    return any(kind.__name__ == "FSDPModule" for module in root.modules() for kind in type(module).__mro__)
+
+
+def split_like_outputs(vector: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor:
+    """A vector that is split over processes as the output axes of its weight are; whole where the inputs are split.
+
+    Args:
+        vector: whole, and the same in each process.
+        weight: on whichever mesh.
+        dims: the input axes of the weight, from 0.
+    """
+    if not is_sharded(weight):
+        return vector
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    split: Any = weight
+    outputs = [axis for axis in range(weight.ndim) if axis not in dims]
+    axes = [placement.dim if placement.is_shard() else None for placement in split.placements]
+    placements = [Shard(outputs.index(axis)) if axis in outputs else Replicate() for axis in axes]
+    return distribute_tensor(vector, split.device_mesh, placements, src_data_rank=None)  # nothing is sent
 
 
 def whole(tensor: Tensor) -> Tensor:

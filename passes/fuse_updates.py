@@ -2,8 +2,9 @@
 
     s = feature_sum(x);  add_rank1(linear(x, W, c), s, b)   ->   the lowering's own operators
 
-The lowerings are in `lowerings/`.  Leaves alone updates without shapes on their nodes: the
-composite operator decomposes by itself.  Runs after share_feature_sum, which leaves one spelling and one sum per input.
+The lowerings are in `lowerings/`.  Leaves alone updates without shapes on their nodes, and those of outputs that are
+split over processes: the composite operator decomposes by itself, and knows what is partial.  Runs after
+share_feature_sum, which leaves one spelling and one sum per input.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import torch
 from torch import fx
 
 from onelora_compile.ops import ADD_RANK1, FEATURE_SUM, accumulation_dtype
-from onelora_compile.passes.lowerings import LOWERING, LOWERINGS, choose, update_of
+from onelora_compile.passes.lowerings import LOWERING, LOWERINGS, Choice, choose, update_of
 from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.sites.linear_site import example, module_path
+from onelora_compile.sharded import is_sharded
 
+SHARDED = "its output is split over processes"
 NO_SHAPES = "the graph carries no example values"
 
 
@@ -36,6 +39,10 @@ def fuse_rank1(gm: fx.GraphModule, lowering: str | None = None) -> PassResult:
             result.skips[name] = NO_SHAPES
             continue
         update = update_of(node)
+        if is_sharded(example(update.y)):
+            result.skips[name] = SHARDED
+            node.meta[LOWERING] = Choice("composite operator", SHARDED, update.y.name)
+            continue
         choice = choose(update, lowering)
         if lowering not in (None, choice.name):
             result.skips[name] = choice.why

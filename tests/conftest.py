@@ -55,6 +55,7 @@ THINNED = {
     "test_rank1_matmul.py": 3,
     "test_saturation.py": 4,
     "test_swaps.py": 8,
+    "test_tensor_parallel.py": 2,
     "test_trained.py": 6,
     "test_training_loops.py": 4,
     "test_untouched.py": 4,

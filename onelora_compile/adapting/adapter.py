@@ -18,7 +18,7 @@ from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
 from onelora_compile.adapting.weight_target import Target, attach, targets_of
 from onelora_compile.errors import StateError
-from onelora_compile.sharded import is_sharded
+from onelora_compile.sharded import is_fully_sharded, is_sharded, whole
 
 STATE = "_onelora_state"
 Model = TypeVar("Model", bound=nn.Module)
@@ -80,7 +80,7 @@ def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: st
         The same object.
 
     Raises:
-        StateError: the model, or a part of it, is adapted already, or it is sharded over processes.
+        StateError: the model, or a part of it, is adapted already, or `fully_shard` has split it.
         ConfigError: the name is no string, or empty.
         TargetError: the selection is empty or can't be adapted; the message lists what the model offers.
     """
@@ -93,7 +93,7 @@ def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: st
             "onelora.add_adapter(model, name)"
         )
     check_name(adapter_name)
-    refuse_sharded(root, "adapt", "call onelora.adapt before fully_shard")
+    refuse_fully_sharded(root, "call onelora.adapt before fully_shard")
     config = config or OneLoRAConfig()
     attach_vectors(root, select(root, config), config)
     state_of(root, "name").pool.active = adapter_name
@@ -107,7 +107,7 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
     travelling = [*selection.saved, *running_statistics(root, selection)]
     # inference_mode(False): tensors made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
-        originals = {name: tensors[name].detach().clone() for name in travelling}
+        originals = {name: whole(tensors[name].detach()).clone() for name in travelling}
         state = AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals)
         state.skipped, state.not_linear = dict(selection.skipped), dict(selection.not_linear)
         state.uses = dict(selection.uses)
@@ -230,8 +230,18 @@ def is_replicated(model: nn.Module) -> bool:
     return isinstance(model, nn.parallel.DistributedDataParallel) or (inner is not None and is_replicated(inner))
 
 
-def refuse_sharded(root: nn.Module, purpose: str, remedy: str) -> None:
+def refuse_fully_sharded(root: nn.Module, remedy: str) -> None:
     """fully_shard changes the classes of modules too, and keeps the shards to itself.
+
+    Raises:
+        StateError: `fully_shard` has split the model.
+    """
+    if is_fully_sharded(root):
+        raise StateError(f"can't adapt a {type(root).__name__} that fully_shard has split over processes: {remedy}")
+
+
+def refuse_sharded(root: nn.Module, purpose: str, remedy: str) -> None:
+    """What needs the whole of each parameter.
 
     Raises:
         StateError: a parameter of the model is split over processes.

@@ -12,6 +12,7 @@ free of it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 import warnings
@@ -86,8 +87,11 @@ def watch(
         frozen_norms: whether a norm stays as it is, so that what it makes constant is so for ever.
     """
     handles: list[Any] = []
-    held = {name: weakref.ref(vector) for name, vector in vectors.items()}
     modules = {name: weakref.ref(module) for name, module in callers.items()}
+    # A hook goes with its vector: what shards a model over processes puts other parameters in their places.
+    held = {
+        name: weakref.ref(vector, functools.partial(_unwatch, modules.get(name))) for name, vector in vectors.items()
+    }
 
     def finish() -> None:
         for handle in handles:
@@ -118,6 +122,12 @@ def watch(
     handles += [vector.register_post_accumulate_grad_hook(first) for vector in vectors.values()]
     for module in callers.values():
         _watched[module] = None
+
+
+def _unwatch(caller: weakref.ref[nn.Module] | None, vector: weakref.ref[nn.Parameter]) -> None:
+    del vector
+    if caller is not None and (module := caller()) is not None:
+        _watched.pop(module, None)
 
 
 def constant_inputs(sites: Iterable[tuple[str, LinearSite]], value_of: Callable[[fx.Node], Tensor | None]) -> list[str]:

@@ -280,8 +280,9 @@ def _check_adaptable(key: str, target: Target) -> None:
     if target.called and "forward" in vars(module):
         # An instance's own forward hides the class's, where the update is: the vector would be dead.
         raise TargetError(
-            f"{key!r} has a forward of its own on the instance (accelerate's device_map hooks do that): adapt the "
-            "model first and dispatch it afterwards, or leave the module out with exclude_modules"
+            f"{key!r} has a forward of its own on the instance (accelerate's device_map hooks and "
+            "transformers' tp_plan do that): adapt the model first and dispatch or parallelize it afterwards, or leave "
+            "the module out with exclude_modules"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapted_module import Adapted, OneLoRALayer, vector_name
 from onelora_compile.adapting.adapted_module import attach as attach_vectors
 from onelora_compile.kinds import is_plain
-from onelora_compile.sharded import whole
+from onelora_compile.sharded import split_like_outputs, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,8 @@ def _zeros(target: Target, dtype: torch.dtype | None) -> Tensor:
     stored = target.module._parameters.get(target.parameter)
     like = stored if stored is not None else next(iter(tensors), torch.empty(0))
     default = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.zeros(target.shape, dtype=dtype or default, device=like.device)
+    zeros = torch.zeros(target.shape, dtype=dtype or default, device=like.device)
+    return split_like_outputs(zeros, like, target.dims or ())
 
 
 def _size(module: nn.Module, *names: str) -> int:

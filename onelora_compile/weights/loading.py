@@ -14,7 +14,7 @@ from onelora_compile.adapting.adapter import (
     AdapterState,
     adapted_weights,
     attach_vectors,
-    refuse_sharded,
+    refuse_fully_sharded,
     release,
     running_statistics,
     saved_tensors,
@@ -104,7 +104,7 @@ def _load_beside(model: nn.Module, state: AdapterState, file: AdapterFile, path:
 def _load_as_active(root: nn.Module, file: AdapterFile, path: PathLike, name: str) -> None:
     fresh, new = not adapted_weights(root), not was_adapted(root)
     if fresh:
-        refuse_sharded(root, "adapt", "load the adapter before fully_shard")
+        refuse_fully_sharded(root, "load the adapter before fully_shard")
     state = attach_like(root, file, path) if fresh else state_of(root, "load")
     try:
         targets = on_the_base(adapted_weights(root), state.originals)

@@ -1,0 +1,18 @@
+"""Scripts that run in two processes of torch.distributed on this machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def torchrun(script: Path, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *args]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+
+
+def both_are_fine(script: Path, *args):
+    """Both processes reached the end of the script, which prints "fine" there."""
+    done = torchrun(script, *args)
+    assert done.stdout.count("fine") == 2, done.stdout[-2000:] + done.stderr[-4000:]
