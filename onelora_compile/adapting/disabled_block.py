@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapter import saved_tensors, state_of, unwrap, vectors
@@ -26,10 +25,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
     root = unwrap(model)
     state = state_of(root, "disable", allow_disabled=True)
     if not state.disabled:
-        with torch.inference_mode(False), torch.no_grad():
-            values: dict[Tensor, Tensor] = {vector: torch.zeros_like(vector) for vector in vectors(root).values()}
-            trained = saved_tensors(root, state)
-            values |= {trained[name]: own.to(trained[name], copy=True) for name, own in state.originals.items()}
+        values: dict[Tensor, Tensor | None] = dict.fromkeys(vectors(root).values())
+        trained = saved_tensors(root, state)
+        values |= {trained[name]: own for name, own in state.originals.items()}
         state.enable = stand_in(root, values)
         state.pool.block.off = True
     state.disabled += 1

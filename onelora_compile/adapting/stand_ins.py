@@ -4,30 +4,55 @@ The tensors are exchanged in the modules that hold them, not their values.  A gr
 it was recorded with, so a backward gives the gradients of the forward that it belongs to, inside a block or after it:
 none for the vectors from a forward of the base.  Exchanging `.data` did not: autograd reads a vector when backward
 runs.  A compiled graph asks its modules for their tensors at each call, so nothing is compiled again.
+
+A stand-in is kept for the next block: CUDA graphs know tensors by their addresses, and a recording for each block would
+end in none (Inductor stops at 128).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from onelora_compile.errors import StateError
 from onelora_compile.sharded import is_sharded, write_whole
 
-_MEANT = "_onelora_meant"  # attribute of a stand-in: the tensor in whose place it is
 Any_Tensor = TypeVar("Any_Tensor", bound=Tensor)
+# Weak on both sides, and no attributes of tensors: these would be pickled.
+_kept = WeakTensorKeyDictionary()  # by the tensor in whose place each is
+_meant = WeakTensorKeyDictionary()  # by the stand-in
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """A stand-in, the values that it was made of (None: zeros), and what tells that it still has them."""
+
+    other: Tensor
+    source: Tensor | None
+    version: int
+    address: int
+
+    def serves(self, tensor: Tensor, source: Tensor | None) -> bool:
+        """Whether nobody has written to the stand-in or moved it, and the tensor is as it was."""
+        other = self.other
+        alike = (other.shape, other.dtype, other.device) == (tensor.shape, tensor.dtype, tensor.device)
+        return alike and source is self.source and (other._version, other.data_ptr()) == (self.version, self.address)
 
 
 def meant(tensor: Any_Tensor) -> Any_Tensor:
     """The tensor itself, or the one that it stands in for."""
-    own: Any_Tensor = getattr(tensor, _MEANT, tensor)
-    return own
+    reference = _meant.get(tensor)
+    own: Any_Tensor | None = reference() if reference is not None else None
+    return tensor if own is None else own
 
 
-def stand_in(root: nn.Module, values: Mapping[Tensor, Tensor]) -> Callable[[], None]:
+def stand_in(root: nn.Module, values: Mapping[Tensor, Tensor | None]) -> Callable[[], None]:
     """Put other values in the place of tensors; what is returned puts the tensors back.
 
     A checkpoint that is taken meanwhile holds the tensors themselves; loading one is refused.  Sharded tensors stay,
@@ -35,7 +60,7 @@ def stand_in(root: nn.Module, values: Mapping[Tensor, Tensor]) -> Callable[[], N
 
     Args:
         root: the model.
-        values: of each of its parameters or buffers that is exchanged, of the same shape, dtype and device.
+        values: of each of its parameters or buffers that is exchanged; None for zeros.
     """
     others = {id(one): _of(one, value) for one, value in values.items() if not is_sharded(one)}
     sharded = [(one, one.detach().clone(), value) for one, value in values.items() if is_sharded(one)]
@@ -69,16 +94,31 @@ def stand_in(root: nn.Module, values: Mapping[Tensor, Tensor]) -> Callable[[], N
     return put_back
 
 
-def _of(tensor: Tensor, value: Tensor) -> Tensor:
-    """Of the same kind, so that no guard of a compiled graph sees a difference."""
-    other = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    setattr(other, _MEANT, tensor)
+def _of(tensor: Tensor, source: Tensor | None) -> Tensor:
+    """Of the same kind, so that no guard of a compiled graph sees a difference; that of the last block if it serves."""
+    kept = _kept.get(tensor)
+    if kept is None or not kept.serves(tensor, source):
+        other = _made(tensor, source)
+        kept = _kept[tensor] = _Kept(other, source, other._version, other.data_ptr())
+    other = kept.other
+    if source is not None and not isinstance(tensor, nn.Parameter):
+        other.data.copy_(source)  # batch norms write to their statistics, which `_version` does not count
+    other.requires_grad_(tensor.requires_grad)
+    other.grad = None
     return other
 
 
-def _write(tensor: Tensor, value: Tensor) -> None:
+def _made(tensor: Tensor, source: Tensor | None) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        value = torch.zeros_like(tensor) if source is None else source.to(tensor, copy=True)
+        other = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    _meant[other] = weakref.ref(tensor)
+    return other
+
+
+def _write(tensor: Tensor, value: Tensor | None) -> None:
     with torch.no_grad():
-        write_whole(tensor, value)
+        write_whole(tensor, torch.zeros_like(tensor) if value is None else value)
 
 
 def _refuse_loading(module: nn.Module, *args: Any) -> None:

@@ -29,6 +29,10 @@ from onelora_compile.passes.run import pipeline, run_passes
 from onelora_compile.passes.sites.linear_site import is_update, match_linear
 
 Compiled = Callable[..., Any]
+AHEAD_OF_TIME = (
+    "aot_compile with backend='onelora' got a model without vectors. No first call will adapt it: what is compiled is "
+    "the base for good. Call onelora.adapt(model) before"
+)
 
 
 def onelora_backend(
@@ -85,6 +89,8 @@ def _first_call(gm: fx.GraphModule, example_inputs: Sequence[Any], config: OneLo
     fresh = {} if chosen else {root: model for root, model in models.items() if not was_adapted(model)}
     if fresh:
         return _first_call_of(gm, fresh, sources, config)
+    if not chosen and private_api.is_ahead_of_time(gm) and any(True for _ in match_linear(gm)):
+        warnings.warn(AHEAD_OF_TIME, OneLoRAWarning, stacklevel=2)
     for root, model in models.items():
         if not any(map(is_adapted, root.modules())):  # else a fresh model of the same class would run as the base
             source = sources[root]

@@ -91,11 +91,7 @@ def frame_roots(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[nn.Mo
 
     Empty for a graph that does not come from Dynamo.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        frame = InstructionTranslator.current_tx().output.root_tx
-    except AttributeError:  # no frame is being compiled
+    if (frame := _frame()) is None:
         return {}
     scope = {"L": frame.f_locals, "G": frame.f_globals}
     roots: dict[nn.Module, Any] = {}
@@ -107,6 +103,22 @@ def frame_roots(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[nn.Mo
                     roots.setdefault(module, source)
                     break
     return roots
+
+
+def is_ahead_of_time(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo captured the graph and has left its frame: `torch/_dynamo/aot_compile.py`."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    return _frame() is None and any(hasattr(node, "_dynamo_source") for node in inputs)
+
+
+def _frame() -> Any:
+    """Dynamo's translator of the frame that is being compiled; None outside of any."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return None
 
 
 def compiled_module(module: nn.Module) -> nn.Module:

@@ -1,0 +1,86 @@
+"""Repeated blocks that are compiled one by one: one graph for all of them, with vectors of their own."""
+
+import pytest
+import torch
+from counted_graphs import Counter
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.testing import fill_vectors, merged_copy, perturb_norms
+
+x = torch.randn(3, 8)
+
+
+class Block(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 32), nn.Linear(32, width)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(6))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def the_class(model, monkeypatch, **how):
+    monkeypatch.setattr(Block, "forward", torch.compile(Block.forward, **how))
+    return model
+
+
+def each_block(model, monkeypatch, **how):
+    for block in model.blocks:
+        block.compile(**how)
+    return model
+
+
+def of_accelerate(model, monkeypatch, **how):
+    return pytest.importorskip("accelerate.utils").compile_regions(model, **how)
+
+
+# accelerate compiles what is around the blocks too.
+@pytest.mark.parametrize(("region", "graphs"), [(the_class, 1), (each_block, 1), (of_accelerate, 3)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_six_blocks_are_one_graph(region, graphs, dynamic, monkeypatch):
+    counter = Counter()
+    model = fill_vectors(onelora.adapt(perturb_norms(Model())), 0.2)
+    options = {"backend": "onelora", "options": {"inner": counter}, "dynamic": dynamic, "fullgraph": True}
+    run = region(model, monkeypatch, **options)
+    for given in [x, torch.randn(5, 8), torch.randn(7, 8)] if dynamic else [x]:
+        torch.testing.assert_close(run(given), eager(merged_copy(model), given))
+    assert len(counter.graphs) == graphs
+    run(x).square().sum().backward()
+    merged = merged_copy(model).requires_grad_(True)
+    eager(merged, x).square().sum().backward()
+    for name, vector in onelora.vectors(model).items():
+        of_weight = merged.get_parameter(f"{name}.weight").grad
+        assert of_weight is not None
+        right = of_weight.sum(1)
+        torch.testing.assert_close(vector.grad, right, rtol=1e-3, atol=1e-4 * right.abs().max().item())
+    fill_vectors(model, 0.2, seed=1)
+    torch.testing.assert_close(run(x), eager(merged_copy(model), x))
+    with onelora.disabled(model):
+        torch.testing.assert_close(run(x), eager(base_of(model), x))
+    assert len(counter.graphs) == graphs
+
+
+def eager(model, x):
+    """The class of its blocks may be compiled."""
+    with torch.compiler.set_stance("force_eager"):
+        return model(x)
+
+
+def base_of(model):
+    twin = Model()
+    twin.load_state_dict({n: p for n, p in model.state_dict().items() if "onelora" not in n})
+    return twin
