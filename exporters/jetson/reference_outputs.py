@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +102,19 @@ def _checked(runner: OnnxRunner, profile: Profile, given: Mapping[str, Any]) -> 
     known = {name: shape for name, _, shape in _inputs(runner)}
     if set(given) != set(known):
         raise ConfigError(f"inputs: the model takes {', '.join(known)}; given were {', '.join(given)}")
-    arrays = {name: np.ascontiguousarray(given[name]) for name in known}
+    arrays = {name: _array(given[name], shape) for name, shape in known.items()}
     for name, array in arrays.items():
         low, _, high = profile.get(name, (known[name],) * 3)
         if array.ndim != len(low) or any(not a <= b <= c for a, b, c in zip(low, array.shape, high, strict=True)):
-            raise ConfigError(f"inputs: {name!r} is {list(array.shape)}, outside of {list(low)} to {list(high)}")
+            wanted = f"outside of {list(low)} to {list(high)}" if low != high else f"and the model takes {list(low)}"
+            raise ConfigError(f"inputs: {name!r} is {list(array.shape)}, {wanted}")
     return arrays
+
+
+def _array(value: Any, shape: Sequence[Any]) -> np.ndarray:
+    """The array of an input; one number in [1], [1, 1] ... is the number that an input without dimensions takes."""
+    array = np.asarray(value, order="C")  # `ascontiguousarray` gives numbers a dimension
+    return array.reshape(()) if not shape and array.size == 1 else array
 
 
 def _inputs(runner: OnnxRunner) -> list[tuple[str, str, tuple[Any, ...]]]:

@@ -154,6 +154,37 @@ def test_given_inputs_are_the_reference(tmp_path):
         )
 
 
+class Scaled(zoo.MLP):
+    """A model with an input of no dimensions, as a sample rate is."""
+
+    def forward(self, x, rate):
+        return super().forward(x) * rate
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_an_input_without_dimensions_is_given_as_a_number_or_as_one_of_one_entry(shape, tmp_path):
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(4, 8)
+    source = exported(model, (x, torch.tensor(3)), tmp_path / "m.onnx", input_names=["x", "rate"])
+    bundle(source, tmp_path / "b", inputs={"x": x.numpy(), "rate": np.full(shape, 5)})
+    stored = load_file(tmp_path / "b" / "reference" / "given.safetensors")
+    assert stored["inputs/rate"].shape == ()
+    (found,) = (value for name, value in stored.items() if name.startswith("outputs/"))
+    np.testing.assert_allclose(found.numpy(), 5 * zoo.MLP.forward(model, x).detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert bundles.call(tmp_path / "b", "selftest") == 0
+
+
+def test_an_input_of_one_shape_is_not_said_to_take_a_range(tmp_path):
+    x = torch.randn(4, 8)
+    source = exported(Scaled(), (x, torch.tensor(3)), tmp_path / "m.onnx", input_names=["x", "rate"])
+    for inputs, message in (
+        ({"x": x, "rate": np.ones(2, int)}, r"inputs: 'rate' is \[2\], and the model takes \[\]"),
+        ({"x": x[:3], "rate": 1}, r"inputs: 'x' is \[3, 8\], and the model takes \[4, 8\]"),
+    ):
+        with pytest.raises(onelora.ConfigError, match=message):
+            bundle(source, tmp_path / "b", inputs=inputs)
+
+
 def test_weights_of_another_file_are_in_the_model_of_the_bundle(tmp_path):
     source = tmp_path / "m.onnx"
     model = onnx.load(bundles.sources() / "fold.onnx")
