@@ -135,3 +135,11 @@ def changed(path, out, tensors=None, **metadata):
         known = file.metadata()
     save_file({**held, **(tensors or {})}, out, {**known, **metadata})
     return out
+
+
+def for_runtime(mode, place, layout="triton"):
+    """A bundle for a stock runtime, without and with an adapter that can be replaced."""
+    swap = "refit" if mode == "refit" else "auto"
+    source = sources() / ("input.onnx" if mode == "refit" else f"{mode}.onnx")
+    adapters = [] if mode == "fold" else [sources() / "a.safetensors"]
+    return bundle(source, place / "b", shapes=SHAPES, adapters=adapters, layout=layout, swap=swap).folder

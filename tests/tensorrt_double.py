@@ -21,7 +21,8 @@ def module(real, **faults):
     """A module like `real` whose engines ONNX Runtime computes.
 
     Faults, in its attribute of that name: `build` makes the builder fail with that message, `missing` lets the refitter
-    ask for the weights of that name too, `stream` is the stream that work must be on (7, that of cudart_double.py).
+    ask for the weights of that name too, `stream` is the stream that work must be on (7, that of cudart_double.py),
+    `stale` lets engines be written without what was refitted.
     """
     calls: set[str] = set()
     made: Any = types.ModuleType("tensorrt")

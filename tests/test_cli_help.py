@@ -210,6 +210,7 @@ OPTIONS = {
     ("engine", "--precision"): choices.Precision,
     ("bundle", "--jetpack"): choices.JetPack,
     ("bundle", "--swap"): choices.Swap,
+    ("bundle", "--layout"): choices.BundleLayout,
 }
 
 
@@ -240,6 +241,7 @@ def test_choices_are_those_of_the_exporters(tmp_path, monkeypatch):
         ("engine", "--precision"): lambda: build_engine("m.onnx", "m.engine", precision="glue"),
         ("bundle", "--jetpack"): lambda: bundle("m.onnx", "b", jetpack="glue"),
         ("bundle", "--swap"): lambda: bundle("m.onnx", "b", swap="glue"),
+        ("bundle", "--layout"): lambda: bundle("m.onnx", "b", layout="glue"),
     }
     pytest.importorskip("tensorrt_rtx_bindings")
     for option, call in asked.items():

@@ -34,6 +34,7 @@ from onelora_compile.exporters.jetson.device.folder import BundleError, Folder, 
 from onelora_compile.exporters.jetson.device.measure import Check, selftest
 from onelora_compile.exporters.jetson.device.options import Options
 from onelora_compile.exporters.jetson.fit_model import Fitted, fit
+from onelora_compile.exporters.jetson.layouts import Layout, layout_of
 from onelora_compile.exporters.jetson.reference_outputs import (
     Cases,
     default_swaps,
@@ -69,6 +70,7 @@ def bundle(
     shapes: Shapes | None = None,
     inputs: Mapping[str, Any] | None = None,
     swap: str = "auto",
+    layout: str = "plain",
     weak_fp16: bool = False,
     workspace_mib: int = 512,
     optimization_level: int = 3,
@@ -87,6 +89,9 @@ def bundle(
         shapes: smallest, best and largest shape of each dynamic input: `{"x": ((1, 3), (4, 3), (8, 3))}`.
         inputs: arrays by name for the self-test; None draws random ones.
         swap: "refit" makes the vectors of a model of mode "input" constants of the engine that are refitted there.
+        layout: "triton", "deepstream" or "isaac-ros": the file that this runtime takes is written too, and the device
+            puts each new engine where it looks for one; for modes "fold", "load" and, with `swap`, "refit". "plain":
+            the bundle's own program alone.
         weak_fp16: let TensorRT choose float16 for a float32 model; for TensorRT 8 and 10.
         workspace_mib: memory for one kernel while the engine is built, in MiB.
         optimization_level: 0 to 5, how long the builder searches for kernels.
@@ -111,6 +116,7 @@ def bundle(
         step("fit the model")
         fitted = fit(source, target, swap, weak_fp16)
         profile = profile_of(fitted.model, shapes)
+        stock = layout_of(layout, fitted, target, profile)
         types = types_text(fitted, target, weak_fp16)
         files = _adapter_files(fitted, adapters, source)
         built = _template(fitted) if fitted.traits.refits else {}
@@ -133,6 +139,7 @@ def bundle(
         }
         manifest["tolerance"] = tolerances(fitted, weak_fp16)
         manifest["adapters"], manifest["default"] = adapter_entries(folder, fitted, files)
+        _write_layout(folder, manifest, stock)
         _write_programs(folder, manifest, target, types)
         step("check")
         checks = _checked(folder, fitted) if selftest else []
@@ -212,6 +219,15 @@ def _write_adapters(folder: Path, fitted: Fitted, files: Mapping[str, Path]) -> 
     own = folder / "adapters" / "default.safetensors"
     write_adapter(default, own)
     own.chmod(0o644)
+
+
+def _write_layout(folder: Path, manifest: dict[str, Any], layout: Layout | None) -> None:
+    if layout is None:
+        return
+    manifest["layout"] = {"name": layout.name, "plan": layout.plan, "file": layout.file}
+    for name in (layout.plan, layout.file):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / layout.file).write_text(layout.text, encoding="utf-8")
 
 
 def _write_programs(folder: Path, manifest: dict[str, Any], jetpack: JetPack, types: str) -> None:

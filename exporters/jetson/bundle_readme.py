@@ -14,6 +14,12 @@ _SWAP = {
     "fold": "The adapter is in the weights: another adapter needs another bundle.",
     "base": "The model has no adapter.",
 }
+_STOCK = {
+    "triton": "Triton, `--model-repository=triton`; it takes a new engine with `--model-control-mode=poll`, or when "
+    "asked to load `model`",
+    "deepstream": "DeepStream's `nvinfer`; it takes a new engine when its property `model-engine-file` is set again",
+    "isaac-ros": "Isaac ROS's `TensorRTNode`, which takes a new engine when it starts",
+}
 
 
 def readme(manifest: dict[str, Any], types: str) -> str:
@@ -44,6 +50,12 @@ def readme(manifest: dict[str, Any], types: str) -> str:
             "",
             "A cut of power at any moment leaves the old adapter or the new one. A file that is damaged, or was",
             "trained on another base, is refused.",
+        ]
+    if stock := manifest.get("layout"):
+        lines += [
+            "",
+            f"For {_STOCK[stock['name']]}: `{stock['file']}`. `build`, `update`, `use` and `rollback`",
+            f"put the engine with the adapter in use at `{stock['plan']}`, in one step, and `status` checks it.",
         ]
     lines += [
         "",

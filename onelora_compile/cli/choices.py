@@ -66,6 +66,15 @@ class Swap(enum.StrEnum):
     REFIT = "refit"
 
 
+class BundleLayout(enum.StrEnum):
+    """For which runtime on a device."""
+
+    PLAIN = "plain"
+    TRITON = "triton"
+    DEEPSTREAM = "deepstream"
+    ISAAC_ROS = "isaac-ros"
+
+
 class JetPack(enum.StrEnum):
     """NVIDIA's system on a Jetson."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onelora_compile.cli.app import Sizes, command, load_arrays
-from onelora_compile.cli.choices import EngineMode, Flavour, JetPack, Precision, Swap
+from onelora_compile.cli.choices import BundleLayout, EngineMode, Flavour, JetPack, Precision, Swap
 from onelora_compile.cli.sizes import parse_sizes
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def bundle(
     size: Sizes = None,
     inputs: Annotated[Path | None, typer.Option(help="Arrays for the self-test, a .npz; random ones without.")] = None,
     swap: Annotated[Swap, typer.Option(help="With refit, vectors of mode input become refittable.")] = Swap.AUTO,
+    layout: Annotated[BundleLayout, typer.Option(help="A stock runtime's files too.")] = BundleLayout.PLAIN,
 ) -> BundleReport:
     """Write a folder that builds, tests, runs and updates a model on an NVIDIA Jetson, with what JetPack ships."""
     from onelora_compile.exporters import bundle as write_bundle
@@ -79,4 +80,5 @@ def bundle(
         shapes=parse_sizes(size or ()),
         inputs=load_arrays(inputs) if inputs else None,
         swap=swap.value,
+        layout=layout.value,
     )

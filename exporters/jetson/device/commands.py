@@ -14,6 +14,7 @@ from .deployed import Deployed, why_fixed
 from .folder import BundleError, Folder, sweep, write_atomically
 from .layers import find_start
 from .options import RUNTIMES, Options
+from .placed import misplaced, place, place_of
 from .tensors import TensorError, npy_bytes, read_npy
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -92,7 +93,9 @@ def _options(chosen: argparse.Namespace) -> Options:
 def _build(folder: Folder, options: Options, chosen: argparse.Namespace) -> None:
     folder.check()
     with folder.lock():
-        _build_for(folder, options, folder.state()["adapter"], chosen.force)
+        adapter = folder.state()["adapter"]
+        _build_for(folder, options, adapter, chosen.force)
+        _place(folder, options, adapter)
 
 
 def _build_for(folder: Folder, options: Options, adapter: dict[str, Any], force: bool = False) -> None:
@@ -173,6 +176,7 @@ def _use(folder: Folder, options: Options, chosen: argparse.Namespace) -> None:
         if folder.traits.takes_files:
             vectors_of(folder, adapter)
         _rebuild(folder, options, adapter)
+        _place(folder, options, adapter)
         _activate(folder, adapter)
     _say(f"in use: {adapter['name']}")
 
@@ -190,6 +194,7 @@ def _update(folder: Folder, options: Options, chosen: argparse.Namespace) -> Non
         _rebuild(folder, options, adapter)
         if not chosen.no_try:
             measure.smoke(Deployed(folder.path, options, adapter["name"]))
+        _place(folder, options, adapter, check=not chosen.no_try)
         _activate(folder, adapter)
     _say(f"in use: {adapter['name']}, SHA-256 {adapter['sha256']}; `rollback` goes back")
 
@@ -201,6 +206,7 @@ def _rollback(folder: Folder, options: Options, chosen: argparse.Namespace) -> N
         if folder.traits.takes_files:
             vectors_of(folder, adapter)
         _rebuild(folder, options, adapter)
+        _place(folder, options, adapter)
         folder.undo()
     _say(f"in use: {adapter['name']}")
 
@@ -209,6 +215,14 @@ def _rebuild(folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
     """In mode "load" an adapter is part of the engine; the one in use stays until the other one is there."""
     if folder.traits.rebuilds and options.runtime != "onnxruntime":
         _build_for(folder, options, adapter)
+
+
+def _place(folder: Folder, options: Options, adapter: dict[str, Any], check: bool = True) -> None:
+    """Before the state says that an adapter is in use, a stock runtime finds it in its engine."""
+    if path := place(folder, options, adapter, check):
+        _say(f"placed: {path}")
+    elif place_of(folder):
+        _say(f"note: {place_of(folder)} is as it was: it is for TensorRT, and this is {options.runtime}")
 
 
 def _activate(folder: Folder, adapter: dict[str, Any]) -> None:
@@ -246,4 +260,7 @@ def _status(folder: Folder, options: Options, chosen: argparse.Namespace) -> int
     for line in wrong:
         print(f"damaged   {line}")
     print("files     " + ("DAMAGED" if wrong else f"{len(manifest['files'])}, all as they were packed"))
-    return 1 if wrong else 0
+    astray = misplaced(folder) if place_of(folder) else ""
+    if place_of(folder):
+        print(f"placed    {place_of(folder)}: {astray or 'with the adapter in use'}")
+    return 1 if wrong or astray else 0

@@ -57,7 +57,14 @@ class TensorRT:
 
     label = "TensorRT"
 
-    def __init__(self, folder: Folder, options: Options, adapter: dict[str, Any], watch: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        options: Options,
+        adapter: dict[str, Any],
+        watch: Sequence[str] = (),
+        content: Any = None,  # an engine that is written nowhere yet, in the place of the one that was built
+    ) -> None:
         self.folder = folder
         self.trt = trt_module.load(options.runtime)
         self.log = trt_module.log(self.trt, options)
@@ -66,7 +73,7 @@ class TensorRT:
         self.record = plan.record()
         self.label = f"{options.runtime} {self.trt.__version__}, SM {plan.identity['sm']}"
         self.faults = _faults(folder, options, plan)
-        self.engine = Engine(self.trt, self.log, plan.read())
+        self.engine = Engine(self.trt, self.log, plan.read() if content is None else content)
         self.context = Context(self.engine, self.cuda)
         self.inputs, self.outputs = self.engine.inputs, self.engine.outputs
         self.memory: dict[str, Memory] = {}

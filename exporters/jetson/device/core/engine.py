@@ -57,6 +57,17 @@ class Engine:
         """Whether it was built to be refitted."""
         return bool(self.loaded.refittable)
 
+    def serialized(self) -> Any:
+        """The engine's bytes, with the weights that it has by now.
+
+        Raises:
+            Refused: TensorRT can't write it.
+        """
+        plan = self.loaded.serialize()
+        if plan is None:
+            raise Refused("write", self.log)
+        return plan
+
     def range(self, name: str) -> list[tuple[int, ...]]:
         """(smallest, usual, largest) shape of a dynamic input in the first profile."""
         return [tuple(shape) for shape in self.loaded.get_tensor_profile_shape(name, 0)]

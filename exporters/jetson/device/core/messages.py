@@ -111,6 +111,7 @@ _STEPS = {
     "vector": "TensorRT refuses the vector {name!r}",
     "weight": "TensorRT refuses the base weight {name!r}",
     "refit": "the refit failed, the engine must be loaded again",
+    "write": "TensorRT can't write the engine",
 }
 
 
