@@ -133,6 +133,21 @@ def test_old_adapters_are_removed_and_those_to_go_back_to_are_not(tmp_path):
     assert len(state["previous"]) == 8
 
 
+def test_adapters_of_many_names_do_not_fill_the_disk(tmp_path):
+    folder = bundles.fresh("input", tmp_path)
+    for number in range(20):
+        head = {"head": torch.full((5,), float(number))}
+        path = changed(bundles.sources() / "new.safetensors", tmp_path / f"day-{number}.safetensors", head)
+        assert call(folder, "update", path, "--no-try") == 0
+    assert len(list((folder / "local" / "adapters").glob("*.safetensors"))) == 9
+    assert len(json.loads((folder / "local" / "adapters" / "index.json").read_text())) == 9
+    for number in range(18, 10, -1):
+        assert call(folder, "rollback") == 0
+        assert active(folder) == f"day-{number}"
+    assert call(folder, "rollback") == 1
+    assert call(folder, "use", "day-19") == 0  # taken back, not forgotten
+
+
 def test_two_updates_at_once(tmp_path, capsys):
     folder = bundles.fresh("input", tmp_path)
     with bundles.device(folder, "folder").Folder(str(folder)).lock():

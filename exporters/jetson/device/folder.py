@@ -24,7 +24,7 @@ except ImportError:  # not on Windows; Jetson is Linux
     fcntl = None  # type: ignore[assignment]
 
 FORMAT_VERSION = 1
-_KEPT = 8  # adapters to go back to
+_KEPT = 8  # adapters to go back to, and as many that only have a name
 _CHUNK = 1 << 20
 
 
@@ -122,8 +122,8 @@ class Folder:
             name = f"{name}-{digest[:8]}"
         entry = {"name": name, "file": f"local/adapters/{digest[:16]}.safetensors", "sha256": digest}
         write_atomically(self.file(*entry["file"].split("/")), content)
-        index = {**self.installed(), name: entry}
-        write_atomically(self.file("local", "adapters", "index.json"), json.dumps(index, indent=1).encode())
+        others = {key: one for key, one in self.installed().items() if key != name}
+        self._write_index({**others, name: entry})  # the newest last
         return entry
 
     def activate(self, adapter: dict[str, Any]) -> None:
@@ -146,10 +146,17 @@ class Folder:
         self._write_state(self.rollback(), state["previous"][1:])
 
     def prune(self) -> None:
-        """Remove adapter files that nothing refers to."""
-        state = self.state()
-        known = [state["adapter"], *state["previous"], *self.installed().values()]
+        """Forget what came after the bundle but the newest and those to go back to, and remove files without a name."""
+        state, index = self.state(), self.installed()
+        known = [state["adapter"], *state["previous"]]
+        kept = {name: one for name, one in index.items() if one in known or name in list(index)[-_KEPT:]}
+        if kept != index:
+            self._write_index(kept)
+        known += kept.values()
         sweep(self.file("local", "adapters"), ("index.json", *(os.path.basename(one["file"]) for one in known)))
+
+    def _write_index(self, index: dict[str, Any]) -> None:
+        write_atomically(self.file("local", "adapters", "index.json"), json.dumps(index, indent=1).encode())
 
     def _write_state(self, adapter: dict[str, Any], previous: list[dict[str, Any]]) -> None:
         state = {"adapter": adapter, "previous": previous}
