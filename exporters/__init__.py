@@ -6,6 +6,7 @@ from onelora_compile.exporters.fold.report import FoldReport
 from onelora_compile.exporters.half.report import RangeReport, ranges
 from onelora_compile.exporters.jetson.bundle import bundle
 from onelora_compile.exporters.jetson.bundle_report import BundleReport
+from onelora_compile.exporters.jetson.signing import sign_adapter
 from onelora_compile.exporters.onnx_runtime.calibration_reader import calibration_reader
 from onelora_compile.exporters.onnx_runtime.convert_adapter import convert_adapter
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
@@ -39,5 +40,6 @@ __all__ = [
     "fold_onnx",
     "ranges",
     "refit_engine",
+    "sign_adapter",
     "verify",
 ]

@@ -44,6 +44,7 @@ from onelora_compile.exporters.jetson.reference_outputs import (
 )
 from onelora_compile.exporters.jetson.releases import JetPack, jetpack_of
 from onelora_compile.exporters.jetson.shape_ranges import Shapes, profile_of
+from onelora_compile.exporters.jetson.signing import public_key_of
 from onelora_compile.exporters.jetson.trtexec import trtexec_script
 from onelora_compile.exporters.onnx_file.save import save_model
 from onelora_compile.exporters.onnx_file.trained import other_values
@@ -71,6 +72,7 @@ def bundle(
     inputs: Mapping[str, Any] | None = None,
     swap: str = "auto",
     layout: str = "plain",
+    verify_key: PathLike | None = None,
     weak_fp16: bool = False,
     workspace_mib: int = 512,
     optimization_level: int = 3,
@@ -92,6 +94,8 @@ def bundle(
         layout: "triton", "deepstream" or "isaac-ros": the file that this runtime takes is written too, and the device
             puts each new engine where it looks for one; for modes "fold", "load" and, with `swap`, "refit". "plain":
             the bundle's own program alone.
+        verify_key: a public key, ed25519 in PEM: the device takes adapter files alone that `sign_adapter` signed with
+            its private one. For modes that take files, from JetPack 6.0 on.
         weak_fp16: let TensorRT choose float16 for a float32 model; for TensorRT 8 and 10.
         workspace_mib: memory for one kernel while the engine is built, in MiB.
         optimization_level: 0 to 5, how long the builder searches for kernels.
@@ -117,6 +121,7 @@ def bundle(
         fitted = fit(source, target, swap, weak_fp16)
         profile = profile_of(fitted.model, shapes)
         stock = layout_of(layout, fitted, target, profile)
+        key = "" if verify_key is None else public_key_of(verify_key, fitted, target)
         types = types_text(fitted, target, weak_fp16)
         files = _adapter_files(fitted, adapters, source)
         built = _template(fitted) if fitted.traits.refits else {}
@@ -139,6 +144,7 @@ def bundle(
         }
         manifest["tolerance"] = tolerances(fitted, weak_fp16)
         manifest["adapters"], manifest["default"] = adapter_entries(folder, fitted, files)
+        manifest["update_key"] = key
         _write_layout(folder, manifest, stock)
         _write_programs(folder, manifest, target, types)
         step("check")

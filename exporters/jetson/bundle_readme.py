@@ -20,6 +20,7 @@ _STOCK = {
     "deepstream": "DeepStream's `nvinfer`; it takes a new engine when its property `model-engine-file` is set again",
     "isaac-ros": "Isaac ROS's `TensorRTNode`, which takes a new engine when it starts",
 }
+_SIGNED = "#   only with its signature, new.safetensors.sig, by the key of this bundle"
 
 
 def readme(manifest: dict[str, Any], types: str) -> str:
@@ -44,6 +45,7 @@ def readme(manifest: dict[str, Any], types: str) -> str:
             "",
             "```sh",
             f"{run} update new.safetensors --sha256 …   # checks base, shapes and numbers, tries it, switches",
+            *([_SIGNED] if manifest["update_key"] else []),
             f"{run} use default                         # one that is here",
             f"{run} rollback                            # the one before",
             "```",

@@ -53,6 +53,11 @@ class JetPack:
     bfloat16: bool = True
 
     @property
+    def verifies(self) -> bool:
+        """Whether its OpenSSL's command verifies ed25519: 3.0 does."""
+        return int(self.version.split(".")[0]) >= 6
+
+    @property
     def major(self) -> int:
         """The major version of its TensorRT."""
         return int(self.tensorrt.split(".")[0])

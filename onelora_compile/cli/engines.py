@@ -12,6 +12,7 @@ from onelora_compile.cli.choices import BundleLayout, EngineMode, Flavour, JetPa
 from onelora_compile.cli.sizes import parse_sizes
 
 if TYPE_CHECKING:
+    from onelora_compile.cli.reports import Signed
     from onelora_compile.exporters import BundleReport, EngineReport, RefitReport
 
 
@@ -67,6 +68,9 @@ def bundle(
     size: Sizes = None,
     inputs: Annotated[Path | None, typer.Option(help="Arrays for the self-test, a .npz; random ones without.")] = None,
     swap: Annotated[Swap, typer.Option(help="With refit, vectors of mode input become refittable.")] = Swap.AUTO,
+    verify_key: Annotated[
+        Path | None, typer.Option(help="A public key (PEM, ed25519): the device takes signed adapters alone.")
+    ] = None,
     layout: Annotated[BundleLayout, typer.Option(help="A stock runtime's files too.")] = BundleLayout.PLAIN,
 ) -> BundleReport:
     """Write a folder that builds, tests, runs and updates a model on an NVIDIA Jetson, with what JetPack ships."""
@@ -81,4 +85,17 @@ def bundle(
         inputs=load_arrays(inputs) if inputs else None,
         swap=swap.value,
         layout=layout.value,
+        verify_key=verify_key,
     )
+
+
+@command("onelora sign a.safetensors --key key.pem")
+def sign(
+    adapter: Annotated[Path, typer.Argument(help="The adapter (.safetensors).")],
+    key: Annotated[Path, typer.Option(help="The private key (PEM, ed25519).")],
+) -> Signed:
+    """Sign an adapter for devices that take signed ones alone; writes a .sig file beside it."""
+    from onelora_compile.cli.reports import Signed
+    from onelora_compile.exporters import sign_adapter
+
+    return Signed(adapter, sign_adapter(adapter, key))

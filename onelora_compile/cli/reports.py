@@ -15,6 +15,22 @@ from onelora_compile.weights.adapter_content import AdapterFile, Part, Projectio
 
 
 @dataclasses.dataclass(frozen=True)
+class Signed(Printable):
+    """What `onelora sign` wrote.
+
+    Attributes:
+        file: what was signed.
+        signature: the signature's file.
+    """
+
+    file: Path
+    signature: Path
+
+    def __rich__(self) -> Text:
+        return Text(f"wrote {self.signature}: send it with {self.file}", no_wrap=True, overflow="ignore")
+
+
+@dataclasses.dataclass(frozen=True)
 class Conversion(Printable):
     """What `onelora convert` wrote.
 

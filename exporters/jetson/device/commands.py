@@ -15,6 +15,7 @@ from .folder import BundleError, Folder, sweep, write_atomically
 from .layers import find_start
 from .options import RUNTIMES, Options
 from .placed import misplaced, place, place_of
+from .signature import check_signature
 from .tensors import TensorError, npy_bytes, read_npy
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     one = add("update", _update, "install an adapter file and put it in use: checked, tried, then switched in one step")
     one.add_argument("file")
     one.add_argument("--sha256", help="what the file's SHA-256 must be")
+    one.add_argument("--signature", help="its signature, for a bundle with a key (default: FILE.sig)")
     one.add_argument("--no-try", action="store_true", help="do not run the model first (no memory for a second engine)")
     _builder_options(one)
     one = add("rollback", _rollback, "go back to the adapter before")
@@ -186,8 +188,9 @@ def _update(folder: Folder, options: Options, chosen: argparse.Namespace) -> Non
     if folder.traits.feeds_ids:
         raise BundleError("a bank holds its adapters in the model: one more is a new bundle; `use` chooses among them")
     with folder.lock():
-        sweep(folder.file("local", "adapters"))
         content = read_bytes(chosen.file)
+        check_signature(folder, chosen.file, content, chosen.signature)
+        sweep(folder.file("local", "adapters"))
         read_adapter(chosen.file, folder, chosen.sha256)
         adapter = folder.install(chosen.file, content)
         vectors_of(folder, adapter)  # what was written, not what was read
