@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
+from onelora_compile.adapting.dispatched import is_offloaded
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.calls.axes import Axes, MayVary, for_export
 from onelora_compile.exporters.calls.evaluating import evaluating
@@ -70,6 +71,11 @@ def freeze(
         trained: as in `carry_vectors`, where vectors are carried.
         stored: as in `fold_vectors`.
     """
+    if (name := next((n for n, m in model.named_modules() if is_offloaded(m)), None)) is not None:
+        raise ExportError(
+            f"can't export: accelerate has offloaded the weights of {name!r}: load the base without offloading, load "
+            "the adapter, and export that"
+        )
     names: list[str] = []
     results: list[pytree.TreeSpec] = []
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from onelora_compile.adapting import eager_linear
 from onelora_compile.adapting.batch_rows import ROWS, chosen_rows, vector_of_rows
 from onelora_compile.adapting.dead_vectors import observe
+from onelora_compile.adapting.dispatched import hide_from_hook, rebind, show_to_hook
 from onelora_compile.errors import StateError
 from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
 from onelora_compile.sharded import is_fsdp_shard
@@ -218,6 +219,8 @@ def attach(
     for parameter, vector in vectors.items():
         module.register_parameter(vector_name(parameter), nn.Parameter(vector))
     module.__class__ = _adapted_class(base, called, tuple(weights.items()))
+    rebind(module, base, module.__class__)
+    hide_from_hook(module, is_vector)
 
 
 def remove(module: nn.Module) -> None:
@@ -226,4 +229,7 @@ def remove(module: nn.Module) -> None:
     for parameter in module._onelora_weights:
         del module._parameters[vector_name(parameter)]
     vars(module).pop(ROWS, None)
+    adapted = type(module)
     module.__class__ = module._onelora_base  # type: ignore[assignment]
+    rebind(module, adapted, module.__class__)
+    show_to_hook(module)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapted_module import is_adapted, made_by_attach, remove
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import watch
+from onelora_compile.adapting.dispatched import is_offloaded
 from onelora_compile.adapting.pool import DEFAULT, Pool, check_name
 from onelora_compile.adapting.select_targets import Selection, clean_name, named_modules, select
 from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
 from onelora_compile.adapting.weight_target import Target, attach, targets_of
-from onelora_compile.errors import StateError
+from onelora_compile.errors import StateError, TargetError
 from onelora_compile.sharded import is_fully_sharded, is_sharded, whole
 
 STATE = "_onelora_state"
@@ -105,6 +106,7 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
     parameters = {clean_name(name): parameter for name, parameter in root.named_parameters(remove_duplicate=False)}
     tensors = parameters | {clean_name(name): buffer for name, buffer in root.named_buffers()}
     travelling = [*selection.saved, *running_statistics(root, selection)]
+    _refuse_offloaded(root, travelling)
     # inference_mode(False): tensors made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         originals = {name: whole(tensors[name].detach()).clone() for name in travelling}
@@ -120,6 +122,18 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
     state.fast_paths = close_fast_paths(root)
     callers = {name: target.module for name, target in selection.targets.items() if target.called}
     watch(vectors(root), callers, lambda: state.constant, not config.train_norms, lambda: state.pool.block.mixed)
+
+
+def _refuse_offloaded(root: nn.Module, trained: Iterable[str]) -> None:
+    """Accelerate makes a new parameter for every call of an offloaded module, so nothing would be trained."""
+    names = set(trained)
+    for prefix, module in named_modules(root):
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()] if is_offloaded(module) else ():
+            if tensor is not None and tensor.is_meta and (full := f"{prefix}.{name}".removeprefix(".")) in names:
+                raise TargetError(
+                    f"{full!r} is to be trained (modules_to_save, train_norms, or statistics of a batch norm), but "
+                    "accelerate has offloaded it: keep its module in memory with device_map, or leave it out"
+                )
 
 
 def detach(model: Model) -> Model:
@@ -195,6 +209,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
             "the model is not adapted yet: call onelora.adapt(model) before you build the optimizer, or run a model "
             "compiled with backend='onelora' once"
         )
+    refuse_offloaded_vectors(root, "train")
     others = _of_other_adapters(root)
     parameters = [meant(parameter) for parameter in root.parameters() if parameter.requires_grad]
     return [parameter for parameter in parameters if id(parameter) not in others]
@@ -282,7 +297,22 @@ def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> Ada
         raise StateError(f"can't {purpose}: this {type(root).__name__} was not given to adapt; {hint}")
     if not allow_disabled:
         refuse_disabled(root, purpose)
+    refuse_offloaded_vectors(root, purpose)
     return state
+
+
+def refuse_offloaded_vectors(root: nn.Module, purpose: str) -> None:
+    """Check that accelerate has not put the vectors away: each call would get new ones, whatever is done to them.
+
+    Raises:
+        StateError: the model was adapted, and dispatched with offloading afterwards.
+    """
+    for name, target in adapted_weights(root).items():
+        if target.vector.is_meta and is_offloaded(target.module):
+            raise StateError(
+                f"can't {purpose}: accelerate has offloaded the vector of {name!r}, as the model was adapted before it "
+                "was dispatched: dispatch it first, then call onelora.adapt or onelora.load_adapter"
+            )
 
 
 def refuse_disabled(root: nn.Module, purpose: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from onelora_compile.adapting.adapted_module import Adapted
+from onelora_compile.adapting.dispatched import without_hooks
 from onelora_compile.adapting.probe_linear import linear_like, may_be_linear, weight_axes
 from onelora_compile.adapting.trace_weight_uses import BOTH_WAYS, INSIDE, KEPT, weight_uses
 from onelora_compile.adapting.weight_target import Target, calling, reading, targets_of, vector_key
@@ -42,6 +43,11 @@ class Candidate:
 
 def candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str, Candidate]:
     """Everything that is or resembles a linear op, in the order of the modules, by the name of its vector."""
+    with without_hooks(model):
+        return _candidates_of(names, model)
+
+
+def _candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[str, Candidate]:
     called = {module: _called(module) for module in names}
     read: dict[nn.Module, list[tuple[str, Target | None, str]]] = {}
     inside: dict[nn.Module, list[tuple[str, str]]] = {}  # of modules that are linears as they are called

@@ -72,7 +72,10 @@ class References:
         if issubclass(kind, (nn.Module, types.FunctionType, types.MethodType, functools.partial)):
             if issubclass(kind, nn.Module):
                 return True, False
-            return True, any(self._refers(one)[1] for one in _bound(value))
+            if id(value) not in self._seen:
+                self._seen[id(value)] = (value, True, False)  # a function may refer to itself
+                self._seen[id(value)] = (value, True, any(self._refers(one)[1] for one in _bound(value)))
+            return self._seen[id(value)][1:]
         if issubclass(kind, type) or isinstance(value, types.ModuleType):
             return False, False
         if id(value) not in self._seen:

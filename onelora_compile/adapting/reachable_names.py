@@ -164,7 +164,8 @@ def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
             yield from _modules_in(one, seen)
     elif isinstance(value, types.MethodType):
         yield from _modules_in(value.__self__, seen)
-    elif isinstance(value, types.FunctionType):
+    elif isinstance(value, types.FunctionType) and id(value) not in seen:
+        seen.add(id(value))  # a function may refer to itself
         for cell in value.__closure__ or ():
             with contextlib.suppress(ValueError):  # an empty cell
                 yield from _modules_in(cell.cell_contents, seen)

@@ -12,6 +12,7 @@ from torch import nn
 from onelora_compile.adapting.adapted_module import is_vector
 from onelora_compile.adapting.candidates import NOT_LINEAR, Candidate, candidates_of
 from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.dispatched import offloaded_from_above, own_forward
 from onelora_compile.adapting.peft_parts import PEFT_PART, peft_parts
 from onelora_compile.adapting.weight_target import Target, reading, vector_key
 from onelora_compile.errors import TargetError
@@ -117,8 +118,9 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     _check_names_match(config, names, candidates)
     if not targets:
         raise TargetError(_nothing_selected(model, config, skipped, not_linear))
+    from_above = offloaded_from_above(model)
     for key, target in targets.items():
-        _check_adaptable(key, target)
+        _check_adaptable(key, target, from_above)
     uses = {key: candidates[key].uses for key in targets if candidates[key].uses not in ((0, 0), (1, 1))}
     return Selection(targets, _saved_parameters(model, config, saved_modules), skipped, not_linear, uses)
 
@@ -273,16 +275,21 @@ def _nothing_selected(
     )
 
 
-def _check_adaptable(key: str, target: Target) -> None:
+def _check_adaptable(key: str, target: Target, from_above: set[nn.Module]) -> None:
     module = target.module
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         raise TargetError(f"{key!r} is a {type(module).__name__} without a shape yet: run the model once, then adapt")
-    if target.called and "forward" in vars(module):
+    if target.called and own_forward(module) is not None:
         # An instance's own forward hides the class's, where the update is: the vector would be dead.
         raise TargetError(
-            f"{key!r} has a forward of its own on the instance (accelerate's device_map hooks and "
-            "transformers' tp_plan do that): adapt the model first and dispatch or parallelize it afterwards, or leave "
-            "the module out with exclude_modules"
+            f"{key!r} has a forward of its own on the instance, which hides the class's (transformers' tp_plan puts one "
+            "there): adapt the model first and parallelize it afterwards, or leave the module out with exclude_modules"
+        )
+    if module in from_above:
+        raise TargetError(
+            f"{key!r} gets its weights from the accelerate hook of a module around it (preload_module_classes), which "
+            "would put the vector away too: dispatch the model without that, or leave the module out with "
+            "exclude_modules"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import Adapted, OneLoRALayer, vector_name
 from onelora_compile.adapting.adapted_module import attach as attach_vectors
+from onelora_compile.adapting.dispatched import device_of_calls, value_of
 from onelora_compile.kinds import is_plain
 from onelora_compile.sharded import split_like_outputs, whole
 
@@ -68,9 +69,9 @@ class Target:
 
     def blocks(self) -> Iterator[Tensor]:
         """The weight as matrices [out_features, in_features], one for each expert; views where that is possible."""
-        weight = self.weight
-        assert weight is not None
+        assert self.weight is not None
         assert self.dims
+        weight = value_of(self.module, self.parameter)
         rest = [axis for axis in range(weight.ndim) if axis not in self.dims]
         lined = whole(weight.detach()).permute(*rest, *self.dims)  # [*out, *in]
         if len(rest) == 1:
@@ -125,7 +126,7 @@ def _zeros(target: Target, dtype: torch.dtype | None) -> Tensor:
     stored = target.module._parameters.get(target.parameter)
     like = stored if stored is not None else next(iter(tensors), torch.empty(0))
     default = torch.float64 if like.dtype == torch.float64 else torch.float32
-    zeros = torch.zeros(target.shape, dtype=dtype or default, device=like.device)
+    zeros = torch.zeros(target.shape, dtype=dtype or default, device=device_of_calls(target.module, like.device))
     return split_like_outputs(zeros, like, target.dims or ())
 
 

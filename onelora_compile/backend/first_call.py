@@ -35,6 +35,7 @@ from onelora_compile.adapting.adapter import (
     was_adapted,
 )
 from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.dispatched import own_forward
 from onelora_compile.adapting.select_targets import clean_name
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.dynamo import private_api
@@ -219,7 +220,7 @@ def _computes_one_linear(target: Target) -> bool:
     """Whether a call of the module is one linear op of its weight, and nothing behind it but a reshape."""
     module = target.module
     plain = _kind(target).forward is nn.Linear.forward or is_conv1d(module)
-    return target.called and plain and "forward" not in vars(module) and isinstance(module, OneLoRALayer)
+    return target.called and plain and own_forward(module) is None and isinstance(module, OneLoRALayer)
 
 
 def _kind(target: Target) -> Any:
