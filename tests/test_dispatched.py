@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import onelora_compile as onelora
 from onelora_compile.exporters import export_onnx
 from onelora_compile.testing import fill_vectors
 
-BACKEND = {"backend": "onelora", "options": {"inner": "aot_eager"}}
+BACKEND: dict[str, Any] = {"backend": "onelora", "options": {"inner": "aot_eager"}}
 CPU = torch.device("cpu")
 PARTS = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
 PARTS |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
@@ -226,7 +227,7 @@ def test_weights_that_come_with_a_module_around_are_refused():
 def test_a_forward_that_somebody_else_put_there_is_refused():
     for hooked in (False, True):
         model = nn.Sequential(nn.Linear(4, 4))
-        model[0].forward = lambda x: x
+        vars(model[0])["forward"] = lambda x: x
         if hooked:
             model = PLACES["hooks"](model, None)
         with pytest.raises(onelora.TargetError, match="a forward of its own on the instance"):

@@ -1,5 +1,7 @@
 """Selection: PEFT's rules, and a clear word about everything that is not meant."""
 
+import functools
+
 import pytest
 import torch
 import zoo
@@ -137,9 +139,18 @@ def test_lazy_linear_and_a_forward_on_the_instance_are_refused():
     with pytest.raises(onelora.TargetError, match="run the model once"):
         onelora.adapt(nn.Sequential(nn.LazyLinear(3)))
     model = nn.Sequential(nn.Linear(3, 3))
-    model[0].forward = model[0].forward
+    vars(model[0])["forward"] = functools.partial(model[0].forward)
     with pytest.raises(onelora.TargetError, match="forward of its own on the instance"):
         onelora.adapt(model)
+
+
+def test_the_forward_of_the_class_on_the_instance():
+    model, x = nn.Sequential(nn.Linear(3, 3)), torch.ones(2, 3)
+    base = model(x)
+    vars(model[0])["forward"] = model[0].forward  # what removing a hook of accelerate leaves
+    onelora.vectors(onelora.adapt(model))["0"].data.fill_(2.0)
+    torch.testing.assert_close(model(x), base + 6.0)
+    assert torch.equal(onelora.detach(model)(x), base)
 
 
 def test_train_norms_finds_norms_of_any_library():

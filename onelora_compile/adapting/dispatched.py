@@ -120,7 +120,6 @@ def _hiding(base: Any, hidden: Callable[[str], bool]) -> Any:
     """A subclass of the class of a hook, as tools ask for the class: the hidden are off the module while it works."""
 
     def without(method: Any) -> Any:
-        @torch.compiler.disable  # as the base's own methods are
         def run(hook: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             parameters = module._parameters
             taken = {name: parameters.pop(name) for name in list(parameters) if hidden(name)}
@@ -129,7 +128,7 @@ def _hiding(base: Any, hidden: Callable[[str], bool]) -> Any:
             finally:
                 parameters.update(taken)
 
-        return run
+        return torch.compiler.disable(run)  # as the base's own methods are
 
     methods = {name: without(getattr(base, name)) for name in ("pre_forward", "post_forward", "detach_hook")}
     return type(f"OneLoRA{base.__name__}", (base,), {"__module__": __name__, "_onelora_base": base, **methods})
