@@ -126,6 +126,44 @@ def test_state_dict_round_trip():
     assert torch.equal(twin(x), model(x))
 
 
+def test_a_checkpoint_of_the_base_loads_strictly_and_leaves_the_vectors():
+    checkpoint = {name: torch.randn_like(value) for name, value in zoo.MLP().state_dict().items()}
+    other = zoo.MLP()
+    other.load_state_dict(checkpoint)
+    model = fill_vectors(onelora.adapt(zoo.MLP()), 0.5)
+    vectors = {name: vector.detach().clone() for name, vector in onelora.vectors(model).items()}
+    assert model.load_state_dict(checkpoint) == ([], [])
+    assert all(torch.equal(onelora.vectors(model)[name], vector) for name, vector in vectors.items())
+    outer = nn.ModuleDict({"inner": copy.deepcopy(model)})
+    outer.load_state_dict({f"inner.{name}": value for name, value in checkpoint.items()})
+    x = torch.randn(5, 8)
+    expected = fill_vectors(onelora.adapt(other), 0.5)(x)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(outer["inner"](x), expected)
+    onelora.detach(model)
+    assert not model._load_state_dict_post_hooks
+
+
+def test_a_checkpoint_with_some_of_the_vectors_is_no_base():
+    model = onelora.adapt(zoo.MLP())
+    checkpoint = model.state_dict()
+    left_out, *_ = (name for name in checkpoint if "onelora_vector" in name)
+    del checkpoint[left_out]
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{left_out}"'):
+        model.load_state_dict(checkpoint)
+    checkpoint = model.state_dict()
+    del checkpoint[left_out.replace("onelora_vector", "weight")]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(checkpoint)
+
+
+def test_the_base_names_what_an_adapted_checkpoint_has_more():
+    model = onelora.adapt(zoo.MLP())
+    names = [name for name in model.state_dict() if "onelora_vector" in name]
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*" + ".*".join(names)):
+        zoo.MLP().load_state_dict(model.state_dict())
+
+
 def test_adapted_in_inference_mode_can_still_be_trained():
     model = zoo.MLP()
     with torch.inference_mode():

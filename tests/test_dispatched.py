@@ -85,7 +85,7 @@ def test_compiled(dispatched, file):
 
 
 def test_one_line(file):
-    model = torch.compile(PLACES["hooks"](double_llama(), None), **BACKEND)
+    model: Any = torch.compile(PLACES["hooks"](double_llama(), None), **BACKEND)
     with pytest.warns(onelora.OneLoRAWarning, match="adapted"):
         model(IDS)
     check_compiled(onelora.load_adapter(model, file))
@@ -240,5 +240,5 @@ def test_a_function_that_names_itself():
         return again(depth - 1) if depth else 0
 
     model = nn.Sequential(nn.Linear(4, 4))
-    model.helper = again
+    vars(model)["helper"] = again
     assert list(onelora.vectors(onelora.adapt(model))) == ["0"]

@@ -1,6 +1,7 @@
 """Checkpoints of transformers' Trainer, really trained: the adapter in each, resuming, the best of them."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,17 @@ from onelora_compile.trainer import SaveAdapterCallback
 pytestmark = [pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")]
 
 
-def trainer(model, folder, full_weights=True, **settings):
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2, "seed": 0} | settings
+def trainer(model, folder, full_weights=True, **changed):
+    settings: dict[str, Any] = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "seed": 0,
+    } | changed
     settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
     arguments = TrainingArguments(str(folder), per_device_train_batch_size=8, **settings)
-    callbacks = [SaveAdapterCallback(full_weights)]
+    callbacks: list[Any] = [SaveAdapterCallback(full_weights)]
     return Trainer(model, arguments, train_dataset=Digits(), eval_dataset=Digits(16), callbacks=callbacks)
 
 

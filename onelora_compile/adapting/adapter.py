@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted, made_by_attach, remove
+from onelora_compile.adapting.base_checkpoints import forget_base_checkpoints, take_base_checkpoints
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import watch
 from onelora_compile.adapting.dispatched import is_offloaded
@@ -119,6 +120,7 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
         for name in selection.saved:
             parameters[name].requires_grad_(True)
         attach(list(selection.targets.values()), config.vector_dtype)
+    take_base_checkpoints(root)
     state.fast_paths = close_fast_paths(root)
     callers = {name: target.module for name, target in selection.targets.items() if target.called}
     watch(vectors(root), callers, lambda: state.constant, not config.train_norms, lambda: state.pool.block.mixed)
@@ -170,6 +172,7 @@ def release(root: nn.Module, state: AdapterState) -> None:
     """Take the vectors off and give the base its requires_grad flags back; values stay as they are."""
     for module in [module for module in root.modules() if is_adapted(module)]:
         remove(module)
+    forget_base_checkpoints(root)
     for module, attribute, value in state.fast_paths:
         setattr(module, attribute, value)
     for name, parameter in root.named_parameters(remove_duplicate=False):

@@ -104,8 +104,9 @@ def hide_from_hook(module: nn.Module, hidden: Callable[[str], bool]) -> None:
         hidden: whether it is to leave alone a parameter of that name.
     """
     if is_offloaded(module):
-        hook = vars(module)[_HOOK]
-        hook.__class__ = _hiding(type(hook), hidden)
+        hook: Any = vars(module)[_HOOK]
+        kind: Any = type(hook)
+        hook.__class__ = _hiding(kind, hidden)
 
 
 def show_to_hook(module: nn.Module) -> None:
