@@ -22,6 +22,7 @@ THINNED = {
     "test_build_engine.py": 6,
     "test_cli_mistakes.py": 12,
     "test_compile.py": 3,
+    "test_dispatched.py": 2,
     "test_distributed.py": 3,
     "test_export_axes.py": 5,
     "test_export_cache.py": 3,
