@@ -94,11 +94,13 @@ def run(script, how, folder, cache):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_saved_function_follows_the_vectors_of_another_process(tmp_path):
     run(SAVE, "save", tmp_path, tmp_path / "cache")
     run(LOAD, "load", tmp_path, tmp_path / "another")
 
 
+@pytest.mark.slow
 def test_caches_hit_in_a_new_process_with_other_vectors(tmp_path):
     """Training and inference: two graphs of AOTAutograd, three of Inductor."""
     hits, misses = ["2", "0", "0", "3", "0", "0"], ["0", "2", "0", "0", "3", "0"]

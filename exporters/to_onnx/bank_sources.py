@@ -64,6 +64,7 @@ class PlaceNumbers:
             places = sum(row.astype(np.int64) * _BASE**place for place, row in enumerate(rows[-1 - own : -1]))
             kept = np.concatenate([rows[: -1 - own], rows[-1:]])
             held.const_value = onnx_ir.tensor(kept, name=held.name)
+            held.shape = onnx_ir.Shape(kept.shape)  # what checks the file compares with the table
             found[str(held.name)] = self._source(np.asarray(places))
         sources = {name: source for name, source in found.items() if source is not None}
         return sources if len(sources) == len(found) else {}

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.applications import Starlette
 
+from onelora_compile.errors import StateError
+
 
 @contextlib.contextmanager
 def serving(app: Starlette, port: int = 0) -> Iterator[int]:
@@ -28,7 +30,7 @@ def serving(app: Starlette, port: int = 0) -> Iterator[int]:
     try:
         while not server.started:
             if not thread.is_alive():
-                raise RuntimeError(f"the server did not start on port {port}: its log says why")
+                raise StateError(f"the server did not start on port {port}: its log says why")
             time.sleep(0.01)
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:
