@@ -288,19 +288,29 @@ def was_adapted(root: nn.Module) -> bool:
 
 
 def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> AdapterState:
-    """The state of an adapted model.
+    """The state of an adapted model, whose vectors are at hand.
 
     Raises:
-        StateError: not adapted, adapted at another module of the tree, or disabled.
+        StateError: not adapted, adapted at another module of the tree, disabled, or its vectors are offloaded.
+    """
+    state = own_state(root, purpose)
+    if not allow_disabled:
+        refuse_disabled(root, purpose)
+    refuse_offloaded_vectors(root, purpose)
+    return state
+
+
+def own_state(root: nn.Module, purpose: str) -> AdapterState:
+    """The same for what is done hundreds of times a second: no module below the model is asked.
+
+    Raises:
+        StateError: not adapted, or adapted at another module of the tree.
     """
     state = state_or_none(root)
     if state is None:
         inside = next((name for name, module in named_modules(root) if vars(module).get(STATE)), None)
         hint = f"its submodule {inside!r} is: pass that one" if inside else "call onelora.adapt(model) first"
         raise StateError(f"can't {purpose}: this {type(root).__name__} was not given to adapt; {hint}")
-    if not allow_disabled:
-        refuse_disabled(root, purpose)
-    refuse_offloaded_vectors(root, purpose)
     return state
 
 
@@ -311,11 +321,20 @@ def refuse_offloaded_vectors(root: nn.Module, purpose: str) -> None:
         StateError: the model was adapted, and dispatched with offloading afterwards.
     """
     for name, target in adapted_weights(root).items():
-        if target.vector.is_meta and is_offloaded(target.module):
-            raise StateError(
-                f"can't {purpose}: accelerate has offloaded the vector of {name!r}, as the model was adapted before it "
-                "was dispatched: dispatch it first, then call onelora.adapt or onelora.load_adapter"
-            )
+        refuse_offloaded_vector(name, target.module, target.vector, purpose)
+
+
+def refuse_offloaded_vector(name: str, module: nn.Module, vector: Tensor, purpose: str) -> None:
+    """The same of one vector.
+
+    Raises:
+        StateError: accelerate has put it away.
+    """
+    if vector.is_meta and is_offloaded(module):
+        raise StateError(
+            f"can't {purpose}: accelerate has offloaded the vector of {name!r}, as the model was adapted before it "
+            "was dispatched: dispatch it first, then call onelora.adapt or onelora.load_adapter"
+        )
 
 
 def refuse_disabled(root: nn.Module, purpose: str) -> None:

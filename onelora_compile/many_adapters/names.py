@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapter import (
     AdapterState,
     adapted_weights,
+    own_state,
     refuse_blocks,
     refuse_sharded,
     running_statistics,
@@ -167,9 +168,8 @@ def set_adapter(model: Model, adapter_name: str, scale: float = 1.0) -> Model:
         ConfigError: the scale is no finite number.
     """
     root = unwrap(model)
-    # Parts of a model have no state of their own where the model has; to ask each module takes longer than a switch.
-    state = state_of(root, "switch", allow_disabled=True)
-    refuse_blocks([state], "switch")
+    state = own_state(root, "switch")
+    refuse_blocks([state], "switch")  # parts of a model have no state of their own where the model has
     pool = pool_of(root, state)
     one_held(pool, adapter_name)
     scale = _number(scale)

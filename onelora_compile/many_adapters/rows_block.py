@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import OneLoRALayer
-from onelora_compile.adapting.adapter import AdapterState, saved_tensors, state_of, unwrap
+from onelora_compile.adapting.adapter import AdapterState, own_state, saved_tensors, unwrap
 from onelora_compile.adapting.batch_rows import Chosen
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.errors import ConfigError, StateError
@@ -47,7 +47,7 @@ def rows(model: nn.Module, ids: Sequence[int | str | None] | NDArray[Any] | Tens
     if isinstance(model, nn.DataParallel):
         raise StateError("rows can't be chosen in nn.DataParallel, which gives parts of a batch to other threads")
     root = unwrap(model)
-    state = state_of(root, "choose rows", allow_disabled=True)
+    state = own_state(root, "choose rows")
     if state.pool.trained and torch.is_grad_enabled():
         refuse_reduced(model)
     if state.disabled:
@@ -55,8 +55,9 @@ def rows(model: nn.Module, ids: Sequence[int | str | None] | NDArray[Any] | Tens
     pool = pool_of(root, state)
     with pool.lock:
         names = [_name(pool, one) for one in _listed(ids)]
-        _refuse_wholes(root, state, pool, set(names))
-        chosen = _prepared(root, pool, names)
+        vectors = live_vectors(root, pool)
+        _refuse_wholes(root, state, pool, vectors, set(names))
+        chosen = _prepared(pool, vectors, names)
         pool.used.update({*names, None})
     holding = _Holding()
     before = pool.block.choose(chosen)
@@ -128,9 +129,8 @@ def _name(pool: Pool, one: object) -> str | None:
     raise StateError(f"there is no adapter {one!r} on this model; it has {known}, and the base is -1 or None")
 
 
-def _prepared(root: nn.Module, pool: Pool, names: list[str | None]) -> Chosen:
+def _prepared(pool: Pool, vectors: Mapping[str, Tensor], names: list[str | None]) -> Chosen:
     """Which row of the table each row of the batch takes, and where it is the active adapter."""
-    vectors = live_vectors(root, pool)
     devices = {vector.device for vector in vectors.values()}
     if len(devices) > 1:
         raise StateError(
@@ -148,11 +148,12 @@ def _prepared(root: nn.Module, pool: Pool, names: list[str | None]) -> Chosen:
         return chosen, torch.tensor(active, dtype=torch.bool, device=device).unsqueeze(-1)
 
 
-def _refuse_wholes(root: nn.Module, state: AdapterState, pool: Pool, used: set[str | None]) -> None:
+def _refuse_wholes(
+    root: nn.Module, state: AdapterState, pool: Pool, vectors: Mapping[str, Tensor], used: set[str | None]
+) -> None:
     """What has one value for the whole batch has to be the same for all adapters of the block."""
     if used == {pool.active}:
         return
-    vectors = live_vectors(root, pool)
     read = [name for name, (module, _) in pool.places.items() if not isinstance(module, OneLoRALayer)]
     waiting = [name for name in used if name not in (None, pool.active)]
     found = [name for name in read if vectors[name].any()]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import Adapted, vector_name
-from onelora_compile.adapting.adapter import AdapterState, adapted_weights, saved_tensors
+from onelora_compile.adapting.adapter import AdapterState, adapted_weights, refuse_offloaded_vector, saved_tensors
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.pool import Held, Pool
 from onelora_compile.adapting.select_targets import named_modules
@@ -27,7 +27,11 @@ def pool_of(root: nn.Module, state: AdapterState) -> Pool:
 
 
 def live_vectors(root: nn.Module, pool: Pool) -> dict[str, nn.Parameter]:
-    """The vectors of the model, by name."""
+    """The vectors of the model, by name.
+
+    Raises:
+        StateError: accelerate has offloaded one.
+    """
     adapted = _adapted_modules(root)
     if len(adapted) != len(pool.seen) or any(a is not b for a, b in zip(adapted, pool.seen, strict=True)):
         # Names are looked up once: of hundreds of modules they take longer than a switch.
@@ -40,6 +44,7 @@ def live_vectors(root: nn.Module, pool: Pool) -> dict[str, nn.Parameter]:
     for name, (module, attribute) in pool.places.items():
         vector = module._parameters[attribute]
         assert vector is not None
+        refuse_offloaded_vector(name, module, vector, "read or write the adapters of the model")
         found[name] = meant(vector)
     return found
 
