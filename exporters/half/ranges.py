@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onelora_compile.errors import ConfigError, ExportError, require
+from onelora_compile.errors import ConfigError, require
 from onelora_compile.exporters.half.retype import FLOATS, retype
 from onelora_compile.exporters.onnx_file.load import read_tensor
 from onelora_compile.exporters.onnx_file.save import save_model
+from onelora_compile.exporters.onnx_runtime.measuring import measuring_session
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -119,7 +120,7 @@ def measure(
     count = 0
     with tempfile.TemporaryDirectory(prefix="onelora-") as folder:
         save_model(twin, Path(folder) / "twin.onnx", _loaded(twin) or None)
-        session = _session(Path(folder) / "twin.onnx")
+        session = measuring_session(Path(folder) / "twin.onnx", "in float32, to measure its ranges")
         for feed in runs:
             _run(session, [name for name in watched if name in made], feed, seen)
             for name in watched:
@@ -248,17 +249,6 @@ def _dtypes(model: onnx_ir.Model) -> dict[str, str]:
     named = {str(value.name): value.dtype for value in values if _floating(value)}
     named |= {str(value.name): tensor.dtype for value, tensor in _stored(model)}
     return {name: "float32" if one.name == "FLOAT" else one.name.lower() for name, one in named.items() if one}
-
-
-def _session(path: Path) -> Any:
-    ort: Any = require("onnxruntime", "onnx", "measure ranges")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ExportError(f"ONNX Runtime can't run the model in float32, to measure its ranges: {error}") from error
 
 
 def _run(session: Any, names: list[str], feed: Mapping[str, np.ndarray], seen: Mapping[str, _Seen]) -> None:

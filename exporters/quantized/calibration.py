@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onelora_compile.errors import ConfigError, ExportError, require
+from onelora_compile.errors import ConfigError, ExportError
 from onelora_compile.exporters.onnx_file.node_writer import Writer
 from onelora_compile.exporters.onnx_file.save import save_model
 from onelora_compile.exporters.onnx_runtime.feeds import NO_INPUTS, feeds
+from onelora_compile.exporters.onnx_runtime.measuring import measuring_session
 from onelora_compile.exporters.quantized.saturation import Quantizer
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def measure(
     runs = 0
     with tempfile.TemporaryDirectory(prefix="onelora-") as folder:
         save_model(twin, Path(folder) / "twin.onnx", external or None)
-        session = _session(Path(folder) / "twin.onnx")
+        session = measuring_session(Path(folder) / "twin.onnx", "without its quantisers, to measure them")
         for feed in feeds(inputs, names):
             with_vectors = _run(session, probes, feed)
             plain = _run(session, probes, feed | zeroed)
@@ -160,19 +161,6 @@ def _stand_aside(quantizer: Quantizer, same: Mapping[onnx_ir.Node, onnx_ir.Node]
         own.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
         assert own.graph is not None
         own.graph.remove(own, safe=True)
-
-
-def _session(path: Path) -> Any:
-    ort: Any = require("onnxruntime", "onnx", "measure ranges on calibration inputs")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ExportError(
-            f"ONNX Runtime can't run the model without its quantisers, to measure them: {error}"
-        ) from error
 
 
 def _run(session: Any, probes: Sequence[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -75,10 +75,7 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     Raises:
         TargetError: nothing is selected, a name in a list matches nothing, or a selected module can't be adapted.
     """
-    # A module may be registered under several names: it is selected if any matches, and known by the first.
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(clean_name(name))
+    names = _names_of(model)
     candidates = candidates_of(names, model)
     asked = _asked_for(config, names)
     candidates |= asked
@@ -202,10 +199,15 @@ def saved_parameters(model: nn.Module, config: OneLoRAConfig) -> list[str]:
     Raises:
         TargetError: a name in modules_to_save matches nothing, or there is no norm to train.
     """
+    return _saved_parameters(model, config, _saved_modules(_names_of(model), config))
+
+
+def _names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """A module may be registered under several names: it is selected if any matches, and known by the first."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(clean_name(name))
-    return _saved_parameters(model, config, _saved_modules(names, config))
+    return names
 
 
 def _saved_modules(names: dict[nn.Module, list[str]], config: OneLoRAConfig) -> set[nn.Module]:
