@@ -157,18 +157,19 @@ def candidates(place: str, rows: int, n: int, m: int, ways: Sequence[str] | None
         wrap = BetweenPointwise if place == "pointwise" else BetweenAttention
         models = {way: _compiled(way, wrap(linear, n, m).to(DEVICE, DTYPE)) for way, linear in models.items()}
     x = torch.randn(8, rows // 8, n, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    return {way: step(model, x) for way, model in models.items()}
 
-    def step(model: nn.Module) -> Callable[[], None]:
-        up = torch.randn_like(model(x))
 
-        def run() -> None:
-            x.grad = None
-            model.zero_grad()
-            model(x).backward(up)
+def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward and backward, the gradient of the output the same each time."""
+    up = torch.randn_like(model(x))
 
-        return run
+    def run() -> None:
+        x.grad = None
+        model.zero_grad()
+        model(x).backward(up)
 
-    return {way: step(model) for way, model in models.items()}
+    return run
 
 
 def main() -> None:

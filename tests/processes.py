@@ -12,7 +12,9 @@ def torchrun(script: Path, *args):
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
 
 
-def both_are_fine(script: Path, *args):
-    """Both processes reached the end of the script, which prints "fine" there."""
+def both_are_fine(code: str, folder: Path, *args):
+    """Both processes reached the end of a program that is written to the folder, which prints "fine" there."""
+    script = folder / "worker.py"
+    script.write_text(code)
     done = torchrun(script, *args)
     assert done.stdout.count("fine") == 2, done.stdout[-2000:] + done.stderr[-4000:]

@@ -153,15 +153,11 @@ print("fine", rank)
 
 @pytest.mark.parametrize("how", ["ddp", "compiled_ddp", "ddp_of_compiled"])
 def test_ddp_reduces_only_what_is_trained(how, tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER + DDP)
-    both_are_fine(script, how, tmp_path)
+    both_are_fine(WORKER + DDP, tmp_path, how, tmp_path)
 
 
 def test_fully_shard(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER + FSDP)
-    both_are_fine(script, "fsdp", tmp_path)
+    both_are_fine(WORKER + FSDP, tmp_path, "fsdp", tmp_path)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

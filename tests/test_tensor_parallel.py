@@ -254,24 +254,16 @@ print("fine", rank)
 
 @pytest.mark.parametrize("order", ["adapt first", "parallelize first"])
 def test_values_gradients_and_collectives(order, tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER + EAGER)
-    both_are_fine(script, tmp_path, order)
+    both_are_fine(WORKER + EAGER, tmp_path, tmp_path, order)
 
 
 def test_a_plan_that_splits_the_sequence_too(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER + SEQUENCE)
-    both_are_fine(script, tmp_path, "sequence")
+    both_are_fine(WORKER + SEQUENCE, tmp_path, tmp_path, "sequence")
 
 
 def test_compiled(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER + COMPILED)
-    both_are_fine(script, tmp_path, "compiled")
+    both_are_fine(WORKER + COMPILED, tmp_path, tmp_path, "compiled")
 
 
 def test_a_plan_of_transformers(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER + LLAMA)
-    both_are_fine(script, tmp_path, "llama")
+    both_are_fine(WORKER + LLAMA, tmp_path, tmp_path, "llama")

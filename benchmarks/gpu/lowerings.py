@@ -6,11 +6,11 @@ Shapes are those of the blocks.  The linear stands between a norm and a GELU, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bench_linear import AsPeft, BetweenPointwise, Composite
+from bench_linear import AsPeft, BetweenPointwise, Composite, rates, step
 from torch import nn
 
 import onelora_compile as onelora
@@ -35,13 +35,12 @@ def _one(shape: tuple[int, int, int], device: str, dtype: torch.dtype, rounds: i
     torch._dynamo.reset()
     count, n, m = shape
     x = torch.randn(count, n, device=device, dtype=dtype, requires_grad=True)
-    steps = {way: _step(module, x) for way, module in _ways(n, m, device, dtype, autotuned).items()}
+    steps = {way: step(module, x) for way, module in _ways(n, m, device, dtype, autotuned).items()}
     times = interleaved(steps, rounds)
     for way, (median, low, high) in ratios(times, BASE).items():
         seconds = sorted(times[way])[len(times[way]) // 2]
-        flops, moved = 4 * count * n * m, 2 * dtype.itemsize * (count * n + n * m + count * m)
-        rates = {"tflop_per_s": flops / seconds / 1e12, "gb_per_s": moved / seconds / 1e9}
-        yield {"way": way, "milliseconds": 1e3 * seconds, "ratio": median, "ratio_p20": low, "ratio_p80": high} | rates
+        row = {"way": way, "milliseconds": 1e3 * seconds, "ratio": median, "ratio_p20": low, "ratio_p80": high}
+        yield row | rates(count, n, m, seconds)
 
 
 def _ways(n: int, m: int, device: str, dtype: torch.dtype, autotuned: bool) -> dict[str, Any]:
@@ -61,14 +60,3 @@ def _ways(n: int, m: int, device: str, dtype: torch.dtype, autotuned: bool) -> d
         own = onelora.adapt(nn.Sequential(nn.Linear(n, m)))[0]
         ways[name] = placed(own, backend="onelora", options={"lowering": name})
     return ways
-
-
-def _step(model: Any, x: torch.Tensor) -> Callable[[], None]:
-    up = torch.randn_like(model(x))
-
-    def run() -> None:
-        x.grad = None
-        model.zero_grad()
-        model(x).backward(up)
-
-    return run

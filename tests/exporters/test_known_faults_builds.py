@@ -1,7 +1,6 @@
 """Known faults of TensorRT where engines are built and tested, behind a double of TensorRT."""
 
 import base64
-import hashlib
 import json
 import sys
 
@@ -29,17 +28,13 @@ def cudart(tmp_path):
 
 def broken(folder):
     """Let the engine compute something else, as a miscompiled one does."""
-    (plan,) = bundles.plans(folder)
-    found = json.loads(plan.read_text())
-    model = onnx.load_from_string(base64.b64decode(found["model"]))
+    assert len(bundles.plans(folder)) == 1
+    bundles.change_engines(folder, _add_to_the_bias)
+
+
+def _add_to_the_bias(model):
     bias = next(tensor for tensor in model.graph.initializer if tensor.name == "head.bias")
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(3), bias.name))
-    found["model"] = base64.b64encode(model.SerializeToString()).decode()
-    plan.write_text(json.dumps(found))
-    record = plan.with_suffix(".json")
-    fields = json.loads(record.read_text())
-    fields["sha256"] = hashlib.sha256(plan.read_bytes()).hexdigest()
-    record.write_text(json.dumps(fields))
 
 
 @pytest.mark.parametrize(
