@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from counted_graphs import Counter
 from torch import nn
 
@@ -45,7 +46,7 @@ def each_block(model, monkeypatch, **how):
 
 
 def of_accelerate(model, monkeypatch, **how):
-    return pytest.importorskip("accelerate.utils").compile_regions(model, **how)
+    return compile_regions(model, **how)
 
 
 # accelerate compiles what is around the blocks too.

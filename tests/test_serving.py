@@ -20,16 +20,12 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.examples.serving.__main__ import backend_of
-from onelora_compile.exporters import export_onnx
-from onelora_compile.testing import fill_vectors, merged_copy
-
-pytest.importorskip("starlette", reason="needs the extra 'serve'")
-pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
-
 from onelora_compile.examples.serving.app import make_app
 from onelora_compile.examples.serving.backends import CompiledRows, OnnxBank
 from onelora_compile.examples.serving.client import RefusedError, connected
 from onelora_compile.examples.serving.in_thread import serving
+from onelora_compile.exporters import export_onnx
+from onelora_compile.testing import fill_vectors, merged_copy
 
 COUNT, HELD = 12, 2  # adapters, and those that a server starts with
 BACKENDS = ["bank", "compiled"]

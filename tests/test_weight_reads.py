@@ -7,7 +7,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from forms import FORMS, NAMED, SPELLINGS, build, module, weight
+from forms import FORMS, SPELLINGS, build, module, weight
+from named_uses import NAMED
 from oracle import row_sums
 from torch import nn
 from torch.nn import functional as F
@@ -120,7 +121,7 @@ def test_no_weight_is_summed_forward_and_none_has_a_gradient(name):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_every_other_use_in_a_contraction_is_named(name):
-    form, x, expected = build(name)
+    form, x, expected = build(name, NAMED)
     model = nn.ModuleDict({"form": form, "fc": nn.Linear(3, 3)})
     base = form(x)
     onelora.adapt(model)
@@ -134,7 +135,7 @@ def test_every_other_use_in_a_contraction_is_named(name):
 
 @pytest.mark.parametrize("name", [*NAMED, *LONG])
 def test_what_adapt_could_not_follow_is_named_by_the_graph(name):
-    form, x, expected = build(name)
+    form, x, expected = build(name, FORMS | NAMED)
     kind = type(form)
 
     def forward(self, x):
@@ -292,48 +293,6 @@ def test_patterns_name_parameters():
     onelora.detach(model)
     with pytest.raises(onelora.TargetError, match=r"'ws.7' matches no module. The linears of this model: ws.0, ws.1"):
         onelora.adapt(model, onelora.OneLoRAConfig(target_modules=["ws.7"]))
-
-
-def elif_branches(self, x):
-    mean = x.mean()
-    if mean > 9:
-        return x @ self.ws[0]
-    elif mean > 8:
-        return x @ self.ws[1]
-    elif mean > -9:
-        return x @ self.ws[2]
-    return x @ self.ws[3]
-
-
-def nested_branches(self, x):
-    mean = x.mean()
-    if mean > -9:
-        if mean > -8:
-            if mean > 9:
-                return x @ self.ws[0]
-            return x @ self.ws[1]
-        return x @ self.ws[2]
-    return x @ self.ws[3]
-
-
-def loop_on_a_value(self, x):
-    total, count = x @ self.ws[3], 0
-    while x.norm() > 1:
-        count += 1
-        x = (x @ self.ws[0]) * 0.1
-        if count > 1:
-            total = total + x @ self.ws[1] + x @ self.ws[2]
-    return total
-
-
-@pytest.mark.parametrize("forward", [elif_branches, nested_branches, loop_on_a_value])
-def test_every_branch_on_values_is_followed(forward):
-    model = module(forward, ws=nn.ParameterList([weight(8, 8) for _ in range(4)]))
-    onelora.adapt(model)
-    assert {*onelora.vectors(model)} == {f"ws.{number}" for number in range(4)}
-    fill_vectors(model, 0.5)
-    x = torch.randn(5, 8)
-    torch.testing.assert_close(model(x), merged_copy(model)(x))
 
 
 class Opaque(nn.Module):

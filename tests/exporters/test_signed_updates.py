@@ -12,7 +12,6 @@ from bundles import active, call
 import onelora_compile as onelora
 from onelora_compile.exporters import bundle, sign_adapter
 
-pytest.importorskip("cryptography", reason="needs the extra sign")
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs OpenSSL's command")
 
 
