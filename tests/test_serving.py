@@ -210,8 +210,10 @@ class Gated(OnnxBank):
     """A bank whose batches wait."""
 
     gate: threading.Event
+    entered: threading.Event
 
     def run(self, names, inputs):
+        self.entered.set()
         assert self.gate.wait(60)
         return super().run(names, inputs)
 
@@ -219,7 +221,7 @@ class Gated(OnnxBank):
 @pytest.fixture
 def gated(world):
     backend = Gated(world.bank, room=1)
-    backend.gate = threading.Event()
+    backend.gate, backend.entered = threading.Event(), threading.Event()
     yield backend
     backend.gate.set()
 
@@ -273,9 +275,9 @@ def test_the_end_waits_for_requests_that_run(world, gated, order):
                     world.ask(client, "a0", order)
 
             running = threads.submit(ask)
-            time.sleep(0.3)
+            assert gated.entered.wait(60)
             threading.Timer(0.5, gated.gate.set).start()
-        assert running.done()
+        assert gated.gate.is_set()  # the server did not end before
         running.result()
 
 
