@@ -13,10 +13,10 @@ from linears import IN, LINEARS, OUT, base, linear
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.adapting import trace_weight_uses
 from onelora_compile.adapting.adapter import adapted_weights
 from onelora_compile.exporters import export_onnx, fold_onnx
 from onelora_compile.testing import fill_vectors, merged_copy
+from onelora_compile.weight_uses import trace_weight_uses
 
 OUTPUT = [name for name, (_, what, _) in LINEARS.items() if what == "output"]
 WEIGHT = [name for name, (_, what, _) in LINEARS.items() if what == "weight"]

@@ -10,8 +10,8 @@ TOPS = ("onelora_compile", "passes", "exporters")
 # From low to high: whatever is here imports only from what stands before it.  "" is the package's own __init__.
 ORDER = (
     "errors file_names version printable table sharded kinds torch_versions ops progress kernels looking dynamo "
-    "passes/sites passes/graph adapting many_adapters weights testing passes/lowerings passes passes/exported "
-    "backend report"
+    "passes/sites passes/graph weight_uses adapting many_adapters weights testing passes/lowerings passes "
+    "passes/exported backend report"
 ).split()
 ORDER += [
     "",

@@ -17,13 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from onelora_compile.adapting.count_uses import Bounds, UseCounter, bounds
-from onelora_compile.adapting.entries import Entry, entries, hooks_of
-from onelora_compile.adapting.follow_forward import Followed, follow
-from onelora_compile.adapting.holders import Holders, References, held_in, of_torch
-from onelora_compile.adapting.reachable_names import Known, modules_elsewhere, names_in_reach
-from onelora_compile.adapting.tracer import PAST as PAST_MARK
-from onelora_compile.adapting.tracer import not_entered, output_of_a_script, part_of_a_value
 from onelora_compile.kinds import is_conv1d, is_linear, is_plain
 from onelora_compile.looking.untouched import Kept, silently
 from onelora_compile.passes.graph.writes import written
@@ -32,6 +25,13 @@ from onelora_compile.passes.sites.linear_site import match_linear
 from onelora_compile.passes.sites.operators import op_name
 from onelora_compile.passes.sites.other_uses import ASK, made_of_parameters, other_uses, users
 from onelora_compile.passes.sites.weight_path import input_axes, weight_chains
+from onelora_compile.weight_uses.count_uses import Bounds, UseCounter, bounds
+from onelora_compile.weight_uses.entries import Entry, entries, hooks_of
+from onelora_compile.weight_uses.follow_forward import Followed, follow
+from onelora_compile.weight_uses.holders import Holders, References, held_in, of_torch
+from onelora_compile.weight_uses.reachable_names import Known, modules_elsewhere, names_in_reach
+from onelora_compile.weight_uses.tracer import PAST as PAST_MARK
+from onelora_compile.weight_uses.tracer import not_entered, output_of_a_script, part_of_a_value
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 BOTH_WAYS = "its weight is used as W and as its transpose: one vector can't be both"

@@ -20,11 +20,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from onelora_compile.adapting.follow_forward import Followed
-from onelora_compile.adapting.tracer import CALLED
 from onelora_compile.passes.graph.writes import written
 from onelora_compile.passes.sites.operators import op_name
 from onelora_compile.passes.sites.other_uses import users
+from onelora_compile.weight_uses.follow_forward import Followed
+from onelora_compile.weight_uses.tracer import CALLED
 
 Weight = tuple[nn.Module, str]
 Counts = collections.Counter[Any]  # of modules: calls; of weights: reads

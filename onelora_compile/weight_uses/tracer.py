@@ -21,9 +21,9 @@ from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from onelora_compile.adapting.holders import Holders
 from onelora_compile.passes.sites.other_uses import asks_for_no_value
 from onelora_compile.passes.sites.weight_path import run_of_shapes
+from onelora_compile.weight_uses.holders import Holders
 
 PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
 CALLED = "onelora_called"  # key in node.meta: the module whose output a node is
