@@ -16,7 +16,7 @@ import onelora_compile as onelora
 from onelora_compile.adapting.adapter import adapted_weights
 from onelora_compile.exporters import export_onnx, fold_onnx
 from onelora_compile.testing import fill_vectors, merged_copy
-from onelora_compile.weight_uses import trace_weight_uses
+from onelora_compile.weight_uses import weight_reads
 
 OUTPUT = [name for name, (_, what, _) in LINEARS.items() if what == "output"]
 WEIGHT = [name for name, (_, what, _) in LINEARS.items() if what == "weight"]
@@ -98,7 +98,7 @@ def test_every_kind_compiled(name):
 
 def test_further_parameters_of_a_linear_are_named():
     model = onelora.adapt(built("own_lora")[0])
-    assert onelora.summary(model).skipped == {"own.a": trace_weight_uses.INSIDE}
+    assert onelora.summary(model).skipped == {"own.a": weight_reads.INSIDE}
 
 
 @pytest.mark.parametrize("name", [name for name in LINEARS if name not in OUTPUT])

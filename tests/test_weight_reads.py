@@ -18,7 +18,7 @@ from onelora_compile.adapting.adapter import adapted_weights
 from onelora_compile.exporters import export_onnx
 from onelora_compile.passes import run_passes
 from onelora_compile.testing import assert_parity, fill_vectors, gradients, merged_copy
-from onelora_compile.weight_uses.trace_weight_uses import NOT_TOLD
+from onelora_compile.weight_uses.weight_reads import NOT_TOLD
 
 ADAPTED = [name for name, (_, _, vectors) in FORMS.items() if vectors is not None]
 LONG = [pytest.param(name, marks=[pytest.mark.slow] * (name in SPELLINGS)) for name in ADAPTED]

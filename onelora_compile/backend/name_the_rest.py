@@ -15,7 +15,7 @@ from onelora_compile.errors import OneLoRAWarning
 from onelora_compile.passes.graph.subgraphs import Scope, scopes
 from onelora_compile.passes.sites.linear_site import match_linear, module_paths, source_line
 from onelora_compile.passes.sites.other_uses import ASK, other_uses
-from onelora_compile.weight_uses.trace_weight_uses import NOT_TOLD
+from onelora_compile.weight_uses.weight_reads import NOT_TOLD
 
 UNREADABLE = "linear ops that use a parameter without calling a module for it, in code that adapt could not follow"
 
