@@ -8,15 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx import _symbolic_trace
 from torch.utils import _pytree as pytree
 
+from onelora_compile.dynamo.fx_trace import trace_here
 from onelora_compile.passes.sites.weight_path import run_of_shapes
 from onelora_compile.weight_uses.followed_values import Value
 from onelora_compile.weight_uses.holders import Holders
@@ -54,30 +53,6 @@ def not_entered(function: Any) -> Callable[..., Any]:
     return call
 
 
-# torch.fx's own, which marks the whole process as tracing: then what is compiled raises in every thread.  With a copy
-# of its globals it marks nothing.  From 2.14 on it marks its thread alone, and needs no copy.
-# Source: torch/fx/_symbolic_trace.py, `_is_fx_tracing_flag` (torch 2.11 to 2.13), `_is_fx_tracing_tls` (from 2.14).
-_FLAG = "_is_fx_tracing_flag"
-_theirs = fx.Tracer.trace
-_trace: Any = types.FunctionType(
-    _theirs.__code__,
-    dict(vars(_symbolic_trace)) if hasattr(_symbolic_trace, _FLAG) else _theirs.__globals__,
-    "trace",
-    _theirs.__defaults__,
-    _theirs.__closure__,
-)
-
-
-class _InThisThread:
-    """True for the thread that makes it."""
-
-    def __init__(self) -> None:
-        self._thread = threading.get_ident()
-
-    def __bool__(self) -> bool:
-        return threading.get_ident() == self._thread
-
-
 class Tracer(fx.Tracer):
     """Follows one function."""
 
@@ -101,18 +76,12 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of the forward of a module."""
         kind: Any = nn.Module
-        before = getattr(_symbolic_trace, _FLAG, None)
         own = kind.get_parameter, kind.__setattr__
         kind.get_parameter = _stored_parameter
         kind.__setattr__ = lambda module, name, value: self._assign(own[1], module, name, value)
-        if before is not None:
-            setattr(_symbolic_trace, _FLAG, _InThisThread())
         try:
-            graph: fx.Graph = _trace(self, root, concrete_args)
-            return graph
+            return trace_here(self, root)
         finally:
-            if before is not None:
-                setattr(_symbolic_trace, _FLAG, before)
             kind.get_parameter, kind.__setattr__ = own
 
     def holder(self, parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
