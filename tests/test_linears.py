@@ -13,7 +13,7 @@ from linears import IN, LINEARS, OUT, base, linear
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.adapting.adapter import adapted_weights
+from onelora_compile.adapting.adapter_state import adapted_weights
 from onelora_compile.exporters import export_onnx, fold_onnx
 from onelora_compile.testing import fill_vectors, merged_copy
 from onelora_compile.weight_uses import weight_reads

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
-from onelora_compile.adapting.adapter import adapted_weights
+from onelora_compile.adapting.adapter_state import adapted_weights
 from onelora_compile.exporters import export_onnx
 from onelora_compile.passes import run_passes
 from onelora_compile.testing import assert_parity, fill_vectors, gradients, merged_copy

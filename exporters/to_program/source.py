@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from onelora_compile.adapting.adapter import adapted_part, adapted_weights, refuse_disabled, unwrap, vectors
+from onelora_compile.adapting.adapter import unwrap, vectors
+from onelora_compile.adapting.adapter_state import adapted_part, adapted_weights, refuse_disabled
 from onelora_compile.errors import ExportError, OneLoRAError, StateError
 from onelora_compile.exporters.calls.axes import Axes
 from onelora_compile.exporters.calls.signature import Call

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted
-from onelora_compile.adapting.adapter import STATE, AdapterState, state_or_none, was_adapted
+from onelora_compile.adapting.adapter_state import STATE, AdapterState, state_or_none, was_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import constant_inputs
 from onelora_compile.backend.first_call import FirstCall

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from onelora_compile.adapting.adapter import AdapterState, adapted_weights
+from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights
 from onelora_compile.adapting.select_targets import ALL_LINEAR, named_modules
 from onelora_compile.adapting.weight_target import vector_key
 from onelora_compile.errors import OneLoRAWarning
