@@ -21,8 +21,9 @@ from onelora_compile.adapting.base_checkpoints import forget_base_checkpoints, t
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import watch
 from onelora_compile.adapting.dispatched import is_offloaded
+from onelora_compile.adapting.module_names import clean_name, named_modules
 from onelora_compile.adapting.pool import DEFAULT, check_name
-from onelora_compile.adapting.select_targets import Selection, clean_name, named_modules, select
+from onelora_compile.adapting.select_targets import Selection, select
 from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
 from onelora_compile.adapting.weight_target import attach

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapted_module import is_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dispatched import is_offloaded
+from onelora_compile.adapting.module_names import named_modules
 from onelora_compile.adapting.pool import Pool
-from onelora_compile.adapting.select_targets import named_modules
 from onelora_compile.adapting.weight_target import Target, targets_of
 from onelora_compile.errors import StateError
 

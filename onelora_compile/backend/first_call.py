@@ -29,7 +29,7 @@ from onelora_compile.adapting.adapter import adapt, undo_adapt, vectors
 from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, state_of, was_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dispatched import own_forward
-from onelora_compile.adapting.select_targets import clean_name
+from onelora_compile.adapting.module_names import clean_name
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.dynamo import private_api
 from onelora_compile.errors import OneLoRAWarning, StateError

@@ -9,7 +9,8 @@ from typing import Any
 from torch import fx, nn
 
 from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights
-from onelora_compile.adapting.select_targets import ALL_LINEAR, named_modules
+from onelora_compile.adapting.module_names import named_modules
+from onelora_compile.adapting.select_targets import ALL_LINEAR
 from onelora_compile.adapting.weight_target import vector_key
 from onelora_compile.errors import OneLoRAWarning
 from onelora_compile.passes.graph.subgraphs import Scope, scopes
