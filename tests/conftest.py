@@ -46,6 +46,7 @@ THINNED = {
     "test_keep_float32.py": 6,
     "test_known_faults.py": 4,
     "test_known_faults_builds.py": 4,
+    "test_known_faults_norms.py": 4,
     "test_linears.py": 6,
     "test_modes.py": 8,
     "test_named_adapters.py": 2,
