@@ -59,6 +59,7 @@ THINNED = {
     "test_quantized.py": 6,
     "test_rank1_matmul.py": 3,
     "test_row_training.py": 3,
+    "test_reads_named.py": 5,
     "test_rows.py": 3,
     "test_saturation.py": 4,
     "test_swaps.py": 8,
