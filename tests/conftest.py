@@ -61,6 +61,7 @@ THINNED = {
     "test_row_training.py": 3,
     "test_reads_named.py": 5,
     "test_rows.py": 3,
+    "test_rows_refused.py": 3,
     "test_saturation.py": 4,
     "test_swaps.py": 8,
     "test_tensor_parallel.py": 2,
