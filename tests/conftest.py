@@ -47,6 +47,7 @@ THINNED = {
     "test_known_faults.py": 4,
     "test_known_faults_builds.py": 4,
     "test_known_faults_norms.py": 4,
+    "test_linear_kinds.py": 6,
     "test_linears.py": 6,
     "test_modes.py": 8,
     "test_named_adapters.py": 2,
