@@ -15,6 +15,7 @@ from onelora_compile.exporters.fold.checks import check_places, check_trained, l
 from onelora_compile.exporters.fold.find_weights import names_of, weights_of
 from onelora_compile.exporters.fold.match_fingerprints import match_weights
 from onelora_compile.exporters.fold.match_trained import match_trained
+from onelora_compile.exporters.fold.one_thread import one_thread
 from onelora_compile.exporters.fold.owners import Known
 from onelora_compile.exporters.fold.place_trained import fold_trained
 from onelora_compile.exporters.fold.put_vectors import Folder
@@ -25,7 +26,6 @@ from onelora_compile.exporters.onnx_file.check import check_opens
 from onelora_compile.exporters.onnx_file.load import load_model
 from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
-from onelora_compile.exporters.onnx_runtime.one_thread import one_thread
 from onelora_compile.exporters.quantized.pairs import open_operators
 from onelora_compile.exporters.quantized.ranges import ON_SATURATION, settle_ranges
 from onelora_compile.file_names import as_path
