@@ -28,7 +28,9 @@ def test_one_feature_sum_per_input_and_one_update_per_linear():
     assert sum("onelora" in str(target) for target in targets(graph)) == 3
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("hf_vit", "gpt2") else ()) for name in zoo.MODELS]
+)
 def test_no_more_graphs_than_the_frozen_base(name):
     base, inputs = zoo.MODELS[name]()
     base.requires_grad_(False)

@@ -84,6 +84,7 @@ def test_compiled(dispatched, file):
     check_compiled(torch.compile(dispatched, **BACKEND))
 
 
+@pytest.mark.slow
 def test_one_line(file):
     model: Any = torch.compile(PLACES["hooks"](double_llama(), None), **BACKEND)
     with pytest.warns(onelora.OneLoRAWarning, match="adapted"):
@@ -129,6 +130,7 @@ def test_detach_leaves_what_accelerate_made(dispatched, file):
     assert {n: set(vars(m)) - {"_onelora_state"} for n, m in dispatched.named_modules()} == fields
 
 
+@pytest.mark.slow
 def test_removing_the_hooks_brings_the_weights_back(dispatched, file):
     onelora.load_adapter(dispatched, file)
     remove_hook_from_submodules(dispatched)
@@ -138,6 +140,7 @@ def test_removing_the_hooks_brings_the_weights_back(dispatched, file):
     torch.testing.assert_close(dispatched(IDS).logits, adapted_in_memory()(IDS).logits)
 
 
+@pytest.mark.slow
 def test_merge_of_hooked_modules(file):
     model = onelora.load_adapter(PLACES["hooks"](double_llama(), None), file)
     onelora.merge(model)
@@ -160,11 +163,13 @@ def test_what_would_write_to_offloaded_weights_is_refused(place, file, tmp_path)
         export_onnx(model, (IDS,), tmp_path / "m.onnx")
 
 
+@pytest.mark.slow
 def test_export_of_hooked_modules(file, tmp_path):
     model = onelora.load_adapter(PLACES["hooks"](double_llama().float(), None), file)
     export_onnx(model, (IDS,), tmp_path / "m.onnx", kwargs={"use_cache": False})
 
 
+@pytest.mark.slow
 def test_copies(dispatched, file):
     onelora.load_adapter(dispatched, file)
     twin = copy.deepcopy(dispatched)
@@ -173,6 +178,7 @@ def test_copies(dispatched, file):
     torch.testing.assert_close(twin(IDS).logits, adapted_in_memory()(IDS).logits)
 
 
+@pytest.mark.slow
 def test_adapted_first_and_hooked_afterwards(file):
     model = PLACES["hooks"](onelora.load_adapter(double_llama(), file), None)
     torch.testing.assert_close(model(IDS).logits, adapted_in_memory()(IDS).logits)
