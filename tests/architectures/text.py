@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -239,7 +240,7 @@ DEBERTA = {
     "position_biased_input": False,
     "pooler_dropout": 0.0,
 }
-TEXT = {
+TEXT: dict[str, Callable] = {
     "bert": partial(encoder, "Bert"),
     "roberta": partial(encoder, "Roberta"),
     "albert": partial(encoder, "Albert", embedding_size=32, classifier_dropout_prob=0.0),
