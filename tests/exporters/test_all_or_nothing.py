@@ -12,8 +12,9 @@ from writers import WRITERS, attempt, changes, is_function, refused, source
 from onelora_compile.exporters.jetson.device.folder import BundleError
 from onelora_compile.weights import atomic_write
 
-# Tracing takes a second for each call of the system, and is no other one for each mode.
-CASES = [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("export") else []) for name in WRITERS]
+# Tracing takes a second for each call of the system, and is no other one for each mode; a bundle makes many calls.
+LONG = ("export", "bundle")
+CASES = [pytest.param(name, marks=[pytest.mark.slow] if name.startswith(LONG) else []) for name in WRITERS]
 
 
 @pytest.fixture
