@@ -92,6 +92,8 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
         chosen_or_why = decided(name, own, twins, known or Known())
         if isinstance(chosen_or_why, str):
             unmatched[name] = chosen_or_why
+        elif again := _again(chosen_or_why, places):
+            unmatched[name] = again
         else:
             chosen[name] = chosen_or_why
     for name, reason in _disputed(chosen).items():
@@ -118,6 +120,16 @@ def _each_once(places: Iterable[Place]) -> Iterator[Place]:
         taken |= {(use.op, use.position) for use in uses}
         if uses:
             yield dataclasses.replace(place, uses=uses)
+
+
+def _again(chosen: Sequence[Place], places: Sequence[Place]) -> str | None:
+    """Why one of several places in a weight can't be chosen: numbers that are there twice, or are their own transpose."""
+    for place in chosen:
+        here = [one for one in places if one.weight is place.weight]
+        if len(here) > 1:
+            where = ", ".join(f"{'columns' if one.transposed else 'rows'} from {one.start}" for one in here[:4])
+            return f"its numbers are at several places in {place.weight.name!r} ({where}), and nothing tells which is its own"
+    return None
 
 
 def _disputed(chosen: Mapping[str, Sequence[Place]]) -> dict[str, str]:
