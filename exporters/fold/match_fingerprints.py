@@ -123,12 +123,12 @@ def _each_once(places: Iterable[Place]) -> Iterator[Place]:
 
 
 def _again(chosen: Sequence[Place], places: Sequence[Place]) -> str | None:
-    """Why one of several places in a weight can't be chosen: numbers that are there twice, or are their own transpose."""
+    """Why a place can't be chosen: the numbers are twice in its weight, or are their own transpose."""
     for place in chosen:
         here = [one for one in places if one.weight is place.weight]
         if len(here) > 1:
             where = ", ".join(f"{'columns' if one.transposed else 'rows'} from {one.start}" for one in here[:4])
-            return f"its numbers are at several places in {place.weight.name!r} ({where}), and nothing tells which is its own"
+            return f"its numbers are at several places in {place.weight.name!r} ({where}), and nothing tells which"
     return None
 
 

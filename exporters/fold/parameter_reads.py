@@ -56,7 +56,9 @@ class ParameterReads:
     def by_numbers(self, name: str, base: Fingerprint | None) -> list[ParameterRead]:
         """Every read of a constant that has the base's numbers."""
         found: list[ParameterRead] = []
-        for value, uses in self.reads if base is not None else ():
+        if base is None:
+            return found
+        for value, uses in self.reads:
             fitting = [turn for turn in self._layouts(name, value) if _agrees(self._numbers(value, name, turn), base)]
             if fitting:
                 found += _reads(name, value, uses, fitting)
@@ -64,7 +66,7 @@ class ParameterReads:
 
     def by_shape(self, name: str) -> list[ParameterRead]:
         """Every read of a constant that can hold the parameter; a square one lies as the op needs it."""
-        found = []
+        found: list[ParameterRead] = []
         for value, uses in self.reads:
             if layouts := self._layouts(name, value):
                 found += _reads(name, value, [use for use in uses if use.op.op_type in _PARAMETER_OPS], layouts)

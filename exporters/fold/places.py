@@ -18,6 +18,7 @@ from onelora_compile.exporters.onnx_file.load import as_torch
 from onelora_compile.weights.fingerprint import OUTPUT, TOLERANCE, Fingerprint, signs
 
 _PARTS = 4096  # of a weight that are tried
+_CHANCE = 1e-8  # that numbers agree which have nothing to do with each other; a file has millions of rows
 # What quantising a weight moves it by (relative Frobenius norm), with a margin: int8 0.005, int4 0.09 measured.
 _QUANTIZED = {"int16": 1e-3, "uint16": 1e-3, "int8": 0.05, "uint8": 0.05, "int4": 0.25, "int2": 0.5}
 
@@ -138,8 +139,9 @@ def _fits(projected: np.ndarray, known: Group, dtype: str) -> Iterator[tuple[int
     left, sketches, norms = signs(rows, 0), known.sketches, known.norms
     squares = np.square(sketches).sum(1)
     allowed = np.maximum(TOLERANCE.get(dtype, _QUANTIZED.get(dtype, 0.25)), known.tolerances)
-    # Of a few numbers any others are nearly a multiple: then it must be the weight itself.
-    by_chance = allowed ** (min(16, rows * known.shape[1]) - 1) > 1e-4
+    whole, numbers = rows == len(projected), min(rows, 4) * min(known.shape[1], 4)  # of a sketch, that are its own
+    # Of a few numbers any others are nearly a multiple, or nearly these: then it must be all of a weight, as it is.
+    many, enough = allowed ** (numbers - 1) <= _CHANCE, allowed**numbers <= _CHANCE
     for start in range(0, len(projected) - rows + 1, step):
         found = (left.T @ projected[start : start + rows]).flatten()
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # bases of zeros, damaged weights
@@ -152,8 +154,8 @@ def _fits(projected: np.ndarray, known: Group, dtype: str) -> Iterator[tuple[int
         factor, distance = np.where(as_it_is, 1.0, factor), np.where(as_it_is, plain, distance)
         distance[squares == 0] = np.inf if found.any() else 0.0  # a base of zeros
         factor[squares == 0] = 1.0
-        if rows == len(projected):
+        if whole:
             np.minimum(known.nearest, distance, out=known.nearest)
         exact = np.abs(factor - 1) <= np.maximum(allowed, 1e-4)
-        for index in np.flatnonzero((distance <= allowed) & (exact | ~by_chance)):
+        for index in np.flatnonzero((distance <= allowed) & (exact | many) & (whole | enough)):
             yield int(index), start, 1.0 if exact[index] else float(factor[index])

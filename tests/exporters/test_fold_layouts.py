@@ -1,6 +1,7 @@
 """fold_onnx: in which order a file holds a square weight, where the numbers are the same either way."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,9 +24,8 @@ pytestmark = [
 
 N = 8
 RANDOM = np.random.default_rng(3).normal(size=(N, N)).astype(np.float32)
-ROTATION = np.array([[1.0]], np.float32)
-while len(ROTATION) < N:  # Hadamard's
-    ROTATION = np.block([[ROTATION, ROTATION], [ROTATION, -ROTATION]]) / np.float32(2**0.5)
+HALF = np.array([[1, 1], [1, -1]])
+ROTATION = (np.kron(HALF, np.kron(HALF, HALF)) / N**0.5).astype(np.float32)  # Hadamard's
 # What is its own transpose, and what is not.
 WEIGHTS = {
     "zeros": np.zeros((N, N), np.float32),
@@ -46,7 +46,7 @@ def turned(value="w"):
 
 
 # The nodes, the weight [out, in] as the file holds it, whether it stands on the left of x.
-FORMS = {
+FORMS: dict[str, Any] = {
     "MatMul": ([made("MatMul", "x", "w")], np.transpose, False),
     "Gemm": ([made("Gemm", "x", "w")], np.transpose, False),
     "Gemm, transB": ([made("Gemm", "x", "w", transB=1)], np.array, False),
@@ -114,7 +114,7 @@ def test_ops_that_disagree_are_refused_where_numbers_do_not_tell(weight, tmp_pat
     if weight == "random":  # its numbers tell, and then both uses can only be this layer's
         fold_onnx(tmp_path / "m.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx")
         return
-    with pytest.raises(ExportError, match=r"0: its numbers are at several places in 'w' \(rows from 0, columns from 0\)"):
+    with pytest.raises(ExportError, match=r"0: its numbers are .* 'w' \(rows from 0, columns from 0\)"):
         fold_onnx(tmp_path / "m.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
 
