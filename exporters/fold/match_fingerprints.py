@@ -84,7 +84,8 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
             continue
         # Zeros are equal by chance, the numbers of a trained weight only as its copy.
         theirs = places if prints[name].norm else own
-        if strange := [use for place in theirs for use in place.weight.uses if _strange(use, place)]:
+        served = {(use.op, use.position) for place in own for use in place.uses}
+        if strange := [use for place in theirs for use in place.weight.uses if _strange(use, place, served)]:
             unmatched[name] = f"its weight {own[0].weight.name!r} also goes into {_ops(strange)}, which is not followed"
             continue
         there = set[str]().union(*(at[id(place.weight), place.start] for place in own))
@@ -147,8 +148,9 @@ def _disputed(chosen: Mapping[str, Sequence[Place]]) -> dict[str, str]:
     }
 
 
-def _strange(use: WeightUse, place: Place) -> bool:
-    return use.strange or (place.whole and use.takes_parts and not use.parts)
+def _strange(use: WeightUse, place: Place, served: set[tuple[onnx_ir.Node, int]]) -> bool:
+    """Whether an op needs the weight, and the vector goes not where it does: a mask on it, a row of its own."""
+    return use.strange or (place.whole and use.takes_parts and not use.parts) or not served.issuperset(use.ends)
 
 
 def _ops(uses: Sequence[WeightUse]) -> str:
