@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted, remove
-from onelora_compile.adapting.adapter import adapted_weights, unwrap
+from onelora_compile.adapting.adapter import unwrap
+from onelora_compile.adapting.adapter_state import adapted_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 

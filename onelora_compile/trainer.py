@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from onelora_compile.adapting.adapter import state_of, unwrap, vectors
+from onelora_compile.adapting.adapter import unwrap, vectors
+from onelora_compile.adapting.adapter_state import state_of
 from onelora_compile.errors import StateError
 from onelora_compile.sharded import is_sharded
 from onelora_compile.weights.adapter_file import save_adapter

@@ -1,5 +1,6 @@
 """Modules that use weights in every way that is a linear map, and what their vectors should be."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -322,6 +323,8 @@ SPELLINGS = {
     ),
 }
 FORMS |= SPELLINGS
+ADAPTED = [name for name, (_, _, vectors) in FORMS.items() if vectors is not None]
+LONG = [pytest.param(name, marks=[pytest.mark.slow] * (name in SPELLINGS)) for name in ADAPTED]
 
 
 def build(name, among=FORMS):

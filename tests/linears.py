@@ -6,6 +6,7 @@ if it returns something else than one output for an input, and the input axes of
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -194,3 +195,39 @@ LINEARS = {
     "two_outputs": (linear(lambda self, x: (base(self, x), None)), "read", (1,)),
     "other_axis": (linear(lambda self, x: base(self, x.mT).mT), "read", (1,)),
 }
+OUTPUT = [name for name, (_, what, _) in LINEARS.items() if what == "output"]
+CORE = {
+    "functional",
+    "pruned_bias",
+    "residual",
+    "used_twice",
+    "scaled",
+    "activated",
+    "bit_linear",
+    "argument_none",
+    "property",
+}
+
+
+def long(names):
+    """Most of them only in the long run: each costs a compilation or an export."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in CORE)) for name in names]
+
+
+class Model(nn.Module):
+    def __init__(self, made):
+        super().__init__()
+        self.first, self.own = nn.Linear(5, IN), made
+
+    def forward(self, x):
+        y = self.own(self.first(x))
+        return y[0] if isinstance(y, tuple) else y
+
+
+def built(name):
+    torch.manual_seed(0)
+    model = Model(LINEARS[name][0]()).eval()
+    for parameter in model.parameters():
+        if not parameter.any() and parameter.ndim == 1:
+            nn.init.normal_(parameter)
+    return model, torch.randn(8, 5)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import nn
@@ -40,3 +41,14 @@ def session(path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(model, path, **inputs):
+    """The first output in ONNX Runtime of an onnx_ir model, saved at a path."""
+    ir.save(model, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    return onnxruntime.InferenceSession(str(path)).run(None, inputs)[0]
+
+
+def operators(model):
+    return [node.op_type for node in model.graph.all_nodes()]

@@ -2,7 +2,7 @@
 
 import torch
 
-from onelora_compile.adapting.adapter import adapted_weights
+from onelora_compile.adapting.adapter_state import adapted_weights
 
 
 def row_sums(model, merged, loss_of, absolute=False):

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import peft
 import torch
+import zoo
 from safetensors.torch import load_file, save_file
+
+import onelora_compile as onelora
+from onelora_compile.testing import fill_vectors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -47,3 +51,11 @@ def edit_tensors(folder, change):
     tensors = load_file(path)
     change(tensors)
     save_file({name: one.contiguous() for name, one in tensors.items()}, path, {"format": "pt"})
+
+
+def ours(folder):
+    """A LoRA r=1 of this package as PEFT writes it: no metadata."""
+    base, _ = zoo.tiny_vit()
+    onelora.save_adapter(fill_vectors(onelora.adapt(base)), folder, format="peft")
+    edit_tensors(folder, lambda tensors: None)
+    return folder

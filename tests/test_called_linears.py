@@ -7,7 +7,7 @@ import transformers
 from architectures import ARCHITECTURES
 
 import onelora_compile as onelora
-from onelora_compile.adapting.adapter import adapted_weights
+from onelora_compile.adapting.adapter_state import adapted_weights
 from onelora_compile.kinds import is_linear
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -1,8 +1,10 @@
 """What the code of a model is followed with is seen by nobody else: other threads, imports, tables of PyTorch."""
 
+import gc
 import importlib
 import sys
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ import transformers
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.looking.one_at_a_time import seen_here
+from onelora_compile.looking.one_at_a_time import seen_here, silent
 
 TORCH: Any = torch
 NAMES = ("ones", "zeros", "empty", "rand", "randn", "finfo", "iinfo")
@@ -115,3 +117,60 @@ def test_another_thread_calls_a_compiled_model_while_one_is_adapted():
         thread.join()
         sys.setswitchinterval(interval)
     assert failed == []
+
+
+def test_other_threads_neither_see_nor_keep_what_adapt_changes(capsys):
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ws = nn.ParameterList(torch.randn(8, 8) for _ in range(4))
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x):
+            for w in self.ws:
+                x = torch.tanh(x @ w)
+            return self.a(x)
+
+    def patches():
+        return nn.Module.__call__, nn.Module.__getattr__, nn.Module.get_parameter, sys.stdout, sys.stderr
+
+    before, found, wrong, done = patches(), [], [], threading.Event()
+    served, x = Many(), torch.randn(2, 8)
+    expected = served(x)
+
+    def adapts():
+        for _ in range(5):
+            found.append(len(onelora.vectors(onelora.adapt(nn.Sequential(Many(), Many())))))
+
+    def serves():
+        while not done.is_set():
+            wrong.extend([0] * (not torch.equal(served(x), expected)))
+            print("served")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=adapts) for _ in range(4)]
+        beside = threading.Thread(target=serves)
+        for thread in (beside, *threads):
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        done.set()
+        beside.join()
+        sys.setswitchinterval(interval)
+    assert found == [10] * 20
+    assert wrong == []
+    assert patches() == before
+    assert set(capsys.readouterr().out.split()) == {"served"}
+
+
+def test_what_stands_for_a_stream_outlives_its_block():
+    """`print` holds no reference to what it writes to: another thread's would write to what is gone, and crash."""
+    with silent("stdout"):
+        inside = weakref.ref(sys.stdout)
+    gc.collect()
+    assert inside() is not None
+    with silent("stdout"):
+        assert sys.stdout is inside()

@@ -83,11 +83,11 @@ def test_importing_needs_none_of_the_extras(package):
     assert done.returncode == 0, done.stderr
 
 
-def test_only_one_file_touches_private_dynamo_or_inductor_api():
+def test_only_one_room_touches_private_dynamo_or_inductor_api():
     private = ("torch._dynamo.", "torch._inductor.", "from torch._dynamo", "from torch._inductor")
-    allowed = {"onelora_compile/dynamo/private_api.py", "onelora_compile/backend/options.py"}
+    told_of = "onelora_compile/backend/options.py"  # in a docstring
     for folder in ("onelora_compile", "passes", "exporters"):
         for path in (ROOT / folder).rglob("*.py"):
             name = path.relative_to(ROOT).as_posix()
-            if name not in allowed and "examples" not in name:
+            if name != told_of and not name.startswith("onelora_compile/dynamo/") and "examples" not in name:
                 assert not any(word in path.read_text() for word in private), name

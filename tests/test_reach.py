@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
-from onelora_compile.adapting import trace_weight_uses
-from onelora_compile.adapting.follow_forward import follow
 from onelora_compile.testing import fill_vectors, merged_copy
+from onelora_compile.weight_uses import trace_weight_uses
+from onelora_compile.weight_uses.follow_forward import follow
 
 
 def helper(x, linear):

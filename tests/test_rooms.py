@@ -1,6 +1,7 @@
 """Rooms import in one direction, and each says what lives in it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ TOPS = ("onelora_compile", "passes", "exporters")
 # From low to high: whatever is here imports only from what stands before it.  "" is the package's own __init__.
 ORDER = (
     "errors file_names version printable table sharded kinds torch_versions ops progress kernels looking dynamo "
-    "passes/sites passes/graph adapting many_adapters weights testing passes/lowerings passes passes/exported "
-    "backend report"
+    "passes/sites passes/graph weight_uses adapting many_adapters weights testing passes/lowerings passes "
+    "passes/exported backend report"
 ).split()
 ORDER += [
     "",
@@ -83,6 +84,19 @@ def test_a_room_names_every_file_in_it(room):
     assert len(text.splitlines()) <= 20
     files = {path.name for path in room.glob("*.py")} - {"__init__.py", "__main__.py"}
     assert [name for name in sorted(files) if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room not in PROGRAM], ids=named)
+def test_a_room_says_which_others_it_imports(room):
+    (line,) = re.findall("Imports of other rooms: (.*)", (room / "README.md").read_text())
+    if line in ("everything.", "its own."):
+        return
+    said = {one if one in ORDER else f"exporters/{one}" for one in re.findall("`(.+?)`", line)}
+    rooms = {room_of(module_of(folder / "__init__.py")) for folder in [*FOLDERS, *PROGRAM]} - {""}
+    used = {room_of(module) for path in room.glob("*.py") for module in imported(path)} & rooms
+    used.discard(room_of(module_of(room / "__init__.py")))
+    assert said <= used
+    assert {one for one in used - said if one.partition("/")[0] not in said} == set()  # `passes` is its rooms too
 
 
 @pytest.mark.parametrize("top", TOPS)

@@ -8,7 +8,8 @@ import zoo
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.adapting.select_targets import matches, select
+from onelora_compile.adapting.module_names import matches
+from onelora_compile.adapting.select_targets import select
 
 
 def selected(model, **config):

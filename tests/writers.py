@@ -19,8 +19,8 @@ from onelora_compile.exporters.jetson.device import commands
 from onelora_compile.exporters.jetson.device.deployed import Deployed
 from onelora_compile.exporters.jetson.device.folder import BundleError, Folder
 from onelora_compile.exporters.jetson.device.options import Options
-from onelora_compile.exporters.tensorrt.build import write_engine
 from onelora_compile.exporters.tensorrt.manifest import Manifest
+from onelora_compile.exporters.tensorrt.write_engine import write_engine
 from onelora_compile.testing import fill_vectors
 from onelora_compile.weights.adapter_content import digest, float32
 

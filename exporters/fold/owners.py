@@ -25,7 +25,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.select_targets import matches
+from onelora_compile.adapting.module_names import matches
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
 
 if TYPE_CHECKING:

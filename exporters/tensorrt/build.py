@@ -19,7 +19,7 @@ from onelora_compile.exporters.jetson.device.core.modes import FOLD
 from onelora_compile.exporters.onnx_file.save import data_files
 from onelora_compile.exporters.onnx_runtime.convert_adapter import adapter_of
 from onelora_compile.exporters.tensorrt.library import Api, find_api
-from onelora_compile.exporters.tensorrt.manifest import Manifest, Tensor, l4t_release, manifest_path, system
+from onelora_compile.exporters.tensorrt.manifest import Manifest, Tensor, l4t_release, system
 from onelora_compile.exporters.tensorrt.messages import in_our_words
 from onelora_compile.exporters.tensorrt.network import check_inputs, dims_of
 from onelora_compile.exporters.tensorrt.options import (
@@ -32,16 +32,16 @@ from onelora_compile.exporters.tensorrt.options import (
 )
 from onelora_compile.exporters.tensorrt.precision import Typing, holds_half, precision_notes, precision_text, typing_of
 from onelora_compile.exporters.tensorrt.profiles import profiles_of
-from onelora_compile.exporters.tensorrt.vectors import Prepared, hash_files, prepared
+from onelora_compile.exporters.tensorrt.vectors import Prepared, prepared
+from onelora_compile.exporters.tensorrt.write_engine import refuse_overwriting_engine, write_engine
 from onelora_compile.file_names import as_path
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.progress import counting
 from onelora_compile.table import Table
-from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
+from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 from onelora_compile.weights.atomic_write import (
     check_writable,
     refuse_overwriting,
-    replacing_all,
 )
 from onelora_compile.weights.file_kinds import refuse_other_kinds
 from onelora_compile.weights.merge import FoldLoss
@@ -253,39 +253,6 @@ def _manifest(api: Api, model: Prepared, onnx: Path, adapter: Any) -> Manifest:
         constant=model.metadata.constant,
         digests=model.metadata.digests if model.traits.feeds_ids else (),
     )
-
-
-def write_engine(
-    engine: Path, plan: Any, manifest: Manifest, initial: AdapterFile | None
-) -> tuple[list[Path], Manifest]:
-    """Write an engine, its manifest and the vectors it starts with: all of them, or none.
-
-    Args:
-        engine: the file.
-        plan: its bytes, as a buffer: a copy of some gigabytes would take minutes.
-        manifest: without the hash.
-        initial: the vectors.
-    """
-    files = [engine, manifest_path(engine), *([engine.with_name(manifest.initial)] if initial is not None else [])]
-    with replacing_all(files) as (plan_file, manifest_file, *initial_file):
-        with open(plan_file, "wb") as stream:
-            stream.write(plan)
-        manifest = dataclasses.replace(manifest, engine_sha256=hash_files([plan_file]))
-        manifest_file.write_text(manifest.to_json(), encoding="utf-8")
-        if initial is not None:
-            write_adapter(initial, *initial_file)
-    return files, manifest
-
-
-def refuse_overwriting_engine(engine: Path, inputs: Sequence[Any]) -> None:
-    """Check that an engine, and what is written beside it, is none of the inputs; what is no path is skipped.
-
-    Nor is it named like a file of another kind.
-    """
-    read = [one for one in inputs if isinstance(one, str | os.PathLike)]
-    for written in (engine, manifest_path(engine), engine.with_name(f"{engine.name}.safetensors")):
-        refuse_overwriting(written, read, "engine")
-    refuse_other_kinds(engine, ".engine", "engine")
 
 
 def _tensors(count: int, get: Any) -> tuple[Tensor, ...]:

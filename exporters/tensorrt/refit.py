@@ -19,11 +19,11 @@ from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters.jetson.device.core.engine import Engine, Weight, refit
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.save import data_files
-from onelora_compile.exporters.tensorrt.build import refuse_overwriting_engine, write_engine
 from onelora_compile.exporters.tensorrt.library import Api, find_api
 from onelora_compile.exporters.tensorrt.manifest import Manifest
 from onelora_compile.exporters.tensorrt.messages import engine_error, in_our_words
 from onelora_compile.exporters.tensorrt.vectors import hash_model
+from onelora_compile.exporters.tensorrt.write_engine import refuse_overwriting_engine, write_engine
 from onelora_compile.file_names import as_path
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.table import Table

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapter import adapted_weights, state_or_none
+from onelora_compile.adapting.adapter_state import adapted_weights, state_or_none
 from onelora_compile.errors import ConfigError, ExportError, one_of, require
 from onelora_compile.exporters.calls.axes import Axes, axes_of
 from onelora_compile.exporters.calls.compare import Parity

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from onelora_compile.adapting.adapter import adapted_weights, undo_adapt
+from onelora_compile.adapting.adapter import undo_adapt
+from onelora_compile.adapting.adapter_state import adapted_weights
 from onelora_compile.errors import AdapterFileError, ConfigError
 from onelora_compile.exporters.onnx_file.trained import Trained
 from onelora_compile.exporters.to_onnx.place_vectors import Vectors

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onelora_compile.adapting.adapter import adapted_weights
+from onelora_compile.adapting.adapter_state import adapted_weights
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.calls.compare import Parity, badness, compare
 from onelora_compile.exporters.calls.evaluating import evaluating

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from onelora_compile.adapting.weight_target import vector_of
 from onelora_compile.errors import one_of
 from onelora_compile.exporters.calls.axes import axes_of
 from onelora_compile.exporters.calls.compare import Parity
@@ -18,7 +19,8 @@ from onelora_compile.exporters.jetson.device.core.modes import FOLD, MODES
 from onelora_compile.exporters.to_program.check import Feed, check_program
 from onelora_compile.exporters.to_program.runtimes import called
 from onelora_compile.exporters.to_program.source import Source, exportable
-from onelora_compile.passes.exported.fold_vectors import FoldResult, remade, vector_of
+from onelora_compile.passes.exported.changed_program import remade
+from onelora_compile.passes.exported.fold_vectors import FoldResult
 from onelora_compile.passes.exported.open_operators import open_operators
 from onelora_compile.passes.exported.vectors_to_inputs import vectors_to_inputs
 

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from onelora_compile.adapting.adapter import adapted_part, adapted_weights, refuse_disabled, unwrap, vectors
+from onelora_compile.adapting.adapter import unwrap, vectors
+from onelora_compile.adapting.adapter_state import adapted_part, adapted_weights, refuse_disabled
+from onelora_compile.adapting.weight_target import vector_of
 from onelora_compile.errors import ExportError, OneLoRAError, StateError
 from onelora_compile.exporters.calls.axes import Axes
 from onelora_compile.exporters.calls.signature import Call
 from onelora_compile.exporters.jetson.device.core.modes import FOLD, Mode
 from onelora_compile.exporters.onnx_file.trained import Trained, trained_of
 from onelora_compile.exporters.to_program.capture import Frozen, Place, freeze
-from onelora_compile.passes.exported.fold_vectors import FoldResult, vector_of
+from onelora_compile.passes.exported.fold_vectors import FoldResult
 from onelora_compile.weights.adapter_content import float32
 
 

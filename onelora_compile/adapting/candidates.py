@@ -10,10 +10,11 @@ from torch import nn
 from onelora_compile.adapting.adapted_module import Adapted
 from onelora_compile.adapting.dispatched import without_hooks
 from onelora_compile.adapting.probe_linear import linear_like, may_be_linear, weight_axes
-from onelora_compile.adapting.trace_weight_uses import BOTH_WAYS, INSIDE, KEPT, weight_uses
 from onelora_compile.adapting.weight_target import Target, calling, reading, targets_of, vector_key
 from onelora_compile.kinds import CONVOLUTIONS, is_linear
 from onelora_compile.passes.sites.contractions import conv_patches
+from onelora_compile.weight_uses.trace_weight_uses import weight_uses
+from onelora_compile.weight_uses.weight_reads import BOTH_WAYS, INSIDE, KEPT
 
 TIED_EMBEDDING = "an embedding's weight, which a linear op reads too: the embedding would change with it"
 BILINEAR = "a bilinear form of two inputs, not a linear op of the method"

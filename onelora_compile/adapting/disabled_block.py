@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapter import saved_tensors, state_of, unwrap, vectors
+from onelora_compile.adapting.adapter import saved_tensors, unwrap, vectors
+from onelora_compile.adapting.adapter_state import state_of
 from onelora_compile.adapting.stand_ins import stand_in
 
 

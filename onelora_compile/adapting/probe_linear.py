@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onelora_compile.adapting.module_effect import copied, effect
 from onelora_compile.kinds import is_conv1d, is_linear, is_plain
 from onelora_compile.looking.twin import no_trace, twin_of
 
@@ -79,7 +80,7 @@ def _computes_weight(module: nn.Module) -> bool:
     """Whether its `weight` is a plain tensor that is made of others: a property, a parametrization, weight_norm."""
     with no_trace(module):
         try:
-            value = getattr(twin_of(module, _copied), "weight", None)
+            value = getattr(twin_of(module, copied), "weight", None)
         except Exception:  # of the user's property
             return True
     return isinstance(value, Tensor) and is_plain(value)
@@ -231,7 +232,7 @@ def _sentence(error: Exception) -> str:
 def _random_like(tensor: Tensor) -> Tensor:
     """Other numbers of the same kind, in float32: what holds for them holds whatever the numbers are."""
     if not tensor.is_floating_point() or not is_plain(tensor):
-        return _copied(tensor)
+        return copied(tensor)
     device = torch.device("cpu") if tensor.is_meta else tensor.device
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     block = torch.rand(min(tensor.numel(), _BLOCK), generator=torch.Generator().manual_seed(2), device="cpu") - 0.3
@@ -239,12 +240,6 @@ def _random_like(tensor: Tensor) -> Tensor:
     times = -(-tensor.numel() // max(1, len(block)))
     made = block.repeat(times)[: tensor.numel()].view(tensor.shape)
     return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    with torch.no_grad():
-        made = tensor.detach().clone()
-    return nn.Parameter(made, requires_grad=False) if type(tensor) is nn.Parameter else made
 
 
 def linear_like(module: nn.Module) -> tuple[tuple[int, ...] | None, str]:
@@ -285,47 +280,6 @@ def may_be_linear(module: nn.Module) -> bool:
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     named = all(isinstance(size, int) and size > 0 for size in sizes)
     return named and not is_linear(module) and all(type(child).__name__ == _PACKED for child in module.children())
-
-
-def effect(module: nn.Module, x: Tensor) -> Tensor:
-    """Output of the module for x [n, in_features], float64 on the CPU; the module is as before.
-
-    Raises:
-        RuntimeError: it takes none of the floating dtypes.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    device = tensors[0].device if tensors else x.device
-    failed: Exception | None = None
-    with no_trace(module):
-        twin = twin_of(module, _copied)
-        for dtype in _dtypes(tensors):
-            try:
-                y: Tensor = twin(x.to(device, dtype))
-                return y.detach().cpu().double()
-            except (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError) as error:
-                failed = failed or error
-    assert failed is not None
-    raise failed
-
-
-def _dtypes(tensors: list[Tensor]) -> Iterator[torch.dtype]:
-    """Dtypes to try: those of the module's own floating tensors first."""
-    own = dict.fromkeys(t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize >= 2)
-    yield from dict.fromkeys([*own, torch.float32, torch.bfloat16, torch.float16])
-
-
-def base_effect(module: nn.Module, x: Tensor) -> Tensor:
-    """W x for x [n, in_features], without bias and vector, whatever the class of the module."""
-    from onelora_compile.adapting.adapted_module import is_adapted, remove
-
-    plain = module
-    if is_adapted(module):
-        # Shares the weight. Not copy.copy: parametrised modules refuse it.
-        plain = object.__new__(type(module))
-        plain.__dict__.update(module.__dict__)
-        plain._parameters = dict(module._parameters)
-        remove(plain)
-    return effect(plain, x) - effect(plain, torch.zeros(1, x.shape[1]))
 
 
 def _close(actual: Tensor, expected: Tensor, relative: float) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from onelora_compile.adapting.adapted_module import is_vector
 from onelora_compile.adapting.candidates import NOT_LINEAR, Candidate, candidates_of
+from onelora_compile.adapting.check_selection import check_adaptable, check_names_match, nothing_selected
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.dispatched import offloaded_from_above, own_forward
+from onelora_compile.adapting.dispatched import offloaded_from_above
+from onelora_compile.adapting.module_names import any_match, clean_name, named_modules, names_of
 from onelora_compile.adapting.peft_parts import PEFT_PART, peft_parts
 from onelora_compile.adapting.weight_target import Target, reading, vector_key
 from onelora_compile.errors import TargetError
@@ -58,24 +59,13 @@ class Selection:
     uses: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by qualified name, each once, without the `_orig_mod` that `torch.compile` puts in between."""
-    for name, module in model.named_modules():
-        yield clean_name(name), module
-
-
-def clean_name(name: str) -> str:
-    """A qualified name as it is in the model that was not compiled."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
 def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     """Apply the rules of `config` to the linear ops of `model`.
 
     Raises:
         TargetError: nothing is selected, a name in a list matches nothing, or a selected module can't be adapted.
     """
-    names = _names_of(model)
+    names = names_of(model)
     candidates = candidates_of(names, model)
     asked = _asked_for(config, names)
     candidates |= asked
@@ -90,7 +80,7 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     for key, candidate in candidates.items():
         module = candidate.module
         named = key in asked or (
-            config.target_modules != ALL_LINEAR and _any_match(config.target_modules, candidate.names)
+            config.target_modules != ALL_LINEAR and any_match(config.target_modules, candidate.names)
         )
         if module in saved_modules:
             reason = SAVED
@@ -103,7 +93,7 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
             continue
         elif config.target_modules != ALL_LINEAR and not named:
             reason = NOT_SELECTED
-        elif config.exclude_modules is not None and _any_match(config.exclude_modules, candidate.names):
+        elif config.exclude_modules is not None and any_match(config.exclude_modules, candidate.names):
             reason = EXCLUDED
         elif candidate.target is None or (candidate.reason and not named):
             reason = candidate.reason
@@ -112,12 +102,12 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
             continue
         skipped[key] = reason
 
-    _check_names_match(config, names, candidates)
+    check_names_match(config, names, candidates)
     if not targets:
-        raise TargetError(_nothing_selected(model, config, skipped, not_linear))
+        raise TargetError(nothing_selected(model, config, skipped, not_linear))
     from_above = offloaded_from_above(model)
     for key, target in targets.items():
-        _check_adaptable(key, target, from_above)
+        check_adaptable(key, target, from_above)
     uses = {key: candidates[key].uses for key in targets if candidates[key].uses not in ((0, 0), (1, 1))}
     return Selection(targets, _saved_parameters(model, config, saved_modules), skipped, not_linear, uses)
 
@@ -139,7 +129,7 @@ def _asked_for(config: OneLoRAConfig, names: dict[nn.Module, list[str]]) -> dict
         for module, aliases in names.items():
             for parameter, value in module._parameters.items():
                 own = [f"{alias}.{parameter}".removeprefix(".") for alias in aliases]
-                if value is None or not _any_match([pattern], own):
+                if value is None or not any_match([pattern], own):
                     continue
                 if value.ndim < 2 or not -value.ndim <= axis < value.ndim or not is_plain(value):
                     raise TargetError(
@@ -182,32 +172,13 @@ def is_norm(module: nn.Module) -> bool:
     return any("Norm" in c.__name__ for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
 
 
-def _any_match(patterns: str | Sequence[str], names: Sequence[str]) -> bool:
-    return any(matches(patterns, name) for name in names)
-
-
-def matches(patterns: str | Sequence[str], name: str) -> bool:
-    """PEFT's rule: one regular expression matches whole; of a list, a name or the ending after a dot."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
 def saved_parameters(model: nn.Module, config: OneLoRAConfig) -> list[str]:
     """The parameters that a configuration trains as they are.
 
     Raises:
         TargetError: a name in modules_to_save matches nothing, or there is no norm to train.
     """
-    return _saved_parameters(model, config, _saved_modules(_names_of(model), config))
-
-
-def _names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """A module may be registered under several names: it is selected if any matches, and known by the first."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(clean_name(name))
-    return names
+    return _saved_parameters(model, config, _saved_modules(names_of(model), config))
 
 
 def _saved_modules(names: dict[nn.Module, list[str]], config: OneLoRAConfig) -> set[nn.Module]:
@@ -217,83 +188,12 @@ def _saved_modules(names: dict[nn.Module, list[str]], config: OneLoRAConfig) -> 
 def _matching_roots(names: dict[nn.Module, list[str]], patterns: Sequence[str]) -> list[nn.Module]:
     """Modules named in modules_to_save; each pattern must find one."""
     for pattern in patterns:
-        if not any(_any_match([pattern], aliases) for aliases in names.values()):
+        if not any(any_match([pattern], aliases) for aliases in names.values()):
             offer = sorted({alias.rpartition(".")[2] for aliases in names.values() for alias in aliases} - {""})
             raise TargetError(
                 f"modules_to_save: {pattern!r} matches no module; the last names are {shortened(offer, 30)}"
             )
-    return [module for module, aliases in names.items() if _any_match(patterns, aliases)]
-
-
-def _check_names_match(
-    config: OneLoRAConfig, names: dict[nn.Module, list[str]], candidates: dict[str, Candidate]
-) -> None:
-    """Every name in a list must match: a typing error would leave a layer unadapted without a word."""
-    linears = [key for key, candidate in candidates.items() if candidate.target and not candidate.reason]
-    for field in ("target_modules", "exclude_modules"):
-        patterns = getattr(config, field)
-        if patterns is None or isinstance(patterns, str):
-            continue
-        for pattern in patterns:
-            hits = {key: c for key, c in candidates.items() if _any_match([pattern], c.names)}
-            if any(candidate.target for candidate in hits.values()):
-                continue
-            modules = (aliases[0] for aliases in names.values() if _any_match([pattern], aliases))
-            other = [f"{name!r} ({type(m).__name__})" for name, m in _by_name(names, modules)]
-            why = [f"{key!r}: {candidate.reason}" for key, candidate in hits.items()]
-            found = (
-                f"only {shortened(why, 30)}"
-                if why
-                else f"only {shortened(other, 30)}, not a linear"
-                if other
-                else "no module"
-            )
-            raise TargetError(f"{field}: {pattern!r} matches {found}. The linears of this model: {_offer(linears)}")
-
-
-def _by_name(names: dict[nn.Module, list[str]], wanted: Iterable[str]) -> list[tuple[str, nn.Module]]:
-    first = {aliases[0]: module for module, aliases in names.items()}
-    return [(name, first[name]) for name in wanted]
-
-
-def _nothing_selected(
-    model: nn.Module, config: OneLoRAConfig, skipped: dict[str, str], not_linear: dict[str, str]
-) -> str:
-    if not skipped:
-        other = shortened([f"{name!r} is {what}" for name, what in not_linear.items()], 5)
-        return (
-            f"{type(model).__name__} holds no linear module (nn.Linear, a subclass of it, Conv1D, or what behaves like "
-            "one), and no module in it was seen to use a parameter as the weight of a linear op"
-            + (f"; {other}" if other else "")
-        )
-    reasons: dict[str, list[str]] = {}
-    for name, reason in skipped.items():
-        reasons.setdefault(reason, []).append(name)
-    listed = "; ".join(f"{reason}: {_offer(names)}" for reason, names in reasons.items())
-    return (
-        f"target_modules={config.target_modules!r}, exclude_modules={config.exclude_modules!r}, "
-        f"modules_to_save={config.modules_to_save!r} select no linear of {type(model).__name__}. "
-        f"Its linears, by the endings that select them: {listed}"
-    )
-
-
-def _check_adaptable(key: str, target: Target, from_above: set[nn.Module]) -> None:
-    module = target.module
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        raise TargetError(f"{key!r} is a {type(module).__name__} without a shape yet: run the model once, then adapt")
-    if target.called and own_forward(module) is not None:
-        # An instance's own forward hides the class's, where the update is: the vector would be dead.
-        raise TargetError(
-            f"{key!r} has a forward of its own on the instance, which hides the class's (transformers' tp_plan puts "
-            "one there): adapt the model first and parallelize it afterwards, or leave the module out with "
-            "exclude_modules"
-        )
-    if module in from_above:
-        raise TargetError(
-            f"{key!r} gets its weights from the accelerate hook of a module around it (preload_module_classes), which "
-            "would put the vector away too: dispatch the model without that, or leave the module out with "
-            "exclude_modules"
-        )
+    return [module for module, aliases in names.items() if any_match(patterns, aliases)]
 
 
 def _saved_parameters(model: nn.Module, config: OneLoRAConfig, saved_modules: set[nn.Module]) -> list[str]:
@@ -306,14 +206,3 @@ def _saved_parameters(model: nn.Module, config: OneLoRAConfig, saved_modules: se
     if config.train_norms and not any(is_norm(module) for module in model.modules()):
         raise TargetError(f"train_norms=True, but {type(model).__name__} has no normalisation layer")
     return saved
-
-
-def _offer(names: Iterable[str]) -> str:
-    """The linears as the endings that select them, with how many each selects."""
-    counts: dict[str, int] = {}
-    for name in names:
-        last = name.rpartition(".")[2]
-        # 'blocks.0.mlp.2' is better offered by its parent than as '2'.
-        ending = ".".join(name.split(".")[-2:]) if last.isdigit() else last
-        counts[ending] = counts.get(ending, 0) + 1
-    return shortened([f"{name} (x{count})" if count > 1 else name for name, count in sorted(counts.items())], 30)

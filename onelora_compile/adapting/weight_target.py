@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapted_module import Adapted, OneLoRALayer, vector_name
+from onelora_compile.adapting.adapted_module import VECTOR, Adapted, OneLoRALayer, vector_name
 from onelora_compile.adapting.adapted_module import attach as attach_vectors
 from onelora_compile.adapting.dispatched import device_of_calls, value_of
 from onelora_compile.kinds import is_plain
@@ -84,6 +84,14 @@ class Target:
 def vector_key(module_name: str, parameter: str) -> str:
     """The name of a vector: the module's for its `weight`, else the parameter's own qualified name."""
     return module_name if parameter == "weight" else f"{module_name}.{parameter}".removeprefix(".")
+
+
+def vector_of(target: str) -> str | None:
+    """The name of a vector, from that of the parameter which holds it; None for other parameters."""
+    module, _, own = target.rpartition(".")
+    if own != VECTOR and not own.startswith(f"{VECTOR}_"):
+        return None
+    return f"{module}.{own.removeprefix(VECTOR).removeprefix('_')}".strip(".")
 
 
 def calling(module: nn.Module, dims: tuple[int, ...] | None) -> Target:

@@ -15,13 +15,13 @@ from typing import Any
 from torch import fx, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted
-from onelora_compile.adapting.adapter import STATE, AdapterState, state_or_none, was_adapted
+from onelora_compile.adapting.adapter_state import STATE, AdapterState, state_or_none, was_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import constant_inputs
 from onelora_compile.backend.first_call import FirstCall
 from onelora_compile.backend.name_the_rest import warn_about_the_rest
 from onelora_compile.backend.options import BackendOptions
-from onelora_compile.dynamo import private_api
+from onelora_compile.dynamo import frames, private_api
 from onelora_compile.errors import ConfigError, OneLoRAWarning
 from onelora_compile.passes.graph.subgraphs import scopes
 from onelora_compile.passes.result import PassResult
@@ -82,19 +82,19 @@ def _check_forced(results: Sequence[PassResult], lowering: str | None) -> None:
 
 def _first_call(gm: fx.GraphModule, example_inputs: Sequence[Any], config: OneLoRAConfig) -> FirstCall | None:
     """What adapts the models that the graph reads and that nobody adapted; None where there is none."""
-    sources = private_api.frame_roots(gm, example_inputs)
-    models = {root: private_api.compiled_module(root) for root in sources}
+    sources = frames.frame_roots(gm, example_inputs)
+    models = {root: frames.compiled_module(root) for root in sources}
     # Where something in the graph is adapted, the models beside it are as their user wants them.
     chosen = any(is_update(node) for scope in scopes(gm) for node in scope.gm.graph.nodes)
     fresh = {} if chosen else {root: model for root, model in models.items() if not was_adapted(model)}
     if fresh:
         return _first_call_of(gm, fresh, sources, config)
-    if not chosen and private_api.is_ahead_of_time(gm) and any(True for _ in match_linear(gm)):
+    if not chosen and frames.is_ahead_of_time(gm) and any(True for _ in match_linear(gm)):
         warnings.warn(AHEAD_OF_TIME, OneLoRAWarning, stacklevel=2)
     for root, model in models.items():
         if not any(map(is_adapted, root.modules())):  # else a fresh model of the same class would run as the base
             source = sources[root]
-            private_api.guard_identity(private_api.own_attribute(source, STATE) if STATE in vars(root) else source)
+            frames.guard_identity(frames.own_attribute(source, STATE) if STATE in vars(root) else source)
         if (state := state_or_none(model)) is not None:
             _note_constant_inputs(gm, example_inputs, state)
             warn_about_the_rest(gm, example_inputs, model, state)
@@ -110,9 +110,9 @@ def _first_call_of(
     """
     models = list(dict.fromkeys(fresh.values()))
     if list(fresh) == models and len(models) == 1:
-        if (find := private_api.valid_without(sources[models[0]], STATE)) is not None:
+        if (find := frames.valid_without(sources[models[0]], STATE)) is not None:
             return FirstCall(gm, models, config, _note_constant_inputs, lambda: [find()], lambda: None)
-    withdraw = private_api.valid_once({root: sources[root] for root in fresh})
+    withdraw = frames.valid_once({root: sources[root] for root in fresh})
     refs = [weakref.ref(model) for model in models]  # Dynamo keeps the graph as long as the code of the class
 
     def present() -> list[nn.Module]:

@@ -25,18 +25,11 @@ import torch
 from torch import fx, nn
 
 from onelora_compile.adapting.adapted_module import OneLoRALayer
-from onelora_compile.adapting.adapter import (
-    AdapterState,
-    adapt,
-    adapted_weights,
-    state_of,
-    undo_adapt,
-    vectors,
-    was_adapted,
-)
+from onelora_compile.adapting.adapter import adapt, undo_adapt, vectors
+from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, state_of, was_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dispatched import own_forward
-from onelora_compile.adapting.select_targets import clean_name
+from onelora_compile.adapting.module_names import clean_name
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.dynamo import private_api
 from onelora_compile.errors import OneLoRAWarning, StateError

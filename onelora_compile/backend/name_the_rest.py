@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import fx, nn
 
-from onelora_compile.adapting.adapter import AdapterState, adapted_weights
-from onelora_compile.adapting.select_targets import ALL_LINEAR, named_modules
-from onelora_compile.adapting.trace_weight_uses import NOT_TOLD
+from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights
+from onelora_compile.adapting.module_names import named_modules
+from onelora_compile.adapting.select_targets import ALL_LINEAR
 from onelora_compile.adapting.weight_target import vector_key
 from onelora_compile.errors import OneLoRAWarning
 from onelora_compile.passes.graph.subgraphs import Scope, scopes
 from onelora_compile.passes.sites.linear_site import match_linear, module_paths, source_line
 from onelora_compile.passes.sites.other_uses import ASK, other_uses
+from onelora_compile.weight_uses.weight_reads import NOT_TOLD
 
 UNREADABLE = "linear ops that use a parameter without calling a module for it, in code that adapt could not follow"
 

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted, remove, vector_name
-from onelora_compile.adapting.adapter import (
-    AdapterState,
-    adapted_weights,
-    is_replicated,
-    running_statistics,
-    unwrap,
-)
+from onelora_compile.adapting.adapter import is_replicated, running_statistics, unwrap
+from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.select_targets import Selection, clean_name, select
+from onelora_compile.adapting.module_names import clean_name
+from onelora_compile.adapting.select_targets import Selection, select
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
 from onelora_compile.adapting.weight_target import Target, attach, targets_of
 from onelora_compile.errors import StateError

@@ -11,16 +11,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapter import (
+from onelora_compile.adapting.adapter import refuse_sharded, running_statistics, unwrap
+from onelora_compile.adapting.adapter_state import (
     AdapterState,
     adapted_weights,
     own_state,
     refuse_blocks,
-    refuse_sharded,
-    running_statistics,
     state_of,
     state_or_none,
-    unwrap,
 )
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.pool import check_name

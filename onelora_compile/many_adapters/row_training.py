@@ -14,7 +14,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapter import is_replicated, state_of, unwrap
+from onelora_compile.adapting.adapter import is_replicated, unwrap
+from onelora_compile.adapting.adapter_state import state_of
 from onelora_compile.adapting.batch_rows import ROWS
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.errors import StateError

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import Adapted, vector_name
-from onelora_compile.adapting.adapter import AdapterState, adapted_weights, refuse_offloaded_vector, saved_tensors
+from onelora_compile.adapting.adapter import saved_tensors
+from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, refuse_offloaded_vector
 from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.module_names import named_modules
 from onelora_compile.adapting.pool import Held, Pool
-from onelora_compile.adapting.select_targets import named_modules
 from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.errors import StateError
 from onelora_compile.printable import shortened

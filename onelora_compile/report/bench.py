@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from onelora_compile.adapting.adapter import adapt, adapted_weights, detach, unwrap
+from onelora_compile.adapting.adapter import adapt, detach, unwrap
+from onelora_compile.adapting.adapter_state import adapted_weights
 from onelora_compile.errors import ConfigError
 from onelora_compile.looking.untouched import Kept
 from onelora_compile.printable import Printable, bytes_text

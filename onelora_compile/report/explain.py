@@ -11,9 +11,11 @@ from typing import Any
 from rich.console import Group
 from torch import fx, nn
 
-from onelora_compile.adapting.adapter import adapted_weights, state_of, unwrap
+from onelora_compile.adapting.adapter import unwrap
+from onelora_compile.adapting.adapter_state import adapted_weights, state_of
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.select_targets import named_modules, select
+from onelora_compile.adapting.module_names import named_modules
+from onelora_compile.adapting.select_targets import select
 from onelora_compile.adapting.weight_target import vector_key
 from onelora_compile.dynamo import private_api
 from onelora_compile.dynamo.capture import capture

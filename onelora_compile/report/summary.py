@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from rich.console import Group
 from torch import nn
 
-from onelora_compile.adapting.adapter import adapted_weights, state_of, unwrap
+from onelora_compile.adapting.adapter import unwrap
+from onelora_compile.adapting.adapter_state import adapted_weights, state_of
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.table import Table, grouped
 

@@ -22,15 +22,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapter import (
-    AdapterState,
-    adapted_weights,
-    saved_tensors,
-    state_of,
-    unwrap,
-)
+from onelora_compile.adapting.adapter import saved_tensors, unwrap
+from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, state_of
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.select_targets import named_modules
+from onelora_compile.adapting.module_names import named_modules
 from onelora_compile.errors import AdapterFileError, one_of
 from onelora_compile.file_names import as_path
 from onelora_compile.many_adapters.values import values_of

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapter import adapted_weights, state_of, unwrap
+from onelora_compile.adapting.adapter import unwrap
+from onelora_compile.adapting.adapter_state import adapted_weights, state_of
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.pool import check_name
 from onelora_compile.adapting.select_targets import Selection

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onelora_compile.adapting.probe_linear import base_effect
+from onelora_compile.adapting.module_effect import base_effect
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.kinds import is_plain
 from onelora_compile.sharded import whole

@@ -9,7 +9,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from onelora_compile.adapting.select_targets import clean_name, matches, named_modules
+from onelora_compile.adapting.module_names import clean_name, matches, named_modules
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.errors import AdapterFileError, BaseMismatchError
 from onelora_compile.kinds import is_linear

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from onelora_compile.adapting.module_names import clean_name, matches, named_modules
 from onelora_compile.adapting.peft_parts import is_tuner_layer
-from onelora_compile.adapting.select_targets import clean_name, matches, named_modules
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.kinds import CONVOLUTIONS, is_conv1d
 from onelora_compile.sharded import whole

@@ -11,19 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapter import (
-    AdapterState,
-    adapted_weights,
     attach_vectors,
     refuse_fully_sharded,
     release,
     running_statistics,
     saved_tensors,
-    state_of,
     undo_adapt,
     unwrap,
     vectors,
-    was_adapted,
 )
+from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, state_of, was_adapted
 from onelora_compile.adapting.pool import DEFAULT, check_name
 from onelora_compile.adapting.select_targets import Selection, available_targets, saved_parameters, select
 from onelora_compile.errors import AdapterFileError, OneLoRAWarning, TargetError

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapter import adapted_weights, refuse_sharded, release, state_of, unwrap
+from onelora_compile.adapting.adapter import refuse_sharded, release, unwrap
+from onelora_compile.adapting.adapter_state import adapted_weights, state_of
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.errors import MergeError
 from onelora_compile.kinds import is_plain

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from onelora_compile.adapting.select_targets import matches
+from onelora_compile.adapting.module_names import matches
 from onelora_compile.errors import AdapterFileError, ConfigError
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_content import CONV1D, AdapterFile

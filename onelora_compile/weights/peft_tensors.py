@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onelora_compile.adapting.select_targets import clean_name
+from onelora_compile.adapting.module_names import clean_name
 from onelora_compile.errors import AdapterFileError, ConfigError
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_content import (

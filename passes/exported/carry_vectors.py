@@ -20,9 +20,11 @@ from typing import Literal
 from torch import fx
 from torch.export import ExportedProgram
 
+from onelora_compile.adapting.weight_target import vector_of
 from onelora_compile.errors import PassError
 from onelora_compile.ops import ADAPTED_WEIGHT, VECTOR
-from onelora_compile.passes.exported.fold_vectors import FoldResult, copied, fold_vectors, rebuilt, vector_of
+from onelora_compile.passes.exported.changed_program import copied, rebuilt
+from onelora_compile.passes.exported.fold_vectors import FoldResult, fold_vectors
 from onelora_compile.passes.graph.subgraphs import scopes
 from onelora_compile.passes.move_updates import weight_to_activation
 from onelora_compile.passes.run import run_passes

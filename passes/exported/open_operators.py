@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from onelora_compile.dynamo.private_api import on_examples
 from onelora_compile.errors import PassError
 from onelora_compile.ops import VECTOR
-from onelora_compile.passes.exported.fold_vectors import copied, rebuilt
+from onelora_compile.passes.exported.changed_program import copied, rebuilt
 from onelora_compile.passes.graph.emit import inline
 from onelora_compile.passes.graph.subgraphs import scopes
 from onelora_compile.passes.sites.linear_site import example

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from onelora_compile.passes.exported.fold_vectors import copied, rebuilt
+from onelora_compile.passes.exported.changed_program import copied, rebuilt
 
 
 def vectors_to_inputs(program: ExportedProgram, inputs: Mapping[str, str]) -> ExportedProgram:

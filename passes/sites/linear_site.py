@@ -24,7 +24,8 @@ import torch
 from torch import fx
 
 from onelora_compile.ops import ADAPTED_WEIGHT, ADD_RANK1, RANK1_UPDATE
-from onelora_compile.passes.sites.contractions import Contraction, Labels, use_of
+from onelora_compile.passes.sites.contractions import Contraction, use_of
+from onelora_compile.passes.sites.einsum import Labels
 from onelora_compile.passes.sites.weight_path import Chain, example, weight_chains
 
 __all__ = ["LinearSite", "example", "match_linear", "module_path", "operands", "rank1_updates", "source_line"]

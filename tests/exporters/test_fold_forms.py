@@ -274,7 +274,7 @@ def test_sparse_constants(of, coordinates, tmp_path):
 
 
 def test_two_folds_at_once_leave_the_number_of_threads(tmp_path):
-    from onelora_compile.exporters.onnx_runtime.one_thread import one_thread
+    from onelora_compile.exporters.fold.one_thread import one_thread
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from onelora_compile.adapting.entries import Entry
-from onelora_compile.adapting.holders import Holders
-from onelora_compile.adapting.tracer import Inside, Tracer, Uses
-from onelora_compile.dynamo.private_api import following
+from onelora_compile.dynamo.fx_trace import following
 from onelora_compile.looking.one_at_a_time import seen_here, silent
+from onelora_compile.weight_uses.entries import Entry
+from onelora_compile.weight_uses.followed_values import Uses
+from onelora_compile.weight_uses.holders import Holders
+from onelora_compile.weight_uses.tracer import Inside, Tracer
 
 
 @dataclasses.dataclass(frozen=True)

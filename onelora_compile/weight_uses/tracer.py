@@ -6,24 +6,19 @@ The code runs once, on stand-ins for its values.  A parameter stands in the grap
 from __future__ import annotations
 
 import contextlib
-import dis
 import functools
-import operator
-import sys
 import threading
-import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx import _symbolic_trace
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from onelora_compile.adapting.holders import Holders
-from onelora_compile.passes.sites.other_uses import asks_for_no_value
+from onelora_compile.dynamo.fx_trace import trace_here
 from onelora_compile.passes.sites.weight_path import run_of_shapes
+from onelora_compile.weight_uses.followed_values import Value
+from onelora_compile.weight_uses.holders import Holders
 
 PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
 CALLED = "onelora_called"  # key in node.meta: the module whose output a node is
@@ -31,11 +26,6 @@ Inside = dict[int, tuple[nn.Module, str]]
 _MOST_ANSWERS = 1000  # then a loop on values is taken for endless
 _MADE_OF_SIZES = ("ones", "zeros", "empty", "rand", "randn")
 _ABOUT = {"finfo": torch.float32, "iinfo": torch.int64}  # of a dtype that is not known
-# What is asked of a tensor as an object, or as a number that code goes by.
-_OF_THE_OBJECT = {
-    *("__hash__", "__repr__", "__str__", "__format__", "__dir__", "__len__", "__deepcopy__", "__reduce_ex__"),
-    *("__bool__", "__int__", "__float__", "__index__", "__array__", "item", "tolist", "numpy"),
-}
 
 
 def output_of_a_module(*args: Any, **kwargs: Any) -> None:
@@ -63,102 +53,6 @@ def not_entered(function: Any) -> Callable[..., Any]:
     return call
 
 
-class _Value(fx.Proxy):
-    """A value of which code may ask more than a graph can hold: its length, or a number. Both are guessed."""
-
-    def __getattr__(self, k: str) -> Any:
-        node = self.__dict__.get("node")
-        parameter = self.tracer.parameters.get(node.target) if node is not None else None  # type: ignore[attr-defined]
-        if parameter is not None:
-            getattr(parameter, k)  # an AttributeError as of the parameter
-        return _Attribute(self, k)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "data":
-            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
-        elif name not in ("grad", "requires_grad"):
-            object.__setattr__(self, name, value)
-
-    def __iter__(self) -> Iterator[fx.Proxy]:
-        frame = sys._getframe(1)
-        count = _unpacked(frame.f_code).get(frame.f_lasti)  # as of fx.Proxy, which takes the code apart each time
-        parts: Any = self
-        return self.tracer.iter(self) if count is None else iter([parts[i] for i in range(count)])
-
-    def __len__(self) -> int:
-        return self.tracer.length(self)  # type: ignore[attr-defined]
-
-    def __index__(self) -> int:
-        return self.tracer.guess()  # type: ignore[attr-defined]
-
-    def __int__(self) -> int:
-        return self.tracer.guess()  # type: ignore[attr-defined]
-
-    def __float__(self) -> float:
-        return 1.0
-
-
-@functools.lru_cache(1000)
-def _unpacked(code: types.CodeType) -> dict[int, int]:
-    """Into how many names code takes something apart, by the place in it."""
-    return {one.offset: one.argval for one in dis.get_instructions(code) if one.opname == "UNPACK_SEQUENCE"}
-
-
-class _Attribute(fx.proxy.Attribute, _Value):
-    """An attribute, or a method, of a value."""
-
-
-class Uses(TorchFunctionMode):
-    """A parameter that the code comes by without an attribute stands in the graph too, where an op gets it."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function of PyTorch; with nodes in the place of parameters, where it gets some."""
-        kwargs = kwargs or {}
-        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
-        if name in _OF_THE_OBJECT or asks_for_no_value(name):
-            return func(*args, **kwargs)
-        nodes: list[Any] = []  # torch.zeros(n) is not asked about n by itself
-        given: Any = fx.node.map_aggregate((args, kwargs), lambda one: self._tracer.as_node(one, nodes))
-        if not nodes:
-            return func(*args, **kwargs)
-        if func.__name__ == "__get__":
-            return getattr(given[0][0], name)
-        if func.__name__ == "__set__":  # p.requires_grad = False: what is followed changes nothing
-            return setattr(given[0][0], name, given[0][1])
-        return fx.Proxy.__torch_function__(func, types, *given)
-
-
-# torch.fx's own, which marks the whole process as tracing: then what is compiled raises in every thread.  With a copy
-# of its globals it marks nothing.  From 2.14 on it marks its thread alone, and needs no copy.
-# Source: torch/fx/_symbolic_trace.py, `_is_fx_tracing_flag` (torch 2.11 to 2.13), `_is_fx_tracing_tls` (from 2.14).
-_FLAG = "_is_fx_tracing_flag"
-_theirs = fx.Tracer.trace
-_trace: Any = types.FunctionType(
-    _theirs.__code__,
-    dict(vars(_symbolic_trace)) if hasattr(_symbolic_trace, _FLAG) else _theirs.__globals__,
-    "trace",
-    _theirs.__defaults__,
-    _theirs.__closure__,
-)
-
-
-class _InThisThread:
-    """True for the thread that makes it."""
-
-    def __init__(self) -> None:
-        self._thread = threading.get_ident()
-
-    def __bool__(self) -> bool:
-        return threading.get_ident() == self._thread
-
-
 class Tracer(fx.Tracer):
     """Follows one function."""
 
@@ -182,18 +76,12 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of the forward of a module."""
         kind: Any = nn.Module
-        before = getattr(_symbolic_trace, _FLAG, None)
         own = kind.get_parameter, kind.__setattr__
         kind.get_parameter = _stored_parameter
         kind.__setattr__ = lambda module, name, value: self._assign(own[1], module, name, value)
-        if before is not None:
-            setattr(_symbolic_trace, _FLAG, _InThisThread())
         try:
-            graph: fx.Graph = _trace(self, root, concrete_args)
-            return graph
+            return trace_here(self, root)
         finally:
-            if before is not None:
-                setattr(_symbolic_trace, _FLAG, before)
             kind.get_parameter, kind.__setattr__ = own
 
     def holder(self, parameter: nn.Parameter) -> tuple[nn.Module, str] | None:
@@ -343,7 +231,7 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What the code gets to see of a node."""
-        return _Value(node, self)
+        return Value(node, self)
 
     def length(self, obj: fx.Proxy) -> int:
         """How many parts a value has, as far as it is known."""

@@ -1,0 +1,158 @@
+"""What an adapted model knows besides its vectors, and what must not be done to it in that state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from onelora_compile.adapting.adapted_module import is_adapted
+from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.dispatched import is_offloaded
+from onelora_compile.adapting.module_names import named_modules
+from onelora_compile.adapting.pool import Pool
+from onelora_compile.adapting.weight_target import Target, targets_of
+from onelora_compile.errors import StateError
+
+STATE = "_onelora_state"
+
+
+@dataclasses.dataclass
+class AdapterState:
+    """What an adapted model knows besides its vectors; an attribute of the module given to `adapt`.
+
+    Attributes:
+        config: the configuration in force.
+        requires_grad: of every base parameter, as it was before, by name.
+        originals: values before training of what is trained besides the vectors, by name: parameters of
+            modules_to_save and norms, and the running statistics of batch norms, which move without a gradient.
+        fast_paths: attributes that were switched off, with their values; see `fastpath`.
+        disabled: how many `disabled` blocks are open; `enable` ends the last of them.
+        pool: its adapters by name, of which one is active.
+        skipped: linear ops without a vector, by name, with the reason.
+        not_linear: convolutions and embeddings, with what they are.
+        constant: names of vectors whose input a compiled graph showed to sum to one number; see `watch`.
+        uses: how often one forward uses a weight, at least and at most, where that may be more than once.
+    """
+
+    config: OneLoRAConfig
+    requires_grad: dict[str, bool]
+    originals: dict[str, Tensor]
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    not_linear: dict[str, str] = dataclasses.field(default_factory=dict)
+    constant: set[str] = dataclasses.field(default_factory=set)
+    uses: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    fast_paths: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
+    disabled: int = 0
+    pool: Pool = dataclasses.field(default_factory=Pool)
+    enable: Callable[[], None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle of the model inside a block would hold the base's values for good.
+
+        Raises:
+            StateError: a `disabled` block is open.
+        """
+        if self.disabled:
+            raise StateError("can't copy or pickle the model inside a onelora.disabled block: do it outside")
+        return dict(self.__dict__)
+
+
+def adapted_weights(root: nn.Module) -> dict[str, Target]:
+    """The weights that have a vector, by its name."""
+    return {target.key(name): target for name, module in named_modules(root) for target in targets_of(module)}
+
+
+def adapted_part(root: nn.Module) -> tuple[str, nn.Module]:
+    """The module that was given to `adapt`, with its name in the model: the part of a wrapper whose names files have.
+
+    The model itself, named "", where it was given to `adapt`, or where several parts of it were.
+    """
+    parts = [(name, module) for name, module in named_modules(root) if vars(module).get(STATE)]
+    return parts[0] if len(parts) == 1 else ("", root)
+
+
+def was_adapted(root: nn.Module) -> bool:
+    """Whether the model or a part of it is adapted, or was until `detach` or `merge`."""
+    return any(is_adapted(module) or STATE in vars(module) for module in root.modules())
+
+
+def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> AdapterState:
+    """The state of an adapted model, whose vectors are at hand.
+
+    Raises:
+        StateError: not adapted, adapted at another module of the tree, disabled, or its vectors are offloaded.
+    """
+    state = own_state(root, purpose)
+    if not allow_disabled:
+        refuse_disabled(root, purpose)
+    refuse_offloaded_vectors(root, purpose)
+    return state
+
+
+def own_state(root: nn.Module, purpose: str) -> AdapterState:
+    """The same for what is done hundreds of times a second: no module below the model is asked.
+
+    Raises:
+        StateError: not adapted, or adapted at another module of the tree.
+    """
+    state = state_or_none(root)
+    if state is None:
+        inside = next((name for name, module in named_modules(root) if vars(module).get(STATE)), None)
+        hint = f"its submodule {inside!r} is: pass that one" if inside else "call onelora.adapt(model) first"
+        raise StateError(f"can't {purpose}: this {type(root).__name__} was not given to adapt; {hint}")
+    return state
+
+
+def refuse_offloaded_vectors(root: nn.Module, purpose: str) -> None:
+    """Check that accelerate has not put the vectors away: each call would get new ones, whatever is done to them.
+
+    Raises:
+        StateError: the model was adapted, and dispatched with offloading afterwards.
+    """
+    for name, target in adapted_weights(root).items():
+        refuse_offloaded_vector(name, target.module, target.vector, purpose)
+
+
+def refuse_offloaded_vector(name: str, module: nn.Module, vector: Tensor, purpose: str) -> None:
+    """The same of one vector.
+
+    Raises:
+        StateError: accelerate has put it away.
+    """
+    if vector.is_meta and is_offloaded(module):
+        raise StateError(
+            f"can't {purpose}: accelerate has offloaded the vector of {name!r}, as the model was adapted before it "
+            "was dispatched: dispatch it first, then call onelora.adapt or onelora.load_adapter"
+        )
+
+
+def refuse_disabled(root: nn.Module, purpose: str) -> None:
+    """Check that the values of the model, adapted or not, are its own.
+
+    Raises:
+        StateError: the model or a part of it is in a `disabled` block, or in a `rows` block of this thread.
+    """
+    refuse_blocks((vars(module).get(STATE) for module in root.modules()), purpose)
+
+
+def refuse_blocks(found: Iterable[AdapterState | None], purpose: str) -> None:
+    """Check that models are in no block in which they have other values than their own.
+
+    Raises:
+        StateError: one is in a `disabled` block, or in a `rows` block of this thread.
+    """
+    states = [state for state in found if state is not None]
+    if any(state.disabled for state in states):
+        raise StateError(f"can't {purpose} inside a onelora.disabled block: the values there are the base's")
+    if any(hasattr(state.pool.block.here, "rows") for state in states):
+        raise StateError(f"can't {purpose} inside a onelora.rows block: each row has its own values there")
+
+
+def state_or_none(root: nn.Module) -> AdapterState | None:
+    """The state of a model that was given to `adapt`; None for any other."""
+    state = vars(root).get(STATE)
+    assert state is None or isinstance(state, AdapterState)
+    return state

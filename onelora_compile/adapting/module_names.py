@@ -1,0 +1,39 @@
+"""Names of modules as they are in the model that was not compiled, and PEFT's rule for matching them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by qualified name, each once, without the `_orig_mod` that `torch.compile` puts in between."""
+    for name, module in model.named_modules():
+        yield clean_name(name), module
+
+
+def clean_name(name: str) -> str:
+    """A qualified name as it is in the model that was not compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def any_match(patterns: str | Sequence[str], names: Sequence[str]) -> bool:
+    """Whether PEFT's rule selects what has several names."""
+    return any(matches(patterns, name) for name in names)
+
+
+def matches(patterns: str | Sequence[str], name: str) -> bool:
+    """PEFT's rule: one regular expression matches whole; of a list, a name or the ending after a dot."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """A module may be registered under several names: it is selected if any matches, and known by the first."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(clean_name(name))
+    return names

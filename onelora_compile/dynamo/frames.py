@@ -1,0 +1,162 @@
+"""The frame that Dynamo is compiling: which modules it reaches, and for which of them its graph is valid.
+
+Read in torch 2.11 to 2.13:
+- `torch/_dynamo/source.py`: a source is the expression by which the frame reaches a value.
+- `torch/_dynamo/guards.py`: guards are built after the backend returns, from the values as they are then.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from torch import fx, nn
+
+from onelora_compile.errors import StateError
+
+_TOKEN = "_onelora_first_call"  # attribute of a module
+
+
+def frame_roots(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[nn.Module, Any]:
+    """The outermost modules that the frame being compiled reaches the graph's parameters through, with sources.
+
+    Empty for a graph that does not come from Dynamo.
+    """
+    if (frame := _frame()) is None:
+        return {}
+    scope = {"L": frame.f_locals, "G": frame.f_globals}
+    roots: dict[nn.Module, Any] = {}
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(value, nn.Parameter):
+            for source in reversed(list(_bases(getattr(node, "_dynamo_source", None)))):
+                module = _value(source, frame.f_globals, scope)
+                if isinstance(module, nn.Module):
+                    roots.setdefault(module, source)
+                    break
+    return roots
+
+
+def is_ahead_of_time(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo captured the graph and has left its frame: `torch/_dynamo/aot_compile.py`."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    return _frame() is None and any(hasattr(node, "_dynamo_source") for node in inputs)
+
+
+def _frame() -> Any:
+    """Dynamo's translator of the frame that is being compiled; None outside of any."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return None
+
+
+def compiled_module(module: nn.Module) -> nn.Module:
+    """The module that the user gave to `torch.compile`, if `module` is a part of it; else `module`.
+
+    After a graph break Dynamo compiles the frames of inner modules one by one; the frames that called them are
+    still on Python's stack.
+    """
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        called = frame.f_locals.get("self") if frame.f_code.co_name in ("__call__", "_wrapped_call_impl") else None
+        if not isinstance(called, nn.Module):
+            continue
+        inner = called._modules.get("_orig_mod")
+        if inner is None and getattr(called, "_compiled_call_impl", None) is not None:
+            inner = called
+        if inner is not None and any(part is module for part in inner.modules()):
+            return inner
+    return module
+
+
+class FirstCallToken:
+    """Lies in a module as long as a graph that may run once is valid."""
+
+
+def valid_once(sources: Mapping[nn.Module, Any]) -> Callable[[], None]:
+    """Make the graph that is being compiled valid for these very modules, until the function returned is called.
+
+    Args:
+        sources: modules that the frame reaches, with their sources.
+    """
+    for root, source in sources.items():
+        vars(root).setdefault(_TOKEN, FirstCallToken())
+        guard_identity(own_attribute(source, _TOKEN))
+    roots = [weakref.ref(root) for root in sources]
+
+    def withdraw() -> None:
+        for ref in roots:
+            if (root := ref()) is not None:
+                vars(root).pop(_TOKEN, None)
+
+    return withdraw
+
+
+def valid_without(source: Any, attribute: str) -> Callable[[], nn.Module] | None:
+    """Make the graph that is being compiled valid for any module in this place that lacks an attribute.
+
+    Returns:
+        What finds the module that the graph is called for, from inside that call; None if it is not an argument or a
+        free variable of the frame, and nothing was done.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import LocalSource
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    if not isinstance(source, LocalSource):
+        return None
+    absent = functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=attribute)
+    install_guard(source.make_guard(absent))
+    code = InstructionTranslator.current_tx().output.root_tx.f_code
+    captured, name = (code.co_filename, code.co_firstlineno, code.co_name), source.local_name
+
+    def find() -> nn.Module:
+        # Dynamo's code of the frame has the name and the arguments of the user's.
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            code = frame.f_code
+            if (code.co_filename, code.co_firstlineno, code.co_name) == captured and name in frame.f_locals:
+                return frame.f_locals[name]
+            frame = frame.f_back
+        raise StateError(
+            f"backend 'onelora' does not find the model that {captured[2]} in {captured[0]} was called for: call "
+            "onelora.adapt(model) before"
+        )
+
+    return find
+
+
+def guard_identity(source: Any) -> None:
+    """Make the graph that is being compiled valid only for this very object."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def own_attribute(source: Any, name: str) -> Any:
+    """The source of what a module holds under a name that its class and `nn.Module` know nothing of."""
+    from torch._dynamo.source import AttrSource, DictGetItemSource
+
+    return DictGetItemSource(AttrSource(source, "__dict__"), name)
+
+
+def _value(source: Any, names: dict[str, Any], scope: dict[str, Any]) -> Any:
+    text = source.name() if callable(source.name) else source.name  # a method in some releases
+    try:
+        return eval(text, dict(names), scope)
+    except Exception:  # a source that is no plain expression is not on the way to a module's parameter either
+        return None
+
+
+def _bases(source: Any) -> Iterable[Any]:
+    """The source and those of the values that it goes through, innermost first."""
+    while source is not None:
+        yield source
+        source = getattr(source, "base", None)
