@@ -10,7 +10,7 @@ from mode_cases import Case
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.errors import ExportError
+from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters import OnnxRunner, export_onnx
 from onelora_compile.testing import assert_parity, fill_vectors
 
@@ -31,6 +31,30 @@ def test_rows_of_one_batch_use_different_adapters(tmp_path):
     for wrong in ([2, 0, 0, 0], [-2, 0, 0, 0]):
         with pytest.raises(ExportError, match="are not all between -1"):
             runner.run({k: v.numpy() for k, v in inputs.items()}, adapter_ids=wrong)
+
+
+def test_ids_are_whole_numbers_of_any_kind_and_nothing_else(tmp_path):
+    case = Case("bert", tmp_path)
+    case.export("bank")
+    runner, inputs = OnnxRunner(case.path), case.feed(torch.float32)
+    rows = len(inputs[0])
+    for wrong in (0.9, np.float32(1), True, "0"):
+        with pytest.raises(ExportError, match="are not whole numbers"):
+            runner.run(inputs, adapter_ids=[wrong] * rows)  # type: ignore[list-item]
+    wanted = runner.with_adapter(1).run(inputs)[0]
+    for one in (np.int64(1), np.uint8(1)):
+        np.testing.assert_array_equal(runner.with_adapter(one).run(inputs)[0], wanted)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(runner.run(inputs, adapter_ids=[one] * rows)[0], wanted)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("mode", ["fold", "load", "input"])
+def test_ids_are_for_banks(mode, tmp_path):
+    case = Case("bert", tmp_path)
+    case.export(mode)
+    with pytest.raises(StateError, match="is no bank"):
+        OnnxRunner(case.path).run(case.feed(torch.float32), adapter_ids=[0])
+    with pytest.raises(StateError, match="is no bank"):
+        OnnxRunner(case.path).use(np.int64(0))  # type: ignore[arg-type]
 
 
 def test_a_bank_refuses_what_it_can_not_choose_by_row(tmp_path):
