@@ -14,7 +14,7 @@ import platform
 from typing import Any
 
 from onelora_compile.errors import ConfigError, MissingExtraError
-from onelora_compile.exporters.jetson.device.core.library import Messages, flag, logger
+from onelora_compile.exporters.jetson.device.core.logger import Messages, flag, logger
 
 FLAVOURS = {"tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 TITLES = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from architectures.outputs import settle
@@ -48,26 +51,20 @@ def decoder_config(config, **more):
     return config(**{**common, **more})
 
 
-def bert():
-    from transformers import BertConfig, BertForSequenceClassification
+def encoder(kind, **more):
+    import transformers
 
     torch.manual_seed(0)
-    return settle(BertForSequenceClassification(encoder_config(BertConfig))), token_inputs()
+    config = encoder_config(getattr(transformers, f"{kind}Config"), **more)
+    return settle(getattr(transformers, f"{kind}ForSequenceClassification")(config)), token_inputs()
 
 
-def roberta():
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    torch.manual_seed(0)
-    return settle(RobertaForSequenceClassification(encoder_config(RobertaConfig))), token_inputs()
-
-
-def albert():
-    from transformers import AlbertConfig, AlbertForSequenceClassification
+def decoder(kind, **more):
+    import transformers
 
     torch.manual_seed(0)
-    config = encoder_config(AlbertConfig, embedding_size=32, classifier_dropout_prob=0.0)
-    return settle(AlbertForSequenceClassification(config)), token_inputs()
+    config = decoder_config(getattr(transformers, f"{kind}Config"), **more)
+    return settle(getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)), token_inputs()
 
 
 def distilbert():
@@ -87,37 +84,6 @@ def distilbert():
         initializer_range=0.1,
     )
     return settle(DistilBertForSequenceClassification(config)), token_inputs()
-
-
-def electra():
-    from transformers import ElectraConfig, ElectraForSequenceClassification
-
-    torch.manual_seed(0)
-    return settle(ElectraForSequenceClassification(encoder_config(ElectraConfig, embedding_size=32))), token_inputs()
-
-
-def deberta_v2():
-    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
-
-    torch.manual_seed(0)
-    config = encoder_config(
-        DebertaV2Config,
-        relative_attention=True,
-        position_buckets=8,
-        pos_att_type=["p2c", "c2p"],
-        norm_rel_ebd="layer_norm",
-        share_att_key=False,
-        position_biased_input=False,
-        pooler_dropout=0.0,
-    )
-    return settle(DebertaV2ForSequenceClassification(config)), token_inputs()
-
-
-def mpnet():
-    from transformers import MPNetConfig, MPNetForSequenceClassification
-
-    torch.manual_seed(0)
-    return settle(MPNetForSequenceClassification(encoder_config(MPNetConfig))), token_inputs()
 
 
 def gpt2():
@@ -141,14 +107,6 @@ def gpt2():
     return settle(GPT2LMHeadModel(config)), token_inputs()
 
 
-def gpt_neox():
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    torch.manual_seed(0)
-    config = decoder_config(GPTNeoXConfig, hidden_dropout=0.0)
-    return settle(GPTNeoXForCausalLM(config)), token_inputs()
-
-
 def opt():
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -169,66 +127,6 @@ def opt():
         use_cache=False,
     )
     return settle(OPTForCausalLM(config)), token_inputs()
-
-
-def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return settle(LlamaForCausalLM(decoder_config(LlamaConfig))), token_inputs()
-
-
-def mistral():
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(0)
-    return settle(MistralForCausalLM(decoder_config(MistralConfig, sliding_window=4))), token_inputs()
-
-
-def qwen2():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    return settle(Qwen2ForCausalLM(decoder_config(Qwen2Config))), token_inputs()
-
-
-def qwen3():
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    return settle(Qwen3ForCausalLM(decoder_config(Qwen3Config, head_dim=16))), token_inputs()
-
-
-def gemma2():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    config = decoder_config(Gemma2Config, head_dim=16, query_pre_attn_scalar=16, sliding_window=4)
-    return settle(Gemma2ForCausalLM(config)), token_inputs()
-
-
-def gemma3_text():
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    config = decoder_config(Gemma3TextConfig, head_dim=16, query_pre_attn_scalar=16, sliding_window=4)
-    return settle(Gemma3ForCausalLM(config)), token_inputs()
-
-
-def phi3():
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    torch.manual_seed(0)
-    config = decoder_config(Phi3Config, resid_pdrop=0.0, embd_pdrop=0.0, original_max_position_embeddings=32)
-    return settle(Phi3ForCausalLM(config)), token_inputs()
-
-
-def falcon():
-    from transformers import FalconConfig, FalconForCausalLM
-
-    torch.manual_seed(0)
-    config = decoder_config(FalconConfig, ffn_hidden_size=96, hidden_dropout=0.0, bias=False, multi_query=True)
-    return settle(FalconForCausalLM(config)), token_inputs()
 
 
 def bloom():
@@ -332,25 +230,35 @@ def mamba():
     return settle(MambaModel(config)), token_inputs()
 
 
-TEXT = {
-    "bert": bert,
-    "roberta": roberta,
-    "albert": albert,
+WINDOWS = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4}
+DEBERTA = {
+    "relative_attention": True,
+    "position_buckets": 8,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": False,
+    "position_biased_input": False,
+    "pooler_dropout": 0.0,
+}
+TEXT: dict[str, Callable] = {
+    "bert": partial(encoder, "Bert"),
+    "roberta": partial(encoder, "Roberta"),
+    "albert": partial(encoder, "Albert", embedding_size=32, classifier_dropout_prob=0.0),
     "distilbert": distilbert,
-    "electra": electra,
-    "deberta_v2": deberta_v2,
-    "mpnet": mpnet,
+    "electra": partial(encoder, "Electra", embedding_size=32),
+    "deberta_v2": partial(encoder, "DebertaV2", **DEBERTA),
+    "mpnet": partial(encoder, "MPNet"),
     "gpt2": gpt2,
-    "gpt_neox": gpt_neox,
+    "gpt_neox": partial(decoder, "GPTNeoX", hidden_dropout=0.0),
     "opt": opt,
-    "llama": llama,
-    "mistral": mistral,
-    "qwen2": qwen2,
-    "qwen3": qwen3,
-    "gemma2": gemma2,
-    "gemma3_text": gemma3_text,
-    "phi3": phi3,
-    "falcon": falcon,
+    "llama": partial(decoder, "Llama"),
+    "mistral": partial(decoder, "Mistral", sliding_window=4),
+    "qwen2": partial(decoder, "Qwen2"),
+    "qwen3": partial(decoder, "Qwen3", head_dim=16),
+    "gemma2": partial(decoder, "Gemma2", **WINDOWS),
+    "gemma3_text": partial(decoder, "Gemma3Text", **WINDOWS),
+    "phi3": partial(decoder, "Phi3", resid_pdrop=0.0, embd_pdrop=0.0, original_max_position_embeddings=32),
+    "falcon": partial(decoder, "Falcon", ffn_hidden_size=96, hidden_dropout=0.0, bias=False, multi_query=True),
     "bloom": bloom,
     "t5": t5,
     "bart": bart,

@@ -13,7 +13,7 @@ from bundles import plans, run
 
 import onelora_compile as onelora
 from onelora_compile.exporters import bundle, export_onnx
-from onelora_compile.exporters.jetson.device.core.library import logger
+from onelora_compile.exporters.jetson.device.core.logger import logger
 from onelora_compile.testing import fill_vectors
 from onelora_compile.weights.adapter_file import read_adapter
 

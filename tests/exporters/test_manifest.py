@@ -11,7 +11,7 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.exporters import EngineRunner, refit_engine
-from onelora_compile.exporters.jetson.device.core.library import Messages
+from onelora_compile.exporters.jetson.device.core.logger import Messages
 from onelora_compile.exporters.tensorrt import manifest
 from onelora_compile.exporters.tensorrt.library import Api, find_api
 from onelora_compile.exporters.tensorrt.manifest import Manifest

@@ -8,7 +8,7 @@ import pytest
 import tensorrt_bindings
 
 import onelora_compile.exporters as exporters
-from onelora_compile.exporters.jetson.device.core.library import Messages
+from onelora_compile.exporters.jetson.device.core.logger import Messages
 from onelora_compile.exporters.tensorrt import library, precision
 
 RECORD = json.loads(tensorrt_bindings.RECORD.read_text())

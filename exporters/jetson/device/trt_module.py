@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from typing import Any
 
-from .core.library import logger
+from .core.logger import logger
 from .folder import BundleError
 from .options import Options
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Mapping, Sequence
 
-from .library import flag, made
+from .logger import flag, made
 from .messages import Refused
 from .progress import building
 

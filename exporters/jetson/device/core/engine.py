@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
-from .library import made
+from .logger import made
 from .messages import Refused
 
 # TensorRT's names of the dtypes of inputs and outputs, and everybody else's.
