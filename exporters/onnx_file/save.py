@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onelora_compile.exporters.onnx_file.load import files_named
 from onelora_compile.exporters.onnx_file.metadata import PRODUCER
 from onelora_compile.weights.atomic_write import alone, flush, remove, replacing
 
@@ -176,13 +177,9 @@ def data_files(path: Path) -> list[Path]:
     import onnx_ir
 
     try:
-        model = onnx_ir.load(path)
+        return files_named(onnx_ir.load(path), path)
     except Exception:  # protobuf and onnx_ir raise many kinds
         return []
-    graphs = [model.graph, *model.graph.subgraphs()]
-    tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
-    names = {str(one.location) for one in tensors if isinstance(one, onnx_ir.ExternalTensor)}
-    return [path.parent / name for name in sorted(names)]
 
 
 def _holds(file: Path, text: str) -> bool:
