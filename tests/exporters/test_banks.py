@@ -74,6 +74,39 @@ def test_a_bank_refuses_what_it_can_not_choose_by_row(tmp_path):
     assert not (tmp_path / "m.onnx").exists()
 
 
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.linear(x.transpose(0, 1)))).transpose(0, 1)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (3, 2), (1, 1), (1, 3)])
+@pytest.mark.parametrize("dynamic", [None, "batch"])
+def test_the_batch_is_not_taken_for_another_axis_of_its_size(sizes, dynamic, tmp_path):
+    torch.manual_seed(0)
+    base, x = SequenceFirst(), torch.randn(*sizes, 6)
+    files, expected = [], [base(x)]
+    for seed in range(2):
+        model = fill_vectors(onelora.adapt(copy.deepcopy(base), onelora.OneLoRAConfig("all-linear")), 0.5, seed=seed)
+        files.append(tmp_path / f"{seed}.safetensors")
+        onelora.save_adapter(model, files[-1])
+        expected.append(model(x))
+    options: dict[str, Any] = {"adapters": "bank", "bank": files, "dynamic_shapes": dynamic}
+    if sizes == (3, 3) and dynamic is None:
+        with pytest.raises(ExportError, match=r"'linear': its output \[3, 3, 5\] has 2 axes of the batch size 3"):
+            export_onnx(base, (x,), tmp_path / "m.onnx", **options)
+        assert not (tmp_path / "m.onnx").exists()
+        return
+    export_onnx(base, (x,), tmp_path / "m.onnx", **options)
+    ids = [1, -1, 0][: len(x)]
+    outputs = OnnxRunner(tmp_path / "m.onnx").run([x.numpy()], adapter_ids=ids)[0]
+    for row, number in enumerate(ids):
+        np.testing.assert_allclose(outputs[row], expected[number + 1][row].detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
 def test_a_bank_of_a_model_that_is_not_adapted_and_of_adapters_of_different_layers(tmp_path):
     torch.manual_seed(0)
     base, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(4, 6)
