@@ -17,7 +17,8 @@ def as_path(given: Any, what: str) -> Path:
         what: its name.
 
     Raises:
-        ConfigError: it is no path, bytes, empty, or holds a NUL, which systems take for the end of a name.
+        ConfigError: it is no path, bytes, empty, holds a NUL, which systems take for the end of a name, or bytes that
+            are no UTF-8, which the libraries that read models and adapters can't open.
     """
     if not isinstance(given, str | bytes | os.PathLike):
         raise ConfigError(f"{what} is {_kind(given)}, not the name of a file: give a str or a pathlib.Path")
@@ -28,7 +29,30 @@ def as_path(given: Any, what: str) -> Path:
         raise ConfigError(f"{what}={name!r} is no name of a file")
     if "\0" in name:
         raise ConfigError(f"{what}={name!r} holds a NUL character, which no name of a file may")
+    if not _is_utf8(name):
+        raise ConfigError(f"{what}={name!r} is not UTF-8, and ONNX and safetensors open no such file: rename it")
     return Path(name)
+
+
+def _is_utf8(name: str) -> bool:
+    try:  # as the system has it: in an ASCII locale Python writes every other byte as a surrogate
+        os.fsencode(name).decode()
+    except UnicodeError:
+        return False
+    return True
+
+
+def check_there(path: Path) -> None:
+    """Check that a file to read is there, so that its error says so in the same words everywhere.
+
+    Raises:
+        FileNotFoundError: there is none.
+        IsADirectoryError: it is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and a file is meant")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
 
 
 def as_paths(given: Any, what: str) -> list[Path]:

@@ -34,6 +34,7 @@ THINNED = {
     "test_fold_files.py": 2,
     "test_fold_forms.py": 6,
     "test_fold_graphs.py": 5,
+    "test_fold_layouts.py": 6,
     "test_fold_matches.py": 5,
     "test_fold_onnx.py": 5,
     "test_fold_parts.py": 12,

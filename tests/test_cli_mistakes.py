@@ -41,7 +41,15 @@ def prepared(tmp_path_factory):
         (folder / name).write_bytes(content[: len(content) // 2])
     for name in ("empty", "empty.onnx"):
         (folder / name).write_bytes(b"")
-    for name in ("text.npz", "text.onnx", "text.safetensors", "text.vectors", "text.onnx_adapter", "text.engine"):
+    for name in (
+        "text.npz",
+        "text.onnx",
+        "text.safetensors",
+        "text.vectors",
+        "text.onnx_adapter",
+        "text.engine",
+        "text.pem",
+    ):
         (folder / name).write_text("this is no such file\n")
     (folder / "folder").mkdir()
     return folder
@@ -84,6 +92,7 @@ def test_files_that_are_not_what_they_should_be(project, capfd, command):
         arguments = [one.format(file) for one in READS[command]]
         line = mistake(capfd, arguments)
         assert file in line or "TensorRT" in line, (arguments, line)
+        assert "[Errno" not in line, (arguments, line)  # "there is no file gone", as everywhere
 
 
 @pytest.mark.parametrize("command", WRITES)

@@ -28,6 +28,14 @@ def test_another_base_is_refused_with_both_names(pair):
     assert sorted(os.listdir()) == before
 
 
+@pytest.mark.parametrize(("name", "hint"), [("fr", True), ("fr.safetensors", False), ("gone/fr", False)])
+def test_a_name_without_a_model_says_what_it_may_be(pair, name, hint):
+    with pytest.raises(FileNotFoundError, match=f"^there is no adapter file {name}") as error:
+        onelora.combine({"a.safetensors": 1, name: 1}, "c.safetensors")
+    assert ("give model= too" in str(error.value)) == hint
+    assert not Path("c.safetensors").exists()
+
+
 def test_other_sizes_are_refused_with_both(pair):
     wide = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4))
     adapter("wide.safetensors", ["0"], of=wide)

@@ -25,6 +25,7 @@ WRONG = {
     b"a.onnx": r"=b'a.onnx' is in bytes: give a str",
     "": r"='' is no name of a file",
     "a\0b.onnx": r"='a\\x00b.onnx' holds a NUL character",
+    "a\udcff.onnx": r"='a\\udcff.onnx' is not UTF-8, and ONNX and safetensors open no such file: rename it",
     3: r" is an int, not the name of a file",
     None: r" is None, not the name of a file",
 }

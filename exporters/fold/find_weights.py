@@ -45,6 +45,7 @@ class WeightUse:
         constant: what the op gives is constant too, and a weight of its own where a linear op reads it.
         parts: the ways of the parts that the op takes from the weight, and of their parts, where all of them end in
             linear ops.
+        ends: what reads what the op computes from constants alone, op and position.
     """
 
     nodes: tuple[onnx_ir.Node, ...]
@@ -53,6 +54,7 @@ class WeightUse:
     across: bool = False
     constant: bool = False
     parts: tuple[WeightUse, ...] = ()
+    ends: tuple[tuple[onnx_ir.Node, int], ...] = ()
 
     @property
     def op(self) -> onnx_ir.Node:
@@ -162,7 +164,9 @@ def _followed(use: WeightUse, constants: Constants) -> WeightUse:
     """A use with what is constant behind it."""
     use = dataclasses.replace(use, constant=constants.known(use.op.outputs[0]))
     if not (use.constant and use.position == 0 and use.op.op_type in _CUTS | _PICKS):
-        return use
+        computes = use.constant and use.op.op_type not in _READS
+        ends = [one for output in use.op.outputs for one in constants.readers(output)] if computes else []
+        return dataclasses.replace(use, ends=tuple(one for one in ends if one[0].op_type not in _READS))
     parts = [part for output in use.op.outputs for one in uses_of(output, use.nodes) for part in _ways(one, constants)]
     return dataclasses.replace(use, parts=tuple(parts) if all(one.linear for one in parts) else ())
 

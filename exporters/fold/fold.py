@@ -23,7 +23,7 @@ from onelora_compile.exporters.fold.report import FoldReport
 from onelora_compile.exporters.fold.strip_vectors import strip_vectors
 from onelora_compile.exporters.jetson.device.core.modes import FOLD
 from onelora_compile.exporters.onnx_file.check import check_opens
-from onelora_compile.exporters.onnx_file.load import load_model
+from onelora_compile.exporters.onnx_file.load import files_of, load_model
 from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
 from onelora_compile.exporters.quantized.pairs import open_operators
@@ -101,9 +101,8 @@ def fold_onnx(
     file.require_fingerprints("the adapter" if isinstance(adapter, AdapterFile) else adapter)
     model = load_model(base)
     held = Metadata.from_props(model.metadata_props, str(base))
-    weights = [value.const_value for value in model.graph.initializers.values() if _external(value)]
     read = [] if isinstance(adapter, AdapterFile) else [adapter]
-    refuse_overwriting(out, [*read, *(path for one in weights if (path := getattr(one, "path", None)))])
+    refuse_overwriting(out, [*read, *files_of(model)])
     refuse_other_kinds(out, ".onnx")
     try:
         strip_vectors(model, held, str(base))

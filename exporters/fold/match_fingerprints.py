@@ -84,7 +84,8 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
             continue
         # Zeros are equal by chance, the numbers of a trained weight only as its copy.
         theirs = places if prints[name].norm else own
-        if strange := [use for place in theirs for use in place.weight.uses if _strange(use, place)]:
+        served = {(use.op, use.position) for place in own for use in place.uses}
+        if strange := [use for place in theirs for use in place.weight.uses if _strange(use, place, served)]:
             unmatched[name] = f"its weight {own[0].weight.name!r} also goes into {_ops(strange)}, which is not followed"
             continue
         there = set[str]().union(*(at[id(place.weight), place.start] for place in own))
@@ -92,6 +93,8 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
         chosen_or_why = decided(name, own, twins, known or Known())
         if isinstance(chosen_or_why, str):
             unmatched[name] = chosen_or_why
+        elif again := _again(chosen_or_why, places):
+            unmatched[name] = again
         else:
             chosen[name] = chosen_or_why
     for name, reason in _disputed(chosen).items():
@@ -120,6 +123,16 @@ def _each_once(places: Iterable[Place]) -> Iterator[Place]:
             yield dataclasses.replace(place, uses=uses)
 
 
+def _again(chosen: Sequence[Place], places: Sequence[Place]) -> str | None:
+    """Why a place can't be chosen: the numbers are twice in its weight, or are their own transpose."""
+    for place in chosen:
+        here = [one for one in places if one.weight is place.weight]
+        if len(here) > 1:
+            where = ", ".join(f"{'columns' if one.transposed else 'rows'} from {one.start}" for one in here[:4])
+            return f"its numbers are at several places in {place.weight.name!r} ({where}), and nothing tells which"
+    return None
+
+
 def _disputed(chosen: Mapping[str, Sequence[Place]]) -> dict[str, str]:
     """Vectors that would go into what one op reads by two weights, one computed from the other; with the reason."""
     claims: dict[tuple[onnx_ir.Node, int], dict[str, Weight]] = {}
@@ -135,8 +148,9 @@ def _disputed(chosen: Mapping[str, Sequence[Place]]) -> dict[str, str]:
     }
 
 
-def _strange(use: WeightUse, place: Place) -> bool:
-    return use.strange or (place.whole and use.takes_parts and not use.parts)
+def _strange(use: WeightUse, place: Place, served: set[tuple[onnx_ir.Node, int]]) -> bool:
+    """Whether an op needs the weight, and the vector goes not where it does: a mask on it, a row of its own."""
+    return use.strange or (place.whole and use.takes_parts and not use.parts) or not served.issuperset(use.ends)
 
 
 def _ops(uses: Sequence[WeightUse]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from onelora_compile.exporters.fold.find_weights import WeightUse, constants_of, uses_of
+from onelora_compile.exporters.fold.layout import lies_turned
 from onelora_compile.exporters.onnx_file.load import as_torch, read_tensor
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of_values
 
@@ -55,22 +56,20 @@ class ParameterReads:
     def by_numbers(self, name: str, base: Fingerprint | None) -> list[ParameterRead]:
         """Every read of a constant that has the base's numbers."""
         found: list[ParameterRead] = []
+        if base is None:
+            return found
         for value, uses in self.reads:
-            for transposed in self._layouts(name, value):
-                if base is not None and _agrees(self._numbers(value, name, transposed), base):
-                    found += [ParameterRead(value, use, transposed) for use in uses if _role_fits(name, use)]
-                    break
+            fitting = [turn for turn in self._layouts(name, value) if _agrees(self._numbers(value, name, turn), base)]
+            if fitting:
+                found += _reads(name, value, uses, fitting)
         return found
 
     def by_shape(self, name: str) -> list[ParameterRead]:
         """Every read of a constant that can hold the parameter; a square one lies as the op needs it."""
-        found = []
+        found: list[ParameterRead] = []
         for value, uses in self.reads:
-            layouts = self._layouts(name, value)
-            for use in uses if layouts else ():
-                transposed = _turned(use) if len(layouts) > 1 else layouts[0]
-                if _role_fits(name, use) and use.op.op_type in _PARAMETER_OPS:
-                    found.append(ParameterRead(value, use, transposed))
+            if layouts := self._layouts(name, value):
+                found += _reads(name, value, [use for use in uses if use.op.op_type in _PARAMETER_OPS], layouts)
         return found
 
     def fingerprint(self, name: str, read: ParameterRead) -> Fingerprint:
@@ -96,21 +95,21 @@ def uniform(value: onnx_ir.Value) -> bool:
     return bool((numbers == numbers.flat[0]).all())
 
 
+def _reads(
+    name: str, value: onnx_ir.Value, uses: Sequence[WeightUse], layouts: Sequence[bool]
+) -> Iterator[ParameterRead]:
+    """The uses at a place that can be the parameter's; a square one, if both layouts fit, lies as the op needs it."""
+    for use in uses:
+        turned = lies_turned([use]) if len(layouts) > 1 else layouts[0]
+        # A table of an embedding or of positions lies as its module has it; a factor tells nothing of what is behind.
+        if _role_fits(name, use) and not (turned is None and use.op.op_type == "Mul"):
+            yield ParameterRead(value, use, bool(turned))
+
+
 def _role_fits(name: str, use: WeightUse) -> bool:
     """Whether an op whose inputs have fixed places reads the parameter at its own."""
     own = name.rpartition(".")[2]
     return use.op.op_type not in SLOTTED or own not in SLOTS or use.position == SLOTS[own]
-
-
-def _turned(use: WeightUse) -> bool:
-    """Whether a square matrix is the transpose of what nn.Linear holds, by the op that reads it."""
-    turns = sum(node.op_type == "Transpose" for node in use.nodes)
-    direct = use.op.op_type == "MatMul" or (use.op.op_type == "Gemm" and not _flag(use.op, "transB"))
-    return direct == (turns % 2 == 0) and use.op.op_type in ("MatMul", "Gemm")
-
-
-def _flag(node: onnx_ir.Node, name: str) -> bool:
-    return name in node.attributes and bool(node.attributes[name].as_int())
 
 
 def _agrees(numbers: Tensor, base: Fingerprint) -> bool:

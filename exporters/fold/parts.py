@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from onelora_compile.exporters.fold.find_weights import Weight
-from onelora_compile.exporters.fold.places import Group, Place, likely_transposed, projected
+from onelora_compile.exporters.fold.layout import lies_turned
+from onelora_compile.exporters.fold.places import Group, Place, projected
 from onelora_compile.weights.fingerprint import TOLERANCE, signs
 
 _Part = tuple[Weight, bool, np.ndarray]  # a weight, whether it is stored transposed, its W R [rows, 4]
@@ -45,9 +46,12 @@ def places_in_parts(weights: Sequence[Weight], groups: Iterable[Group]) -> Itera
 
 
 def _transposed(weight: Weight, columns: int) -> bool | None:
-    """Whether a weight of this many inputs is stored transposed; None if it has another number, or is quantised."""
+    """Whether a weight of this many inputs is stored transposed.
+
+    None if it has another number of them or is quantised, or if it is square and the ops do not tell.
+    """
     found = [turned for turned in (False, True) if weight.shape[not turned] == columns and not weight.quantized]
-    return likely_transposed(weight) if len(found) == 2 else next(iter(found), None)
+    return lies_turned(weight.uses) if len(found) == 2 else next(iter(found), None)
 
 
 def _runs(parts: Sequence[_Part], rows: int) -> Iterator[Sequence[_Part]]:

@@ -7,16 +7,18 @@ a factor.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
+from onelora_compile.exporters.fold.layout import is_own_transpose, lies_turned
 from onelora_compile.exporters.onnx_file.load import as_torch
 from onelora_compile.weights.fingerprint import OUTPUT, TOLERANCE, Fingerprint, signs
 
 _PARTS = 4096  # of a weight that are tried
+_CHANCE = 1e-8  # that numbers agree which have nothing to do with each other; a file has millions of rows
 # What quantising a weight moves it by (relative Frobenius norm), with a margin: int8 0.005, int4 0.09 measured.
 _QUANTIZED = {"int16": 1e-3, "uint16": 1e-3, "int8": 0.05, "uint8": 0.05, "int4": 0.25, "int2": 0.5}
 
@@ -97,35 +99,21 @@ def grouped(prints: Mapping[str, Fingerprint]) -> list[Group]:
 
 
 def places_in(weight: Weight, groups: Sequence[Group]) -> Iterable[tuple[str, Place]]:
-    """Each vector whose fingerprint fits the weight somewhere."""
-    tolerance = TOLERANCE.get(weight.dtype, _QUANTIZED.get(weight.dtype, 0.25))
+    """Each vector whose fingerprint fits the weight, at every place where it does."""
     square, found = weight.shape[0] == weight.shape[1], False
-    usual = likely_transposed(weight)
-    for transposed in (usual, not usual):
-        if square and found:
-            break  # it can't be its transpose too
+    told = lies_turned(use for use in weight.ways if use.linear)
+    for transposed in (bool(told), not told):
+        if square and found and (told is not None or not is_own_transpose(weight)):
+            break  # it can't be its transpose too, or the ops say which it is
         out, columns = weight.shape[::-1] if transposed else weight.shape
         fitting = [group for group in groups if group.shape[1] == columns and group.shape[0] <= out]
         if not fitting:
             continue
-        found_rows = projected(weight, transposed)
+        rows = projected(weight, transposed)
         for group in fitting:
-            starts, factors, distances = _best(found_rows, group)
-            if group.shape[0] == out:
-                np.minimum(group.nearest, distances, out=group.nearest)
-            allowed = np.maximum(tolerance, group.tolerances)
-            # Of a few numbers any others are nearly a multiple: then it must be the weight itself.
-            by_chance = allowed ** (min(16, group.shape[0] * group.shape[1]) - 1) > 1e-4
-            fits = (distances <= allowed) & ~(by_chance & (np.abs(factors - 1) > np.maximum(allowed, 1e-4)))
-            for index in np.flatnonzero(fits):
-                exact = abs(factors[index] - 1) <= max(allowed[index], 1e-4)
-                factor, found = 1.0 if exact else float(factors[index]), True
-                yield group.names[index], Place(weight, transposed, int(starts[index]), group.shape, factor, ())
-
-
-def likely_transposed(weight: Weight) -> bool:
-    """Whether a weight is [in_features, out_features] by what reads it; a quantised one is read as its op means it."""
-    return not weight.quantized and any(use.op.op_type == "MatMul" and len(use.nodes) == 1 for use in weight.uses)
+            for index, start, factor in _fits(rows, group, weight.dtype):
+                found = True
+                yield group.names[index], Place(weight, transposed, start, group.shape, factor, ())
 
 
 def projected(weight: Weight, transposed: bool) -> np.ndarray:
@@ -142,15 +130,18 @@ def projected(weight: Weight, transposed: bool) -> np.ndarray:
     return np.ascontiguousarray((sum(parts[1:], parts[0]) if transposed else torch.cat(parts)).numpy())
 
 
-def _best(projected: np.ndarray, known: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each sketch fits best: first row, factor, distance; arrays [vectors]."""
-    count, rows = len(known.names), known.shape[0]
-    starts, factors, distances = np.zeros(count, dtype=int), np.ones(count), np.full(count, np.inf)
+def _fits(projected: np.ndarray, known: Group, dtype: str) -> Iterator[tuple[int, int, float]]:
+    """Where the sketches fit: which, from which row on, with which factor."""
+    rows = known.shape[0]
     step = int(np.gcd(len(projected), rows))  # q, k and v of a packed weight start at multiples of it
     if len(projected) // step > _PARTS:
-        return starts, factors, distances
+        return
     left, sketches, norms = signs(rows, 0), known.sketches, known.norms
     squares = np.square(sketches).sum(1)
+    allowed = np.maximum(TOLERANCE.get(dtype, _QUANTIZED.get(dtype, 0.25)), known.tolerances)
+    whole, numbers = rows == len(projected), min(rows, 4) * min(known.shape[1], 4)  # of a sketch, that are its own
+    # Of a few numbers any others are nearly a multiple, or nearly these: then it must be all of a weight, as it is.
+    many, enough = allowed ** (numbers - 1) <= _CHANCE, allowed**numbers <= _CHANCE
     for start in range(0, len(projected) - rows + 1, step):
         found = (left.T @ projected[start : start + rows]).flatten()
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # bases of zeros, damaged weights
@@ -162,7 +153,9 @@ def _best(projected: np.ndarray, known: Group) -> tuple[np.ndarray, np.ndarray, 
         as_it_is = plain <= np.maximum(distance * 2, 1e-5)
         factor, distance = np.where(as_it_is, 1.0, factor), np.where(as_it_is, plain, distance)
         distance[squares == 0] = np.inf if found.any() else 0.0  # a base of zeros
-        better = distance < distances
-        starts[better], factors[better], distances[better] = start, factor[better], distance[better]
-    factors[squares == 0] = 1.0
-    return starts, factors, distances
+        factor[squares == 0] = 1.0
+        if whole:
+            np.minimum(known.nearest, distance, out=known.nearest)
+        exact = np.abs(factor - 1) <= np.maximum(allowed, 1e-4)
+        for index in np.flatnonzero((distance <= allowed) & (exact | many) & (whole | enough)):
+            yield int(index), start, 1.0 if exact[index] else float(factor[index])

@@ -122,6 +122,7 @@ def measure(
         save_model(twin, Path(folder) / "twin.onnx", _loaded(twin) or None)
         session = measuring_session(Path(folder) / "twin.onnx", "in float32, to measure its ranges")
         for feed in runs:
+            _refuse_nan(feed)
             _run(session, [name for name in watched if name in made], feed, seen)
             for name in watched:
                 if name in feed:
@@ -249,6 +250,13 @@ def _dtypes(model: onnx_ir.Model) -> dict[str, str]:
     named = {str(value.name): value.dtype for value in values if _floating(value)}
     named |= {str(value.name): tensor.dtype for value, tensor in _stored(model)}
     return {name: "float32" if one.name == "FLOAT" else one.name.lower() for name, one in named.items() if one}
+
+
+def _refuse_nan(feed: Mapping[str, np.ndarray]) -> None:
+    """Refuse an input that tells nothing: everything behind NaN is NaN, and no number would be too large."""
+    for name, given in feed.items():
+        if (value := np.asarray(given)).dtype.kind == "f" and np.isnan(value).any():
+            raise ConfigError(f"an input to measure ranges on has NaN in {name!r}: give inputs of the model's kind")
 
 
 def _run(session: Any, names: list[str], feed: Mapping[str, np.ndarray], seen: Mapping[str, _Seen]) -> None:

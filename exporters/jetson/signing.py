@@ -14,7 +14,7 @@ from onelora_compile.errors import ConfigError, require
 from onelora_compile.exporters.jetson.device.signature import SUFFIX
 from onelora_compile.exporters.jetson.fit_model import Fitted
 from onelora_compile.exporters.jetson.releases import JetPack
-from onelora_compile.file_names import as_path
+from onelora_compile.file_names import as_path, check_there
 from onelora_compile.weights.adapter_file import read_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
 
@@ -71,6 +71,7 @@ def public_key_of(path: PathLike, fitted: Fitted, jetpack: JetPack) -> str:
 def _loaded(path: Path, kind: str) -> Any:
     serialization = require("cryptography.hazmat.primitives.serialization", "sign", "sign and verify adapters")
     ed25519 = require("cryptography.hazmat.primitives.asymmetric.ed25519", "sign", "sign and verify adapters")
+    check_there(path)
     content = path.read_bytes()
     try:
         if kind == "private":

@@ -7,6 +7,7 @@ on the way.  What counts is the matrix that arrives, and that is computed here.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +67,14 @@ class Constants:
         if value not in self._known:
             self._known[value] = self._stored(value) is not None or self._computed(value, depth)
         return self._known[value]
+
+    def readers(self, value: onnx_ir.Value) -> Iterator[tuple[onnx_ir.Node, int]]:
+        """What reads a constant value, or what constants are made of it, and is not constant: op and position."""
+        for use in value.uses():
+            if self.known(use.node.outputs[0]):
+                yield from (one for output in use.node.outputs for one in self.readers(output))
+            else:
+                yield use.node, use.idx
 
     def _computed(self, value: onnx_ir.Value, depth: int) -> bool:
         node = value.producer()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 _PART = 1 << 20  # bytes
+_FILES = "onelora.files"
 
 
 def load_model(path: Path) -> onnx_ir.Model:
@@ -31,11 +32,16 @@ def load_model(path: Path) -> onnx_ir.Model:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         model: onnx_ir.Model = _loaded(ir, path)
+        model.meta[_FILES] = files_named(model, path)
         graphs = [model.graph, *model.graph.subgraphs()]
         for value in (value for graph in graphs for value in graph.initializers.values()):
             _check(value.const_value, path)
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = _linked(ir, value.const_value, path)
+        for node in nodes_of(model):
+            for name, held in list(node.attributes.items()):
+                if any(isinstance(one, ir.ExternalTensor) for one in _tensors_in(held)):
+                    node.attributes[name] = _embedded(ir, held, path)
     except (ExportError, FileNotFoundError):
         raise
     except (Exception, RecursionError) as error:  # protobuf and onnx_ir raise many kinds for a damaged file
@@ -43,6 +49,49 @@ def load_model(path: Path) -> onnx_ir.Model:
     if not any(True for _ in model.graph):
         raise ExportError(f"{path} holds no graph: it is not an ONNX model, or is damaged")
     return model
+
+
+def files_of(model: onnx_ir.Model) -> list[Path]:
+    """The files beside a loaded model that it was read from: of weights, in initializers and in attributes."""
+    return list(model.meta.get(_FILES, ()))
+
+
+def files_named(model: onnx_ir.Model, path: Path) -> list[Path]:
+    """The files of weights that a model at a path names."""
+    graphs = [model.graph, *model.graph.subgraphs()]
+    held: list[Any] = [value.const_value for graph in graphs for value in graph.initializers.values()]
+    held += [
+        one for node in nodes_of(model) for attribute in node.attributes.values() for one in _tensors_in(attribute)
+    ]
+    return [path.parent / name for name in sorted({str(one.location) for one in held if hasattr(one, "location")})]
+
+
+def nodes_of(model: onnx_ir.Model) -> Iterator[onnx_ir.Node]:
+    """The nodes of all graphs of a model and of its functions."""
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def _tensors_in(attribute: Any) -> list[Any]:
+    if attribute.is_ref() or attribute.value is None:
+        return []
+    return {"TENSOR": lambda held: [held], "TENSORS": list}.get(attribute.type.name, lambda _: [])(attribute.value)
+
+
+def _embedded(ir: Any, attribute: Any, path: Path) -> Any:
+    """An attribute with its numbers in it, which nothing would keep together with their file."""
+    tensors = [_in_memory(ir, tensor, path) for tensor in _tensors_in(attribute)]
+    one = attribute.type.name == "TENSOR"
+    return ir.AttrTensor(attribute.name, tensors[0]) if one else ir.AttrTensors(attribute.name, tensors)
+
+
+def _in_memory(ir: Any, tensor: Any, path: Path) -> Any:
+    _check(tensor, path)
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    tensor.base_dir = str(path.parent)
+    return ir.tensor(read_tensor(_linked(ir, tensor, path)), dtype=tensor.dtype, name=tensor.name)
 
 
 def read_tensor(tensor: Any) -> np.ndarray:

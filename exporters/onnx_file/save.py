@@ -7,10 +7,12 @@ import mmap
 import os
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onelora_compile.errors import ExportError
+from onelora_compile.exporters.onnx_file.load import files_named
 from onelora_compile.exporters.onnx_file.metadata import PRODUCER
 from onelora_compile.weights.atomic_write import alone, flush, remove, replacing
 
@@ -77,12 +79,22 @@ def save_model(
                 files.append(own)
             onnx_ir.save(model, beside)
             if check is not None:
-                check(beside)
+                with _named(beside, path):
+                    check(beside)
             lock.enter_context(alone(path.parent))  # whoever replaces a model knows which one that was
             old = _weights_of(path)
         undo.pop_all()
     _remove_unnamed(path, set(old) - set(files))
     return files
+
+
+@contextlib.contextmanager
+def _named(beside: Path, path: Path) -> Iterator[None]:
+    """Let what is said of a file that has not its name yet be said of its name."""
+    try:
+        yield
+    except ExportError as error:
+        raise ExportError(str(error).replace(str(beside), str(path))) from error
 
 
 def _write_external(model: onnx_ir.Model, path: Path, data: Path, written: Callable[[], None]) -> None:
@@ -176,13 +188,9 @@ def data_files(path: Path) -> list[Path]:
     import onnx_ir
 
     try:
-        model = onnx_ir.load(path)
+        return files_named(onnx_ir.load(path), path)
     except Exception:  # protobuf and onnx_ir raise many kinds
         return []
-    graphs = [model.graph, *model.graph.subgraphs()]
-    tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
-    names = {str(one.location) for one in tensors if isinstance(one, onnx_ir.ExternalTensor)}
-    return [path.parent / name for name in sorted(names)]
 
 
 def _holds(file: Path, text: str) -> bool:

@@ -105,7 +105,7 @@ class OnnxRunner:
         if self.metadata.traits.feeds_ids:
             self._id = self.adapter_id(adapter)
             return
-        if isinstance(adapter, int):
+        if isinstance(adapter, int | np.integer):
             raise StateError(f"{self.path} is no bank: give an adapter file, not the number {adapter}")
         self._set(self._checked(adapter))
 
@@ -166,16 +166,14 @@ class OnnxRunner:
                 raise ExportError(f"the ONNX model takes {len(names)} inputs {names}; {len(inputs)} were given")
             inputs = dict(zip(names, inputs, strict=True))
         feed = {name: np.asarray(value) for name, value in inputs.items()}
-        if self.metadata.traits.feeds_vectors:
-            feed |= self._vectors
-        elif self.metadata.traits.feeds_ids:
+        if self.metadata.traits.feeds_ids:
             if adapter_ids is None:
                 first = feed[names[0]]
                 adapter_ids = np.full(first.shape[0], self._id)
-            feed[IDS] = self._checked_ids(np.asarray(adapter_ids, dtype=np.int64))
+            feed[IDS] = self._checked_ids(adapter_ids)
         elif adapter_ids is not None:
             raise StateError(f"{self.path} is no bank (its mode is {self.mode!r}): adapter_ids means nothing to it")
-        return feed
+        return feed | self._vectors if self.metadata.traits.feeds_vectors else feed
 
     def bind(self, binding: onnxruntime.IOBinding, adapter_ids: Sequence[int] | np.ndarray | None = None) -> None:
         """Bind the adapter in use to an IOBinding of `session`, for which ONNX Runtime ignores its own active adapters.
@@ -192,7 +190,8 @@ class OnnxRunner:
         if self.metadata.traits.feeds_ids != (adapter_ids is not None):
             raise StateError(f"{self.path} is of mode {self.mode!r}: a bank, and only that, is bound with adapter_ids")
         if self.metadata.traits.feeds_ids:
-            binding.bind_cpu_input(IDS, self._checked_ids(np.asarray(adapter_ids, dtype=np.int64)))
+            assert adapter_ids is not None
+            binding.bind_cpu_input(IDS, self._checked_ids(adapter_ids))
         elif self.metadata.traits.feeds_vectors:
             # All of them: what an earlier adapter bound would stay.
             for name, value in (self._vectors or self._defaults()).items():
@@ -217,9 +216,8 @@ class OnnxRunner:
         """The number of a bank's adapter, from its name, its file (by content), or itself."""
         if adapter is None:
             return -1
-        if isinstance(adapter, int):
-            self._checked_ids(np.asarray([adapter]))
-            return adapter
+        if isinstance(adapter, int | np.integer):
+            return int(self._checked_ids([int(adapter)])[0])
         return bank_id(self.metadata, self.path, adapter)
 
     def _defaults(self) -> dict[str, np.ndarray]:
@@ -232,12 +230,14 @@ class OnnxRunner:
             self.session = self._open(vectors)
         self._vectors = vectors
 
-    def _checked_ids(self, ids: np.ndarray) -> np.ndarray:
-        count = len(self.metadata.adapters)
+    def _checked_ids(self, adapter_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        ids, count = np.asarray(adapter_ids), len(self.metadata.adapters)
+        if ids.size and ids.dtype.kind not in "iu":  # 0.9 would be adapter 0
+            raise ExportError(f"adapter_ids {ids.tolist()} are not whole numbers, but {ids.dtype}")
         # The table's last row is the base, so ids beyond it would be read without an error.
         if ids.size and (ids.min() < -1 or ids.max() >= count):
             raise ExportError(f"adapter_ids {ids.tolist()} are not all between -1 (the base) and {count - 1}")
-        return ids
+        return ids.astype(np.int64)
 
     def _checked(self, adapter: Adapter) -> dict[str, np.ndarray]:
         """The vectors that the model takes."""

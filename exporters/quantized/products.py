@@ -119,16 +119,23 @@ def _order(node: onnx_ir.Node, position: int, shape: tuple[int, ...]) -> _Orient
         return ((rows, columns), lambda w: w.reshape(rows, columns)) if attribute(node, "group", 1) == 1 else None
     if len(shape) < 2 or any(size != 1 for size in shape[:-2]) or 0 in shape:
         return None
-    if node.op_type == "Einsum":
-        turned = einsum_letters(node, position)
-        if turned is None or len(shape) != 2:
-            return None
-        flip = turned[0] == 1
-    else:
-        flag = "transA" if position == 0 else "transB"
-        flip = (position == 1) != bool(attribute(node, flag, 0))
+    axis = output_axis(node, position)
+    if axis is None or (node.op_type == "Einsum" and len(shape) != 2):
+        return None
+    flip = axis == 1
     rows, columns = shape[:-3:-1] if flip else shape[-2:]
     return (rows, columns), lambda w: w.reshape(w.shape[-2:]).T if flip else w.reshape(w.shape[-2:])
+
+
+def output_axis(node: onnx_ir.Node, position: int) -> int | None:
+    """Which axis of the two of a weight an op keeps: 0 of [out_features, in_features]; None where it is not told."""
+    if node.op_type in CONVOLUTIONS:
+        return 0
+    if node.op_type == "Einsum":
+        letters = einsum_letters(node, position)
+        return None if letters is None else letters[0]
+    turned = attribute(node, "transA" if position == 0 else "transB", 0)
+    return int((position == 1) != bool(turned))
 
 
 def einsum_letters(node: onnx_ir.Node, position: int) -> tuple[int, str, str, str, str] | None:

@@ -155,11 +155,12 @@ class _Bank:
 
     def _batch_axis(self, y: onnx_ir.Value, name: str) -> int:
         assert y.shape is not None
-        leading = list(y.shape)[:-1]
-        if (one := [axis for axis, size in enumerate(leading) if size == self.batch]) and (self.batch == 1 or one):
-            return one[0]
+        fitting = [axis for axis, size in enumerate(list(y.shape)[:-1]) if size == self.batch]
+        if len(fitting) == 1 or (fitting and self.batch == 1):  # axes of one row are all the same
+            return fitting[0]
+        found = f"{len(fitting)} axes" if fitting else "no axis"
         raise ExportError(
-            f"{name!r}: its output {list(y.shape)} has no axis of the batch size {self.batch}, so its rows can't "
+            f"{name!r}: its output {list(y.shape)} has {found} of the batch size {self.batch}, so its rows can't "
             "be told from each other; leave it out, or export with a batch size of its own (dynamic, or no other axis' "
             "size)"
         )
@@ -169,6 +170,7 @@ class _Bank:
         own, taken = name, self.graph.initializers
         while own in taken:
             own += "_"
+        _rename(self.graph, own)  # torch.onnx calls what a linear gives "linear", as the linear may be called
         return self.writer.initializer(own, self.ir.tensor(self._numbers(vector, name), name=own))
 
     def _numbers(self, vector: onnx_ir.Value, name: str) -> np.ndarray:

@@ -20,6 +20,7 @@ import typer
 
 from onelora_compile.cli.output import fail, print_in_any_locale, print_json, print_report, quiet_stdout
 from onelora_compile.errors import ConfigError
+from onelora_compile.file_names import check_there
 from onelora_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def load_arrays(path: Path) -> dict[str, Any]:
     """
     import numpy as np
 
+    check_there(path)
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

@@ -247,6 +247,10 @@ def _given(adapters: Any) -> list[tuple[Path, float]]:
     found: list[tuple[Path, float]] = []
     for key, weight in _mapping(adapters).items():
         path = as_path(key, "an adapter")
+        if path.name == str(path) and not path.suffix and not path.exists():
+            raise FileNotFoundError(
+                f"there is no adapter file {path}; for a name of an adapter in a model give model= too"
+            )
         if twice := [one for one, _ in found if _same(one, path)]:
             raise ConfigError(f"{path} and {twice[0]} are one file: give it once, with the sum of its weights")
         found.append((path, _weight(path, weight)))

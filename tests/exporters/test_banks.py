@@ -10,7 +10,7 @@ from mode_cases import Case
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.errors import ExportError
+from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters import OnnxRunner, export_onnx
 from onelora_compile.testing import assert_parity, fill_vectors
 
@@ -33,6 +33,30 @@ def test_rows_of_one_batch_use_different_adapters(tmp_path):
             runner.run({k: v.numpy() for k, v in inputs.items()}, adapter_ids=wrong)
 
 
+def test_ids_are_whole_numbers_of_any_kind_and_nothing_else(tmp_path):
+    case = Case("bert", tmp_path)
+    case.export("bank")
+    runner, inputs = OnnxRunner(case.path), case.feed(torch.float32)
+    rows = len(inputs[0])
+    for wrong in (0.9, np.float32(1), True, "0"):
+        with pytest.raises(ExportError, match="are not whole numbers"):
+            runner.run(inputs, adapter_ids=[wrong] * rows)  # type: ignore[list-item]
+    wanted = runner.with_adapter(1).run(inputs)[0]
+    for one in (np.int64(1), np.uint8(1)):
+        np.testing.assert_array_equal(runner.with_adapter(one).run(inputs)[0], wanted)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(runner.run(inputs, adapter_ids=[one] * rows)[0], wanted)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("mode", ["fold", "load", "input"])
+def test_ids_are_for_banks(mode, tmp_path):
+    case = Case("bert", tmp_path)
+    case.export(mode)
+    with pytest.raises(StateError, match="is no bank"):
+        OnnxRunner(case.path).run(case.feed(torch.float32), adapter_ids=[0])
+    with pytest.raises(StateError, match="is no bank"):
+        OnnxRunner(case.path).use(np.int64(0))  # type: ignore[arg-type]
+
+
 def test_a_bank_refuses_what_it_can_not_choose_by_row(tmp_path):
     class Flat(nn.Module):
         def __init__(self):
@@ -48,6 +72,39 @@ def test_a_bank_refuses_what_it_can_not_choose_by_row(tmp_path):
     with pytest.raises(ExportError, match=r"'linear': its output \[6, 4\] has no axis of the batch size 2"):
         export_onnx(model, (torch.randn(2, 3, 6),), tmp_path / "m.onnx", **options)
     assert not (tmp_path / "m.onnx").exists()
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.linear(x.transpose(0, 1)))).transpose(0, 1)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (3, 2), (1, 1), (1, 3)])
+@pytest.mark.parametrize("dynamic", [None, "batch"])
+def test_the_batch_is_not_taken_for_another_axis_of_its_size(sizes, dynamic, tmp_path):
+    torch.manual_seed(0)
+    base, x = SequenceFirst(), torch.randn(*sizes, 6)
+    files, expected = [], [base(x)]
+    for seed in range(2):
+        model = fill_vectors(onelora.adapt(copy.deepcopy(base), onelora.OneLoRAConfig("all-linear")), 0.5, seed=seed)
+        files.append(tmp_path / f"{seed}.safetensors")
+        onelora.save_adapter(model, files[-1])
+        expected.append(model(x))
+    options: dict[str, Any] = {"adapters": "bank", "bank": files, "dynamic_shapes": dynamic}
+    if sizes == (3, 3) and dynamic is None:
+        with pytest.raises(ExportError, match=r"'linear': its output \[3, 3, 5\] has 2 axes of the batch size 3"):
+            export_onnx(base, (x,), tmp_path / "m.onnx", **options)
+        assert not (tmp_path / "m.onnx").exists()
+        return
+    export_onnx(base, (x,), tmp_path / "m.onnx", **options)
+    ids = [1, -1, 0][: len(x)]
+    outputs = OnnxRunner(tmp_path / "m.onnx").run([x.numpy()], adapter_ids=ids)[0]
+    for row, number in enumerate(ids):
+        np.testing.assert_allclose(outputs[row], expected[number + 1][row].detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_bank_of_a_model_that_is_not_adapted_and_of_adapters_of_different_layers(tmp_path):

@@ -186,6 +186,40 @@ def test_a_weight_that_an_unknown_op_needs_too_is_refused(tmp_path):
         fold_onnx(tmp_path / "m.onnx", file, tmp_path / "out.onnx")
 
 
+# What a tool may leave in a file between a weight and a second use of it, and whether W + b 1ᵀ can go there.
+COMPUTED: dict[str, Any] = {
+    "a mask": (["Mul"], (np.arange(IN * IN).reshape(IN, IN) % 3 > 0).astype(np.float32), False),
+    "a factor of each row": (["Mul"], np.linspace(0.5, 2, IN, dtype=np.float32)[:, None], False),
+    "a difference": (["Add"], np.linspace(0.5, 2, IN * IN, dtype=np.float32).reshape(IN, IN), False),
+    "a square": (["Pow"], np.float32(2), False),
+    "two steps": (["Mul", "Sub"], np.linspace(0.5, 2, IN, dtype=np.float32), False),
+    "a factor": (["Mul"], np.float32(0.5), True),
+    "a sign": (["Mul"], np.float32(-1), True),
+}
+
+
+@pytest.mark.parametrize("allowed", ["error", "allow"])
+@pytest.mark.parametrize("computed", COMPUTED)
+def test_a_second_use_by_constants_is_folded_too_or_refused(computed, allowed, tmp_path):
+    ops, constant, folds = COMPUTED[computed]
+    weight = np.random.default_rng(0).normal(size=(IN, IN)).astype(np.float32)
+    file, vector = adapter(tmp_path, weight, target_modules="all-linear")
+    ways = [make(op, [f"w{number or ''}", "k"], [f"w{number + 1}"]) for number, op in enumerate(ops)]
+    second = [make("MatMul", ["x", f"w{len(ops)}"], ["b"]), make("Add", ["a", "b"], ["y"])]
+    save(
+        tmp_path / "m.onnx", [make("MatMul", ["x", "w"], ["a"]), *ways, *second], {"w": weight.T.copy(), "k": constant}
+    )
+    if not folds:
+        with pytest.raises(ExportError, match=f"lin: its weight 'w' also goes into {ops[0]}"):
+            fold_onnx(tmp_path / "m.onnx", file, tmp_path / "out.onnx", on_missing_uses=allowed)
+        assert not (tmp_path / "out.onnx").exists()
+        return
+    fold_onnx(tmp_path / "m.onnx", file, tmp_path / "out.onnx", on_missing_uses=allowed)
+    x = np.random.default_rng(1).normal(size=(3, IN)).astype(np.float32)
+    exact = x.astype(np.float64) @ (weight + vector[:, None]).T * (1 + constant)
+    np.testing.assert_allclose(run(tmp_path / "out.onnx", x), exact, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (2, 2)])
 def test_small_weights_fold_once(shape, tmp_path):
     for seed in range(4):

@@ -34,6 +34,44 @@ def test_a_square_weight_is_told_from_its_transpose(tmp_path):
     np.testing.assert_allclose(onnx.numpy_helper.to_array(folded), weight.T + vector, rtol=1e-6)
 
 
+class Gated(nn.Module):
+    def __init__(self, few):
+        super().__init__()
+        self.gate, self.body = nn.Linear(32, few), nn.Linear(32, 512)
+
+    def forward(self, x):
+        return torch.cat([self.gate(x), self.body(x)], -1)
+
+
+@pytest.mark.parametrize("few", [1, 2, 3, 4])
+@pytest.mark.parametrize("tool", ["half", "int8_dynamic", "int4_operators", "int4_dequantized"])
+def test_a_few_numbers_are_not_found_by_chance_in_a_large_weight(tool, few, tmp_path):
+    torch.manual_seed(0)
+    base, x = Gated(few), torch.randn(2, 3, 32) + 0.2
+    path = {**tools.PLAIN, **tools.QUANTIZED}[tool](base, (x,), tmp_path / "m.onnx")
+    model = fill_vectors(onelora.adapt(copy.deepcopy(base), onelora.OneLoRAConfig(target_modules="all-linear")), 0.5)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    fold_onnx(path, tmp_path / "a.safetensors", tmp_path / "out.onnx")
+    vectors = torch.cat([vector.detach().double() for vector in onelora.vectors(model).values()])
+    change = tools.run(tmp_path / "out.onnx", (x,)) - tools.run(path, (x,))
+    expected = (x.double().sum(-1, keepdim=True) * vectors).numpy()
+    np.testing.assert_allclose(change, expected, atol=0.02 if tool == "half" else 1e-4)
+
+
+@pytest.mark.parametrize("packed", ["qkk", "kqk", "kk", "q-kk"])
+def test_numbers_that_are_twice_in_one_weight_are_refused(packed, tmp_path):
+    rng = np.random.default_rng(3)
+    parts = {name: rng.normal(size=(6, 6)).astype(np.float32) for name in "qk"}
+    parts["-"] = -parts["k"]
+    weight = np.concatenate([parts[name] for name in packed])
+    node = onnx.helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
+    save_graph(tmp_path / "m.onnx", [node], {"w": weight}, ("x", [2, 6]), ("y", [2, len(weight)]))
+    adapter, _ = adapter_of(tmp_path, parts["k"])
+    with pytest.raises(ExportError, match=r"0: its numbers are at several places in 'w' \(rows from \d+, rows from"):
+        fold_onnx(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()

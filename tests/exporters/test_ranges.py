@@ -98,6 +98,8 @@ def test_mistakes_are_named(graph, tmp_path):
         ranges(graph, [])
     with pytest.raises(ConfigError, match=r"names \['z'\]; the model takes \['x'\]"):
         ranges(graph, {"z": np.zeros((1, 3), np.float32)})
+    with pytest.raises(ConfigError, match="an input to measure ranges on has NaN in 'x'"):
+        ranges(graph, {"x": np.array([[1, np.nan, 2]], np.float32)})
     model, x = onelora.adapt(nn.Sequential(nn.Linear(8, 4))), torch.randn(5, 8)
     onelora.save_adapter(fill_vectors(model, 0.1), tmp_path / "a.safetensors")
     export_onnx(model, (x,), tmp_path / "f.onnx", input_names=["x"], progress=False)
