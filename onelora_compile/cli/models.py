@@ -165,7 +165,7 @@ def fold(
 @command(
     "onelora convert a.safetensors -o a.onnx_adapter --like input.onnx",
     "onelora convert a.safetensors -o peft_folder --to peft",
-    "onelora convert a.safetensors -o a.gguf --base base_folder",
+    "onelora convert llm.safetensors -o llm.gguf --base base_folder",
     "onelora convert peft_folder -o b.safetensors",
 )
 def convert(
