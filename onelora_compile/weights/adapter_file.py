@@ -80,7 +80,7 @@ def save_adapter(model: nn.Module, path: PathLike, format: str = ONELORA, *, ada
         AdapterFileError: a vector holds NaN or infinity (training diverged).
         OSError: the file can't be written; an old file is left as it was.
     """
-    one_of("format", format, [*_ENDINGS, *PEFT_FORMATS])
+    one_of("format", format, [ONELORA, *PEFT_FORMATS, GGUF])
     if format in PEFT_FORMATS:
         refuse_other_folders(path)
     else:
