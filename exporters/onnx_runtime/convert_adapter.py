@@ -3,6 +3,7 @@
 .safetensors     this project's adapter file (onelora_compile/weights/adapter_file.py)
 .onnx_adapter    ONNX Runtime's adapter, for models of mode "input": `LoraAdapter.Load`, `RunOptions.add_active_adapter`
 .vectors         raw float32 in the order of one model of mode "load": put in the place of its `<model>.vectors`
+.gguf            llama.cpp's, written only (onelora_compile/weights/gguf_file.py)
 a folder         PEFT's (onelora_compile/weights/peft_folder.py)
 """
 
@@ -25,15 +26,23 @@ from onelora_compile.file_names import as_path
 from onelora_compile.weights.adapter_content import float32
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
-from onelora_compile.weights.file_kinds import refuse_other_kinds
+from onelora_compile.weights.file_kinds import GGUF_FILE, refuse_other_kinds
+from onelora_compile.weights.gguf_base import layout_for
+from onelora_compile.weights.gguf_file import write_gguf
 from onelora_compile.weights.peft_folder import PEFT, PEFT_FORMATS, refuse_other_folders, write_folder
 
 PathLike = str | os.PathLike[str]
-_FORMATS = (".safetensors", ".onnx_adapter", ".vectors")
+_READ = (".safetensors", ".onnx_adapter", ".vectors")
+_WRITTEN = (*_READ, GGUF_FILE)
 
 
 def convert_adapter(
-    source: PathLike, out: PathLike, like: PathLike | None = None, format: str | None = None, approximate: bool = False
+    source: PathLike,
+    out: PathLike,
+    like: PathLike | None = None,
+    format: str | None = None,
+    approximate: bool = False,
+    base: PathLike | None = None,
 ) -> Path:
     """Write an adapter in the format that the ending of `out` names, or as a folder of PEFT.
 
@@ -47,15 +56,20 @@ def convert_adapter(
         format: "peft" or "peft-miss" writes a folder of PEFT, as `save_adapter` does. None goes by the ending of
             `out`; without an ending it is "peft".
         approximate: of a folder with a LoRA that is more than vectors: take the best vector of each layer.
+        base: the base, for ".gguf": its folder, or the `config.json` in it, which tell its architecture; or its own
+            `.gguf`, whose weights are compared with the adapter's fingerprints. None takes the folder that the
+            adapter names as its base.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: `out` is `source` or `like`; an unknown ending; `like` is missing where it is needed; PEFT has no
-            place for a part of the adapter.
+        ConfigError: `out` is one of the inputs; an unknown ending; `like` or `base` is missing where it is needed;
+            PEFT or llama.cpp has no place for a part of the adapter; an architecture whose form in llama.cpp is not
+            known.
         AdapterFileError: a damaged source, or one with other vectors than the model.
-        BaseMismatchError: the adapter was trained on another base than the model.
+        BaseMismatchError: the adapter was trained on another base than the model, or the `.gguf` of the base.
+        MissingExtraError: a package that the format needs is not installed.
     """
     source, out = as_path(source, "source"), as_path(out, "out")
     one_of("format", format, [None, *PEFT_FORMATS])
@@ -63,13 +77,15 @@ def convert_adapter(
         format = PEFT
     if not source.suffix and not source.exists():
         raise FileNotFoundError(f"there is no file or folder {source}")
-    for path in (source, out):
-        if path.suffix not in _FORMATS and not (path.is_dir() if path is source else format):
+    for path, known, folder in ((source, _READ, source.is_dir()), (out, _WRITTEN, format is not None)):
+        if path.suffix not in known and not folder:
             raise ConfigError(
-                f"{path}: the ending names the format, one of {', '.join(_FORMATS)}; an adapter of PEFT is a folder "
+                f"{path}: the ending names the format, one of {', '.join(known)}; an adapter of PEFT is a folder "
                 "(format='peft', --to peft)"
             )
-    refuse_overwriting(out, [source, *([] if like is None else [like])])
+    if base is not None and (out.suffix != GGUF_FILE or format is not None):
+        raise ConfigError(f"base={str(base)!r} is for a {GGUF_FILE}, and {out} is none")
+    refuse_overwriting(out, [source, *(one for one in (like, base) if one is not None)])
     if format is None:
         refuse_other_kinds(out, out.suffix)
     else:
@@ -91,6 +107,9 @@ def convert_adapter(
         elif out.suffix == ".vectors":
             assert model is not None
             beside.write_bytes(b"".join(values[name].astype("<f4").tobytes() for name in model.vectors))
+        elif out.suffix == GGUF_FILE:
+            held = file or _adapter_like(model, values)
+            write_gguf(held, beside, layout_for(held, None if base is None else as_path(base, "base")))
         else:
             write_adapter(file or _adapter_like(model, values), beside)
     return out

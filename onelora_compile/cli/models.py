@@ -165,6 +165,7 @@ def fold(
 @command(
     "onelora convert a.safetensors -o a.onnx_adapter --like input.onnx",
     "onelora convert a.safetensors -o peft_folder --to peft",
+    "onelora convert llm.safetensors -o llm.gguf --base base_folder",
     "onelora convert peft_folder -o b.safetensors",
 )
 def convert(
@@ -181,8 +182,12 @@ def convert(
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Take the best vector of each layer of a LoRA; says what that keeps.")
     ] = False,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="For .gguf, the base: its folder, config.json, or own .gguf, which is compared."),
+    ] = None,
 ) -> Conversion:
-    """Convert an adapter to or from PEFT, or ONNX Runtime.
+    """Convert an adapter to or from PEFT or ONNX Runtime, or to llama.cpp (.gguf).
 
     A folder of PEFT is read if it is LoRA whose lora_A is constant, or MiSS or Bone of r=1.
     """
@@ -191,7 +196,7 @@ def convert(
     from onelora_compile.exporters import convert_adapter
     from onelora_compile.weights.adapter_file import read_adapter
 
-    written = convert_adapter(source, output, like, to.value if to else None, approximate)
+    written = convert_adapter(source, output, like, to.value if to else None, approximate, base)
     held = read_adapter(source, approximate) if source.is_dir() else None
     return Conversion(written, size_of(written), held.projection if held else None, not (held and held.unknown))
 

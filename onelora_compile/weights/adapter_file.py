@@ -37,19 +37,22 @@ from onelora_compile.weights.adapter_content import AdapterFile as AdapterFile
 from onelora_compile.weights.adapter_content import check_finite, check_vectors
 from onelora_compile.weights.adapter_metadata import DAMAGED, base_to_metadata, parsed_base
 from onelora_compile.weights.atomic_write import replacing
-from onelora_compile.weights.file_kinds import ADAPTER, FORMAT, refuse_other_kinds
+from onelora_compile.weights.file_kinds import ADAPTER, FORMAT, GGUF_FILE, refuse_other_kinds
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of, fingerprint_of_values
 from onelora_compile.weights.fits_model import on_the_base, tied_names
+from onelora_compile.weights.gguf_file import GGUF, write_gguf
+from onelora_compile.weights.gguf_layout import layout_of_model
 from onelora_compile.weights.layers import base_model_of, layers_of, task_type_of, whole_modules
 from onelora_compile.weights.peft_folder import PEFT_FORMATS, read_folder, refuse_other_folders, write_folder
 
 FORMAT_VERSION = 2
 PathLike = str | os.PathLike[str]
-ONELORA = "onelora"  # the format of save_adapter that is a file
+ONELORA = "onelora"
+_ENDINGS = {ONELORA: ADAPTER, GGUF: GGUF_FILE}  # the formats of save_adapter that are files
 
 
 def save_adapter(model: nn.Module, path: PathLike, format: str = ONELORA, *, adapter_name: str | None = None) -> None:
-    """Write an adapter of the model to one safetensors file, or as a folder of PEFT, in one step.
+    """Write an adapter of the model to one safetensors file, as a folder of PEFT or for llama.cpp, in one step.
 
     Of a model that is sharded over processes (`fully_shard`) every process must call this; one writes the file.
 
@@ -58,33 +61,40 @@ def save_adapter(model: nn.Module, path: PathLike, format: str = ONELORA, *, ada
         path: the file, or the folder for PEFT.
         format: "onelora" is this package's file. "peft" is a folder with LoRA of r=1, lora_A of ones, which PEFT,
             transformers, diffusers and servers of LoRA read; "peft-miss" one with MiSS of r=1, which PEFT reads.
+            "gguf" is a file of LoRA that llama.cpp reads, of a language model of transformers; it needs the package
+            gguf.
         adapter_name: which one; None is the active one. Of several each is on its own linears alone, and on those
             where its vector is not zero.
 
     Raises:
         ConfigError: the path is that of a file of another kind: an ONNX model, the weights of a model; an unknown
-            format; PEFT has no place for a part of the adapter, which is named.
+            format; PEFT or llama.cpp has no place for a part of the adapter, which is named, or llama.cpp's form of
+            the model is not known.
+        MissingExtraError: the package gguf is not installed.
         StateError: the model is not adapted, or has no such adapter; a `disabled` block is open.
         AdapterFileError: a vector holds NaN or infinity (training diverged).
         OSError: the file can't be written; an old file is left as it was.
     """
-    one_of("format", format, [ONELORA, *PEFT_FORMATS])
-    if format == ONELORA:
-        refuse_other_kinds(path, ADAPTER, "path")
-    else:
+    one_of("format", format, [ONELORA, *PEFT_FORMATS, GGUF])
+    if format in PEFT_FORMATS:
         refuse_other_folders(path)
+    else:
+        refuse_other_kinds(path, _ENDINGS[format], "path")
     root = unwrap(model)
     state = state_of(root, "save")
     file = content_of(root, state, adapter_name, base_fingerprints(root, state))
-    if format != ONELORA:
+    if format in PEFT_FORMATS:
         file = dataclasses.replace(file, saved=whole_modules(root, file))
     check_finite(file.tensors, "nothing was written: the training has diverged")
     with together(list(root.parameters()), Path(path)) as mine:
-        if mine and format != ONELORA:
+        if mine and format in PEFT_FORMATS:
             write_folder(file, path, format, {name for name, _ in named_modules(root)})
         elif mine:
             with replacing(path) as beside:
-                write_adapter(file, beside)
+                if format == GGUF:
+                    write_gguf(file, beside, layout_of_model(root))
+                else:
+                    write_adapter(file, beside)
 
 
 def content_of(

@@ -11,6 +11,7 @@ from onelora_compile.errors import ConfigError
 from onelora_compile.file_names import as_path
 
 ADAPTER = ".safetensors"  # how the name of an adapter file ends
+GGUF_FILE = ".gguf"
 FORMAT = "onelora"  # what its metadata says
 # What the names of files tell.
 KINDS = {
@@ -22,15 +23,18 @@ KINDS = {
     ".pt2": "a program of PyTorch",
     ".pte": "an ExecuTorch program",
     ".xml": "an OpenVINO model",
+    GGUF_FILE: "a GGUF adapter",
 }
 _BEGINS: dict[str, Callable[[bytes], bool]] = {
     ".onnx": lambda start: start[:1] == b"\x08",  # the first field of a ModelProto
     ADAPTER: lambda start: _format(start) == FORMAT,
     ".engine": lambda start: start[1:4] == b"trt",
     ".xml": lambda start: b"<net " in start,
+    GGUF_FILE: lambda start: start[:4] == b"GGUF" and b"general.type" in start and b"adapter" in start,
 }
 
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors package
+_FEW = 256  # bytes, of any other file; the first two fields of a GGUF file are the architecture and the type
 
 
 def refuse_other_kinds(out: str | os.PathLike[str], ending: str, what: str = "out") -> None:
@@ -58,6 +62,8 @@ def refuse_other_kinds(out: str | os.PathLike[str], ending: str, what: str = "ou
         ending == ADAPTER
     ):  # a damaged file of the right name may be replaced, but the weights of a model are no adapter
         foreign = _format(start) not in (None, FORMAT)
+    elif ending == GGUF_FILE:  # and neither are they in a GGUF file
+        foreign = start[:4] == b"GGUF" and not _BEGINS[ending](start)
     else:
         foreign = ending == ".xml" and not _BEGINS[ending](start)
     if foreign:
@@ -70,7 +76,7 @@ def _start(path: Path) -> bytes:
         with path.open("rb") as file:
             start = file.read(8)
             size = int.from_bytes(start, "little")
-            return start + file.read(size if size < _LONGEST_HEADER else 64)
+            return start + file.read(size if size < _LONGEST_HEADER else _FEW)
     except OSError:  # what can't be read is told of where it is written
         return b""
 

@@ -49,7 +49,8 @@ def to_peft(file: AdapterFile, peft_type: str) -> dict[str, Tensor]:
     Raises:
         ConfigError: an adapter that PEFT has no place for; it names what that is.
     """
-    _check_held(file, peft_type)
+    check_layers(file, peft_type, "PEFT", "peft")
+    _check_saved(file)
     tensors: dict[str, Tensor] = {}
     for name, vector in file.vectors.items():
         if peft_type == MISS:
@@ -62,12 +63,23 @@ def to_peft(file: AdapterFile, peft_type: str) -> dict[str, Tensor]:
     return tensors | {f"{PREFIX}{name}": value for name, value in file.saved.items()}
 
 
-def _check_held(file: AdapterFile, peft_type: str) -> None:
+def check_layers(file: AdapterFile, peft_type: str, reader: str, format: str) -> None:
+    """Check that an adapter is on linears that the reader of a format can adapt.
+
+    Args:
+        file: the adapter.
+        peft_type: LORA or MISS.
+        reader: what messages call who reads it.
+        format: of `save_adapter`.
+
+    Raises:
+        ConfigError: it is not, or does not say what it is on.
+    """
     if absent := [name for name in file.vectors if name not in file.layers]:
         raise ConfigError(
             f"the adapter does not say what its vectors are on ({shortened(absent, 3)}): an older version or a "
-            "runtime's format wrote it. Load it into the model, and save that: onelora.save_adapter(model, folder, "
-            "format='peft')"
+            "runtime's format wrote it. Load it into the model, and save that: onelora.save_adapter(model, path, "
+            f"format={format!r})"
         )
     reasons: dict[str, list[str]] = {}
     for name, layer in file.layers.items():
@@ -76,9 +88,12 @@ def _check_held(file: AdapterFile, peft_type: str) -> None:
     if reasons:
         listed = "; ".join(f"{shortened(names, 5)}: {reason}" for reason, names in reasons.items())
         raise ConfigError(
-            f"PEFT has no place for {listed}. Adapt the model without these (exclude_modules), or keep this package's "
-            "own format"
+            f"{reader} has no place for {listed}. Adapt the model without these (exclude_modules), or keep this "
+            "package's own format"
         )
+
+
+def _check_saved(file: AdapterFile) -> None:
     if file.aliases:
         raise ConfigError(
             f"{shortened(file.aliases)} is tied to other parameters, which are trained with it; PEFT would train a "
