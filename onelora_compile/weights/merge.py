@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from onelora_compile.adapting.adapter import refuse_sharded, release, unwrap
 from onelora_compile.adapting.adapter_state import adapted_weights, state_of
+from onelora_compile.adapting.probe_linear import still_affine
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.errors import MergeError
 from onelora_compile.kinds import is_plain
@@ -231,6 +232,8 @@ def _folded(name: str, target: Target) -> tuple[Tensor, FoldLoss]:
             f"{name!r}: {type(target.module).__name__} does not keep W as a plain tensor (it is quantised or packed), "
             "so the vector can't go into it; dequantise the base first, or keep the vectors beside it"
         )
+    if target.called and target.dims and not still_affine(target.module, target.dims):
+        raise MergeError(f"{name!r}: {output_only(target)}")
     if weight.is_meta:
         raise MergeError(
             f"{name!r}: its weight is not in memory (offloaded by accelerate, or on the meta device), so nothing can "
