@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -120,15 +121,27 @@ class Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Some value: a submodule is followed on its own, but for one that is given a weight."""
+        """Some value: a submodule is followed on its own, but for one that is given a weight, or code to run."""
         if self._elsewhere() or m in self._entered:
             return forward(*args, **kwargs)
+        own = type(m) is nn.Sequential or not type(m).__module__.startswith("torch.")
+        if own and _any_of((args, kwargs), _is_code):
+            with contextlib.suppress(Exception):  # as for the whole
+                return forward(*args, **kwargs)
+            args = (*args, *self._weights_in((args, kwargs)))  # which it may read in any way
         node = self.create_proxy("call_function", output_of_a_module, args, kwargs)
         node.node.meta[CALLED] = m
-        if not type(m).__module__.startswith("torch.") and self._gives_weight(args, kwargs):
+        if own and _any_of((args, kwargs), self._is_weight):  # a parameter, or a view of one
             with contextlib.suppress(Exception):  # as for the whole
                 forward(*args, **kwargs)
         return node
+
+    def _weights_in(self, values: Any) -> list[fx.Proxy]:
+        """The weights of the modules in nested containers."""
+        found: list[Any] = []
+        fx.node.map_aggregate(values, lambda one: found.append(one) if isinstance(one, nn.Module) else None)
+        held = (p for module in found for p in module._parameters.values() if p is not None and p.ndim > 1)
+        return [self._proxy(parameter, past=False) for parameter in held]
 
     def _assign(self, own: Any, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute; a parameter, and the one that takes its place, can't be handed out adapted."""
@@ -191,12 +204,6 @@ class Tracer(fx.Tracer):
             return make(*sizes, **kwargs)
         return self.create_proxy("call_function", make, sizes, kwargs)
 
-    def _gives_weight(self, args: Any, kwargs: Any) -> bool:
-        """Whether a parameter, or a view of one, is among the arguments."""
-        found: list[bool] = []
-        fx.node.map_aggregate((args, kwargs), lambda one: found.append(self._is_weight(one)))
-        return any(found)
-
     def _is_weight(self, value: Any) -> bool:
         node = value.node if isinstance(value, fx.Proxy) else None
         while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
@@ -205,6 +212,8 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A parameter that the code did not read as an attribute, where it would be a proxy, is marked."""
+        if isinstance(a, nn.Module):  # where it is called, or read, is what counts
+            return f"{type(a).__name__} at {id(a)}"
         value = self.as_node(a, [])
         if isinstance(value, nn.Parameter) and not self._elsewhere():
             value = self._proxy(value, past=False)
@@ -260,6 +269,18 @@ class Tracer(fx.Tracer):
         elif node.args and isinstance(node.args[0], fx.Node):
             self.note(node.args[0])
             run_of_shapes(node)
+
+
+def _any_of(values: Any, which: Callable[[Any], bool]) -> bool:
+    """Whether something in nested containers is one that is looked for."""
+    found: list[bool] = []
+    fx.node.map_aggregate(values, lambda one: found.append(which(one)))
+    return any(found)
+
+
+def _is_code(value: Any) -> bool:
+    """Whether a function can call it, or read its weights: nothing but what gets it tells how."""
+    return callable(value) and not isinstance(value, (fx.Proxy, type, types.BuiltinFunctionType))
 
 
 def _branch(pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
