@@ -204,6 +204,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The plain module inside a compiled one (`torch.compile` returns an `OptimizedModule`) or inside DDP."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        return model
     inner = model._modules.get("_orig_mod")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = model.module

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 from onelora_compile.adapting.in_training import WithoutDropout, minds_training
 from onelora_compile.adapting.module_effect import copied, effect, random_like, without_vector
 from onelora_compile.kinds import is_conv1d, is_linear, is_plain

@@ -215,8 +215,8 @@ class _Code:
             self._counted[key] = []
             for _, ways in self._ways(module, (False,)):
                 found = bounds([way for _, way in ways]).renamed(names.get)
-                known, reads = any(not way.error for _, way in ways), any(True for _, way in ways for _ in reads_of(way))
-                self._counted[key].append((found, known, reads))
+                known = any(not way.error for _, way in ways)
+                self._counted[key].append((found, known, any(True for _, way in ways for _ in reads_of(way))))
         if any(reads for *_, reads in self._counted[key]):  # through what it gives to others
             yield from self._followed(module)
             return
