@@ -48,7 +48,7 @@ def weight_axes(module: nn.Module) -> tuple[tuple[int, ...] | None, str]:
     Returns:
         The axes where a call computes W x + c; none where the weight is packed, so that only its effect is known;
         None where a call computes something else, or the weight something else than the parameter `weight`: there
-        its output can be adapted, but no weight; and "", or why not even that.
+        its output can be adapted, but no weight; and "", or why not even that: then its weight may be read adapted.
     """
     usual = (0,) if is_conv1d(module) else (1,)
     if _is_unchanged(module):

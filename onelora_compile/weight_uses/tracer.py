@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from onelora_compile.dynamo.fx_trace import trace_here
 from onelora_compile.passes.sites.weight_path import run_of_shapes
-from onelora_compile.weight_uses.followed_values import Value
+from onelora_compile.weight_uses.followed_values import Value, any_of, is_code
 from onelora_compile.weight_uses.holders import Holders
 
 PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
@@ -125,13 +124,13 @@ class Tracer(fx.Tracer):
         if self._elsewhere() or m in self._entered:
             return forward(*args, **kwargs)
         own = type(m) is nn.Sequential or not type(m).__module__.startswith("torch.")
-        if own and _any_of((args, kwargs), _is_code):
+        if own and any_of((args, kwargs), is_code):
             with contextlib.suppress(Exception):  # as for the whole
                 return forward(*args, **kwargs)
             args = (*args, *self._weights_in((args, kwargs)))  # which it may read in any way
         node = self.create_proxy("call_function", output_of_a_module, args, kwargs)
         node.node.meta[CALLED] = m
-        if own and _any_of((args, kwargs), self._is_weight):  # a parameter, or a view of one
+        if own and any_of((args, kwargs), self._is_weight):  # a parameter, or a view of one
             with contextlib.suppress(Exception):  # as for the whole
                 forward(*args, **kwargs)
         return node
@@ -269,18 +268,6 @@ class Tracer(fx.Tracer):
         elif node.args and isinstance(node.args[0], fx.Node):
             self.note(node.args[0])
             run_of_shapes(node)
-
-
-def _any_of(values: Any, which: Callable[[Any], bool]) -> bool:
-    """Whether something in nested containers is one that is looked for."""
-    found: list[bool] = []
-    fx.node.map_aggregate(values, lambda one: found.append(which(one)))
-    return any(found)
-
-
-def _is_code(value: Any) -> bool:
-    """Whether a function can call it, or read its weights: nothing but what gets it tells how."""
-    return callable(value) and not isinstance(value, (fx.Proxy, type, types.BuiltinFunctionType))
 
 
 def _branch(pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:

@@ -82,7 +82,8 @@ def merge(model: nn.Module) -> MergeReport:
 
     Raises:
         StateError: the model is not adapted or sharded over processes, or a `disabled` block is open.
-        MergeError: a weight that is not floating point, or a result that its dtype can't hold.
+        MergeError: a weight that is not floating point, a result that its dtype can't hold, or a linear that computes
+            something else than W x + c by now.
     """
     root = unwrap(model)
     state = state_of(root, "merge")
