@@ -165,7 +165,7 @@ def test_what_distributed_data_parallel_would_not_reduce_is_refused(tmp_path):
 
 WAYS = {
     "adapt": lambda model, path: onelora.adapt(DistributedDataParallel(model)),
-    "adapt_compiled": lambda model, path: onelora.adapt(torch.compile(DistributedDataParallel(model))),
+    "adapt_compiled": lambda model, path: onelora.adapt(compiled_in_place(DistributedDataParallel(model))),
     "adapt_around": lambda model, path: onelora.adapt(torch.nn.Sequential(DistributedDataParallel(model))),
     "load": lambda model, path: onelora.load_adapter(DistributedDataParallel(model), path),
     "one_line": lambda model, path: called(torch.compile(DistributedDataParallel(model), **ONE_LINE)),

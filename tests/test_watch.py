@@ -126,7 +126,8 @@ def test_selective_checkpointing_meets_the_same_operators_again(kept):
     assert first_backward(segment, x) == []
     first_backward(plain, x)
     for name, vector in onelora.vectors(plain).items():
-        assert vector.grad.abs().sum() > 0
+        assert vector.grad is not None
+        assert vector.grad.any()
         torch.testing.assert_close(onelora.vectors(model)[name].grad, vector.grad)
 
 

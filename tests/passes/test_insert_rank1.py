@@ -5,6 +5,7 @@ import pytest
 import torch
 from hard_models import HARD
 from torch import fx, nn
+from torch.fx._symbolic_trace import PH
 
 import onelora_compile as onelora
 from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
@@ -137,7 +138,7 @@ class OfDictionary(nn.Sequential):
     "captured",
     [
         lambda model: torch.export.export(model, (torch.randn(2, 8),)).module(),
-        lambda model: fx.symbolic_trace(OfDictionary(*model), {"inputs": {"x": fx.PH}}),
+        lambda model: fx.symbolic_trace(OfDictionary(*model), {"inputs": {"x": PH}}),
     ],
 )
 def test_a_graph_that_flattens_its_arguments_is_refused(captured):
