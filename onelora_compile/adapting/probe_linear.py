@@ -113,6 +113,9 @@ def _axes_of(module: nn.Module, usual: tuple[int, ...]) -> tuple[tuple[int, ...]
 
 def still_affine(module: nn.Module, axes: Sequence[int]) -> bool:
     """Whether a linear that is adapted by its weight computes W x + c now: its code may go by what was set since."""
+    kind: Any = getattr(module, "_onelora_base", type(module))
+    if kind.forward is _FORWARD:
+        return True
     plain = without_vector(module)
     if is_linear(plain) and _is_unchanged(plain):
         return True

@@ -233,13 +233,13 @@ def _folded(name: str, target: Target) -> tuple[Tensor, FoldLoss]:
             f"{name!r}: {type(target.module).__name__} does not keep W as a plain tensor (it is quantised or packed), "
             "so the vector can't go into it; dequantise the base first, or keep the vectors beside it"
         )
-    if target.called and target.dims and not still_affine(target.module, target.dims):
-        raise MergeError(f"{name!r}: {output_only(target)}")
     if weight.is_meta:
         raise MergeError(
             f"{name!r}: its weight is not in memory (offloaded by accelerate, or on the meta device), so nothing can "
             "be written to it: load the base without offloading, load the adapter, and merge there"
         )
+    if target.called and target.dims and not still_affine(target.module, target.dims):
+        raise MergeError(f"{name!r}: {output_only(target)}")
     try:
         return fold_weight(weight.detach(), target.vector, target.dims)
     except MergeError as error:
