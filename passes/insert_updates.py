@@ -28,6 +28,7 @@ from onelora_compile.passes.sites.weight_path import input_axes
 ADAPTED = "adapted already"
 NOT_NAMED = "no vector of this name was given"
 SHARED = "its weight has other uses, which have another vector or none"
+NO_SITE = "no linear op of the graph has this name"
 MIXED = "a view of the weight mixes input and output features"
 
 
@@ -47,7 +48,7 @@ def insert_rank1(
         The result, and the names of the vectors in the order in which they were appended to the graph's inputs.
 
     Raises:
-        PassError: a vector does not have the shape that its weight needs.
+        PassError: a vector does not have the shape that its weight needs; the graph flattens its inputs.
 
     Example:
         >>> import torch
@@ -58,6 +59,7 @@ def insert_rank1(
         >>> bool(torch.allclose(gm(x, torch.ones(3)), y + 4))
         True
     """
+    _refuse_flattening(gm)
     result = PassResult("insert_rank1")
     inputs: dict[str, fx.Node] = {}
     updated: dict[fx.Node, fx.Node] = {}  # a linear op -> what its users read now
@@ -84,7 +86,19 @@ def insert_rank1(
             assert site.chain is not None
             _adapt_weight(gm.graph, site.chain.root, inputs[name], name, vector, dims or ())
         result.rewrites.append(name)
+    unused = (name for name in vectors if name not in inputs and name not in result.skips)
+    result.skips |= dict.fromkeys(unused, NO_SITE)
     return result, list(inputs)
+
+
+def _refuse_flattening(gm: fx.GraphModule) -> None:
+    """What flattens the arguments of a call knows how many there are: further inputs are refused at the call."""
+    if isinstance(gm.graph._codegen, fx.graph._PyTreeCodeGen):
+        raise PassError(
+            f"insert_rank1: {type(gm).__name__} flattens its arguments, as what torch.export and tracing with "
+            "concrete_args give does, and would take no vectors: give it a graph with plain inputs, or call "
+            "onelora.adapt on the module before it is captured"
+        )
 
 
 def insert_weight(gm: fx.GraphModule, weight: fx.Node, vector: Tensor, dims: Sequence[int]) -> fx.Node:

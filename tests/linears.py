@@ -98,6 +98,11 @@ def tensor_bias():
     return made
 
 
+def with_norm():
+    norm = nn.BatchNorm1d(OUT)
+    return linear(lambda self, x: self.norm(base(self, x)), lambda self: setattr(self, "norm", norm))()
+
+
 def zeros():
     made = linear(lambda self, x: base(self, x) * 3)()
     nn.init.zeros_(made.weight)
@@ -184,6 +189,28 @@ LINEARS = {
     "input_clamped": (linear(lambda self, x: base(self, x.clamp(-50, 50))), "output", None),
     "by_dtype": (linear(lambda self, x: base(self, x) * (2 if x.dtype == torch.bfloat16 else 1)), "output", None),
     "by_rank": (linear(lambda self, x: base(self, x) * (2 if x.ndim > 3 else 1)), "output", None),
+    "activated_in_training": (
+        linear(lambda self, x: base(self, x).relu() if self.training else base(self, x)),
+        "read",
+        (1,),
+    ),
+    "scaled_in_training": (linear(lambda self, x: base(self, x) * (1 + self.training)), "read", (1,)),
+    "quantising_in_training": (
+        linear(lambda self, x: base(self, x + (x.round() - x).detach()) if self.training else base(self, x)),
+        "read",
+        (1,),
+    ),
+    "two_outputs_in_training": (
+        linear(lambda self, x: (base(self, x), self.weight) if self.training else base(self, x)),
+        "read",
+        (1,),
+    ),
+    "normed": (with_norm, "output", None),
+    "scaled_with_gradients": (
+        linear(lambda self, x: base(self, x) * (1 + (torch.is_grad_enabled() and self.training))),
+        "read",
+        (1,),
+    ),
     "channels_first": (
         linear(lambda self, x: base(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if x.ndim == 4 else base(self, x)),
         "read",

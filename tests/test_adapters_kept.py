@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from test_rows import with_adapters
+from torch.nn.parallel import DistributedDataParallel
 
 import onelora_compile as onelora
 from onelora_compile.testing import fill_vectors
@@ -137,7 +138,7 @@ def test_what_distributed_data_parallel_would_not_reduce_is_refused(tmp_path):
     base = zoo.MLP()
     model = onelora.adapt(copy.deepcopy(base), onelora.OneLoRAConfig(target_modules=["a"]))
     onelora.save_adapter(onelora.adapt(base), tmp_path / "all.safetensors")
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    wrapped = DistributedDataParallel(model)
     onelora.add_adapter(wrapped, "same")
     before = set(model.state_dict())
     for one in (wrapped, torch.compile(wrapped)):
@@ -160,3 +161,42 @@ def test_what_distributed_data_parallel_would_not_reduce_is_refused(tmp_path):
         pass
     with torch.no_grad(), onelora.rows(wrapped, ["same"]):
         wrapped(torch.randn(1, 8))
+
+
+WAYS = {
+    "adapt": lambda model, path: onelora.adapt(DistributedDataParallel(model)),
+    "adapt_compiled": lambda model, path: onelora.adapt(compiled_in_place(DistributedDataParallel(model))),
+    "adapt_around": lambda model, path: onelora.adapt(torch.nn.Sequential(DistributedDataParallel(model))),
+    "load": lambda model, path: onelora.load_adapter(DistributedDataParallel(model), path),
+    "one_line": lambda model, path: called(torch.compile(DistributedDataParallel(model), **ONE_LINE)),
+    "one_line_inside": lambda model, path: called(DistributedDataParallel(torch.compile(model, **ONE_LINE))),
+    "one_line_in_place": lambda model, path: called(DistributedDataParallel(compiled_in_place(model))),
+}
+ONE_LINE: dict[str, Any] = {"backend": "onelora", "options": {"inner": "eager"}}
+
+
+def called(model):
+    return model(torch.randn(2, 8))
+
+
+def compiled_in_place(model):
+    model.compile(**ONE_LINE)
+    return model
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("way", WAYS)
+def test_vectors_that_come_after_distributed_data_parallel_are_refused(way, tmp_path):
+    """It reduces what it was built with: the vectors of each process would go their own way, without a word."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = zoo.MLP()
+    onelora.save_adapter(onelora.adapt(copy.deepcopy(model)), tmp_path / "a.safetensors")
+    before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+    with pytest.raises(onelora.StateError, match="inside DistributedDataParallel"):
+        WAYS[way](model, tmp_path / "a.safetensors")
+    assert {name: (p, p.requires_grad) for name, p in model.named_parameters()} == before
+    onelora.adapt(model)  # and may still be, first
+    ddp = DistributedDataParallel(model)
+    called(torch.compile(ddp, **ONE_LINE)).sum().backward()
+    assert all(vector.grad is not None for vector in onelora.vectors(ddp).values())

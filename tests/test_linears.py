@@ -14,7 +14,7 @@ from torch import nn
 import onelora_compile as onelora
 from onelora_compile.adapting.adapter_state import adapted_weights
 from onelora_compile.exporters import export_onnx
-from onelora_compile.testing import fill_vectors, merged_copy
+from onelora_compile.testing import fill_vectors, gradients, merged_copy
 from onelora_compile.weight_uses import weight_reads
 
 
@@ -76,6 +76,68 @@ def test_merge_refuses_the_others_by_name(name, tmp_path):
     onelora.save_adapter(model, tmp_path / "a.safetensors")
     twin, _ = built(name)
     assert torch.equal(onelora.load_adapter(twin, tmp_path / "a.safetensors")(x), expected)
+
+
+TRAINING = [name for name in LINEARS if "training" in name or name == "scaled_with_gradients"]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_one_that_trains_otherwise_is_one_function_in_training_too(name):
+    """In evaluation each is W x + c, so that only training tells an update of its output from one of its weight."""
+    torch._dynamo.reset()
+    fresh, x = built(name)
+    model = onelora.adapt(copy.deepcopy(fresh)).train()
+    line, fast = (
+        torch.compile(one, backend="onelora", options={"inner": "aot_eager"}) for one in (fresh.train(), model)
+    )
+    with pytest.warns(onelora.OneLoRAWarning, match="adapted 2 linears"):
+        first = line(x).sin().sum()
+    of_zeros = gradients(first, onelora.vectors(fresh)), gradients(model(x).sin().sum(), onelora.vectors(model))
+    torch.testing.assert_close(*of_zeros, rtol=1e-4, atol=1e-4)
+    fill_vectors(model, 0.3)
+    fill_vectors(fresh, 0.3)
+    merged = merged_copy(model)
+    assert (built(name)[0].train()(x) - merged(x)).abs().max() > 0.1
+    for run in (copy.deepcopy(model), fast, line):
+        torch.testing.assert_close(run(x), merged(x), rtol=1e-4, atol=1e-4)
+    expected = copy.deepcopy(model)(x)
+    onelora.merge(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+class Later(nn.Linear):
+    """W x + c, until somebody sets something."""
+
+    scale, flag, table = 1.0, False, {"scale": 1.0}
+
+    def __init__(self):
+        super().__init__(IN, OUT)
+        self.register_buffer("gain", torch.ones(OUT))
+        self.child = nn.Identity()
+
+    def forward(self, x):
+        y = self.child(super().forward(x))
+        return y if self.flag is False and self.scale == self.table["scale"] == 1 else y * self.scale * 2
+
+
+LATER = {
+    "attribute": lambda own: setattr(own, "scale", 3.0),
+    "flag": lambda own: setattr(own, "flag", True),
+    "table": lambda own: setattr(own, "table", {"scale": 3.0}),
+    "child": lambda own: setattr(own, "child", nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("change", LATER)
+def test_merge_refuses_a_linear_that_became_another_function(change):
+    """The vector adds to its output, as when it was adapted; in the weight it would be scaled too."""
+    model, x = Model(Later()).eval(), torch.randn(8, 5)
+    fill_vectors(onelora.adapt(model), 0.3)
+    LATER[change](model.own)
+    expected = model(x)
+    with pytest.raises(onelora.MergeError, match="'own': Later computes something else"):
+        onelora.merge(model)
+    assert torch.equal(model(x), expected)
 
 
 CALLS: list[Any] = []

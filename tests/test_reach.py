@@ -67,6 +67,28 @@ class Child(nn.Module):
         return helper(x, linear)
 
 
+class Reader(nn.Module):
+    """Reads the weight of what it is given."""
+
+    def forward(self, x, given, key=None):
+        linear = given if key is None else given.b if key == "b" else given[key]
+        return F.linear(x, linear.weight) if isinstance(linear, nn.Linear) else linear(x)
+
+
+class NeedsTensors(nn.Module):
+    """Can't be followed: it asks what it gets for its class, as PEFT's DoRA does."""
+
+    def forward(self, linear):
+        if not isinstance(linear.weight, torch.Tensor):
+            raise TypeError("no tensor")
+        return linear.weight.norm(dim=-1)
+
+
+class Pair(nn.Module):
+    def forward(self, pair):
+        return F.linear(*pair)
+
+
 TABLE = {"a": [helper]}
 Helpers.table["helper"] = helper
 MODULE = types.ModuleType("a_module_of_helpers")
@@ -90,6 +112,15 @@ READS = {
     "class": lambda s, x: nn.Linear.forward(s.b, x),
     "forward": lambda s, x: nn.Linear.forward(s.b, x) - s.b.bias,
     "given_to_a_child": lambda s, x: s.child(x, s.b.weight),
+    "given_module": lambda s, x: s.reader(x, s.b),
+    "given_as_keyword": lambda s, x: s.reader(given=s.b, x=x),
+    "given_in_a_list": lambda s, x: s.reader(x, [x, s.b], 1),
+    "given_in_a_dictionary": lambda s, x: s.reader(x, {"one": {"two": s.b}}["one"], "two"),
+    "given_list_of_modules": lambda s, x: s.reader(x, nn.ModuleList([s.a, s.b]), 1),
+    "given_itself": lambda s, x: s.reader(x, s, "b"),
+    "given_closure": lambda s, x: s.reader(x, lambda y: F.linear(y, s.b.weight)),
+    "given_method": lambda s, x: s.reader(x, s.own),
+    "given_partial": lambda s, x: s.reader(x, functools.partial(helper, linear=s.b)),
     "while_training": lambda s, x: F.linear(x, s.b.weight) if s.training else s.b(x) - s.b.bias,
     "in_evaluation": lambda s, x: s.b(x) - s.b.bias if s.training else F.linear(x, s.b.weight),
     "compiled": lambda s, x: compiled_helper(x, s.b.weight),
@@ -103,6 +134,8 @@ READS = {
 # Uses of the weight of `b`, which is called too, that are no linear op: they see W + vector 1ᵀ, as after a merge.
 READS |= {
     "penalty": lambda s, x: s.b(x) + s.b.weight.square().sum(),
+    "norm_that_can_not_be_followed": lambda s, x: s.b(x) / s.needs_tensors(s.b),
+    "norm_elsewhere": lambda s, x: s.b(x) / s.reader(x, lambda y: s.b.weight.norm(dim=-1)),
     "norm": lambda s, x: s.b(x) / s.b.weight.norm(dim=-1),
     "element": lambda s, x: s.b(x) + (x * s.b.weight[0]).sum(-1, keepdim=True),
     "comparison": lambda s, x: s.b(x) * (s.b.weight > 0).any(-1),
@@ -126,9 +159,12 @@ def build(forward, **parameters):
         def __init__(self):
             super().__init__()
             self.a, self.b, self.child, self.helpers = nn.Linear(8, 8), nn.Linear(8, 6), Child(), Helpers()
-            self.functions = [helper]
+            self.functions, self.reader, self.needs_tensors = [helper], Reader(), NeedsTensors()
             for name, parameter in parameters.items():
                 self.register_parameter(name, parameter)
+
+        def own(self, x):
+            return F.linear(x, self.b.weight)
 
     Model.forward = lambda self, x: forward(self, torch.tanh(self.a(x)))
     torch.manual_seed(0)
@@ -150,6 +186,16 @@ def test_a_weight_that_other_code_reads_is_adapted(name):
     reference = merged_copy(model, torch.float64)(x.double())
     for run in (model, compiled(model)):
         torch.testing.assert_close(run(x).double(), reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pairs", [Pair, lambda: nn.Sequential(nn.Sequential(Pair()))])
+def test_a_parameter_of_its_own_that_is_handed_on_is_adapted(pairs):
+    model, x = build(lambda s, x: s.pairs((x, s.w)), w=nn.Parameter(torch.randn(6, 8)))
+    model.pairs = pairs()
+    onelora.adapt(model)
+    assert {"w", "a"} <= set(onelora.vectors(model))
+    fill_vectors(model, 0.5)
+    torch.testing.assert_close(model(x), merged_copy(model)(x))
 
 
 @pytest.mark.parametrize("name", PAST)

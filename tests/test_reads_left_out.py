@@ -130,6 +130,14 @@ def test_a_program_that_leaves_its_forward_is_adapted():
     assert list(onelora.vectors(onelora.adapt(Leaves()))) == ["b"]
 
 
+@pytest.mark.parametrize("script", [torch.jit.script, lambda model: torch.jit.trace(model, torch.randn(2, 8))])
+def test_a_scripted_model_is_refused_by_name(script):
+    model = script(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    with pytest.raises(onelora.TargetError, match=r"torch\.jit\.script, whose code nothing can be added to: 0"):
+        onelora.adapt(model)
+    assert onelora.vectors(model) == {}
+
+
 def test_a_scripted_child_is_named_and_the_rest_adapted():
     with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.script"):
         model = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU())))

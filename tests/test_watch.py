@@ -1,6 +1,7 @@
 """Vectors that learn nothing are named after the first backward, once."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -105,6 +106,29 @@ def test_a_check_that_is_over_costs_no_compilation_and_keeps_nothing():
 
 def test_one_row_is_not_taken_for_a_constant():
     assert first_backward(onelora.adapt(zoo.MLP()), torch.randn(1, 8)) == []
+
+
+POLICIES = {
+    "nothing kept": [],
+    "matmuls kept": [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default],
+}
+
+
+@pytest.mark.parametrize("kept", POLICIES)
+def test_selective_checkpointing_meets_the_same_operators_again(kept):
+    """It records what runs in the forward, and refuses another operator when the forward runs again."""
+    from torch.utils import checkpoint
+
+    model, x = onelora.adapt(zoo.MLP()), torch.randn(5, 8)
+    plain = copy.deepcopy(model)
+    contexts = functools.partial(checkpoint.create_selective_checkpoint_contexts, POLICIES[kept])
+    segment = functools.partial(checkpoint.checkpoint, model, use_reentrant=False, context_fn=contexts)
+    assert first_backward(segment, x) == []
+    first_backward(plain, x)
+    for name, vector in onelora.vectors(plain).items():
+        assert vector.grad is not None
+        assert vector.grad.any()
+        torch.testing.assert_close(onelora.vectors(model)[name].grad, vector.grad)
 
 
 def test_experts_that_no_token_chose_are_not_dead():

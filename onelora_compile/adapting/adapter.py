@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: st
         The same object.
 
     Raises:
-        StateError: the model, or a part of it, is adapted already, or `fully_shard` has split it.
+        StateError: the model, or a part of it, is adapted already, `fully_shard` has split it, or
+            DistributedDataParallel holds it.
         ConfigError: the name is no string, or empty.
         TargetError: the selection is empty or can't be adapted; the message lists what the model offers.
     """
@@ -62,6 +63,7 @@ def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: st
         )
     check_name(adapter_name)
     refuse_fully_sharded(root, "call onelora.adapt before fully_shard")
+    refuse_wrapped(model, "call onelora.adapt on the model before you wrap it")
     config = config or OneLoRAConfig()
     attach_vectors(root, select(root, config), config)
     state_of(root, "name").pool.active = adapter_name
@@ -202,6 +204,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The plain module inside a compiled one (`torch.compile` returns an `OptimizedModule`) or inside DDP."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        return model
     inner = model._modules.get("_orig_mod")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = model.module
@@ -212,6 +216,20 @@ def is_replicated(model: nn.Module) -> bool:
     """Whether a model is given inside DDP, which reduces the gradients of the parameters that it was built with."""
     inner = model._modules.get("_orig_mod")
     return isinstance(model, nn.parallel.DistributedDataParallel) or (inner is not None and is_replicated(inner))
+
+
+def refuse_wrapped(model: nn.Module, remedy: str) -> None:
+    """DistributedDataParallel reduces the parameters that it was built with: each process would train its own vectors.
+
+    Raises:
+        StateError: it is around the model or a part of it, or calls the model now.
+    """
+    kind: Any = nn.parallel.DistributedDataParallel
+    if kind._get_active_ddp_module() is not None or any(isinstance(module, kind) for module in model.modules()):
+        raise StateError(
+            f"can't adapt a {type(unwrap(model)).__name__} inside DistributedDataParallel, which would not reduce the "
+            f"gradients of vectors that are not there yet: {remedy}"
+        )
 
 
 def refuse_fully_sharded(root: nn.Module, remedy: str) -> None:

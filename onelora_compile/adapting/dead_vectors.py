@@ -58,6 +58,8 @@ def observe(module: nn.Module, x: Tensor) -> None:
         return
     if torch._C._are_functorch_transforms_active():
         return  # what vmap and its kind hand in must not outlive them
+    if torch._C._len_torch_dispatch_stack():
+        return  # selective checkpointing records operators, and has to meet the same ones when it runs again
     if not x.numel():
         _empty.add(module)
         return

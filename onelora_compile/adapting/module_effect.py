@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted, remove
+from onelora_compile.kinds import is_plain
 from onelora_compile.looking.twin import no_trace, twin_of
+
+_BLOCK = 65521  # numbers that are drawn for a large weight, which repeats them: a prime, so that no two rows agree
 
 
 def effect(module: nn.Module, x: Tensor) -> Tensor:
@@ -40,14 +43,19 @@ def _dtypes(tensors: list[Tensor]) -> Iterator[torch.dtype]:
 
 def base_effect(module: nn.Module, x: Tensor) -> Tensor:
     """W x for x [n, in_features], without bias and vector, whatever the class of the module."""
-    plain = module
-    if is_adapted(module):
-        # Shares the weight. Not copy.copy: parametrised modules refuse it.
-        plain = object.__new__(type(module))
-        plain.__dict__.update(module.__dict__)
-        plain._parameters = dict(module._parameters)
-        remove(plain)
+    plain = without_vector(module)
     return effect(plain, x) - effect(plain, torch.zeros(1, x.shape[1]))
+
+
+def without_vector(module: nn.Module) -> nn.Module:
+    """The module itself, or the base of an adapted one, which shares its weight."""
+    if not is_adapted(module):
+        return module
+    plain = object.__new__(type(module))  # not copy.copy: parametrised modules refuse it
+    plain.__dict__.update(module.__dict__)
+    plain._parameters = dict(module._parameters)
+    remove(plain)
+    return plain
 
 
 def copied(tensor: Tensor) -> Tensor:
@@ -55,3 +63,16 @@ def copied(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         made = tensor.detach().clone()
     return nn.Parameter(made, requires_grad=False) if type(tensor) is nn.Parameter else made
+
+
+def random_like(tensor: Tensor) -> Tensor:
+    """Other numbers of the same kind, in float32: what holds for them holds whatever the numbers are."""
+    if not tensor.is_floating_point() or not is_plain(tensor):
+        return copied(tensor)
+    device = torch.device("cpu") if tensor.is_meta else tensor.device
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    block = torch.rand(min(tensor.numel(), _BLOCK), generator=torch.Generator().manual_seed(2), device="cpu") - 0.3
+    block = block.to(device, dtype)
+    times = -(-tensor.numel() // max(1, len(block)))
+    made = block.repeat(times)[: tensor.numel()].view(tensor.shape)
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made

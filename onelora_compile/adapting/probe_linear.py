@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.module_effect import copied, effect
+from onelora_compile.adapting.in_training import WithoutDropout, minds_training
+from onelora_compile.adapting.module_effect import copied, effect, random_like, without_vector
 from onelora_compile.kinds import is_conv1d, is_linear, is_plain
 from onelora_compile.looking.twin import no_trace, twin_of
 
@@ -33,12 +34,12 @@ _INPUTS: tuple[tuple[tuple[int, ...], float, torch.dtype | None], ...] = (
     ((8,), 1.0, torch.bfloat16),
 )
 _PACKED = "LinearPackedParams"  # of torch.ao.nn.quantized and torch.ao.nn.sparse.quantized
-_BLOCK = 65521  # numbers that are drawn for a large weight, which repeats them: a prime, so that no two rows agree
 
 # Moved axes fit by chance where sizes are equal, which no probe covers; where the weight is read it is right anyway.
 _MOVING = {"permute", "movedim", "moveaxis", "swapaxes", "swapdims", "rearrange"}
 MOVES = "its forward moves axes ({}), so which of them are inputs can't be told from its output"
 OTHER_OUTPUT = "it has the sizes of a linear, but returns {found} for {given}"
+TRAINS = "in training it computes something else than W x + c, which its output can't tell"
 
 
 def weight_axes(module: nn.Module) -> tuple[tuple[int, ...] | None, str]:
@@ -47,7 +48,7 @@ def weight_axes(module: nn.Module) -> tuple[tuple[int, ...] | None, str]:
     Returns:
         The axes where a call computes W x + c; none where the weight is packed, so that only its effect is known;
         None where a call computes something else, or the weight something else than the parameter `weight`: there
-        its output can be adapted, but no weight; and "", or why not even that.
+        its output can be adapted, but no weight; and "", or why not even that: then its weight may be read adapted.
     """
     usual = (0,) if is_conv1d(module) else (1,)
     if _is_unchanged(module):
@@ -89,7 +90,7 @@ def _computes_weight(module: nn.Module) -> bool:
 def _axes_of(module: nn.Module, usual: tuple[int, ...]) -> tuple[tuple[int, ...] | None, str]:
     """As `weight_axes`, by what a call does with two weights: f(x; W) - f(x; V) = (W - V) x is what merging needs."""
     try:
-        twin = twin_of(module, _random_like)
+        twin = twin_of(module, random_like)
         weight: Any = twin._parameters["weight"]
         x, y = _first_call(twin, weight, usual)
     except Exception as error:  # code that nobody knows, on numbers that it may not take
@@ -103,11 +104,33 @@ def _axes_of(module: nn.Module, usual: tuple[int, ...]) -> tuple[tuple[int, ...]
             return None, OTHER_OUTPUT.format(found=_shape(found), given=_shape(given))
     try:
         if (axes := _moved_axes(twin, inputs, outputs)) is not None and not _minds_more(twin, x):
-            return axes, ""
+            return (axes, "") if not minds_training(module) or _trains_as(twin, inputs, axes) else (None, TRAINS)
     except Exception:  # as above
         pass
     right = y.shape[-1] == getattr(module, "out_features", y.shape[-1])
     return None, "" if right else OTHER_OUTPUT.format(found=_shape(y), given=_shape(x))
+
+
+def still_affine(module: nn.Module, axes: Sequence[int]) -> bool:
+    """Whether a linear that is adapted by its weight computes W x + c now: its code may go by what was set since."""
+    kind: Any = getattr(module, "_onelora_base", type(module))
+    if kind.forward is _FORWARD:
+        return True
+    plain = without_vector(module)
+    if is_linear(plain) and _is_unchanged(plain):
+        return True
+    with no_trace(plain):
+        return _axes_of(plain, (0,) if is_conv1d(plain) else (1,))[0] == tuple(axes)
+
+
+def _trains_as(twin: nn.Module, inputs: Sequence[Tensor], axes: tuple[int, ...]) -> bool:
+    """Whether a call in training, dropout aside, is W x + c too."""
+    twin.train()
+    try:
+        with WithoutDropout(), torch.enable_grad():
+            return _moved_axes(twin, inputs, _calls(twin, inputs)) == axes
+    except Exception:  # as in evaluation; a module may return more in training
+        return False
 
 
 def _inputs(x: Tensor) -> Iterator[Tensor]:
@@ -227,19 +250,6 @@ def _shape(value: Any) -> str:
 def _sentence(error: Exception) -> str:
     """The first sentence of an error; PyTorch goes on with a page of backends where an operator is missing."""
     return str(error).partition("\n")[0].partition(". ")[0]
-
-
-def _random_like(tensor: Tensor) -> Tensor:
-    """Other numbers of the same kind, in float32: what holds for them holds whatever the numbers are."""
-    if not tensor.is_floating_point() or not is_plain(tensor):
-        return copied(tensor)
-    device = torch.device("cpu") if tensor.is_meta else tensor.device
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    block = torch.rand(min(tensor.numel(), _BLOCK), generator=torch.Generator().manual_seed(2), device="cpu") - 0.3
-    block = block.to(device, dtype)
-    times = -(-tensor.numel() // max(1, len(block)))
-    made = block.repeat(times)[: tensor.numel()].view(tensor.shape)
-    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
 def linear_like(module: nn.Module) -> tuple[tuple[int, ...] | None, str]:

@@ -7,7 +7,7 @@ import functools
 import operator
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -95,3 +95,15 @@ class Uses(TorchFunctionMode):
         if func.__name__ == "__set__":  # p.requires_grad = False: what is followed changes nothing
             return setattr(given[0][0], name, given[0][1])
         return fx.Proxy.__torch_function__(func, types, *given)
+
+
+def any_of(values: Any, which: Callable[[Any], bool]) -> bool:
+    """Whether something in nested containers is one that is looked for."""
+    found: list[bool] = []
+    fx.node.map_aggregate(values, lambda one: found.append(which(one)))
+    return any(found)
+
+
+def is_code(value: Any) -> bool:
+    """Whether a function can call it, or read its weights: nothing but what gets it tells how."""
+    return callable(value) and not isinstance(value, (fx.Proxy, type, types.BuiltinFunctionType))

@@ -215,9 +215,9 @@ class _Code:
             self._counted[key] = []
             for _, ways in self._ways(module, (False,)):
                 found = bounds([way for _, way in ways]).renamed(names.get)
-                known, replaces = any(not way.error for _, way in ways), any(way.replaced for _, way in ways)
-                self._counted[key].append((found, known, replaces))
-        if any(replaces for *_, replaces in self._counted[key]):
+                known = any(not way.error for _, way in ways)
+                self._counted[key].append((found, known, any(True for _, way in ways for _ in reads_of(way))))
+        if any(reads for *_, reads in self._counted[key]):  # through what it gives to others
             yield from self._followed(module)
             return
         inner = module.get_submodule

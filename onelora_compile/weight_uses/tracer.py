@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from onelora_compile.dynamo.fx_trace import trace_here
 from onelora_compile.passes.sites.weight_path import run_of_shapes
-from onelora_compile.weight_uses.followed_values import Value
+from onelora_compile.weight_uses.followed_values import Value, any_of, is_code
 from onelora_compile.weight_uses.holders import Holders
 
 PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
@@ -120,15 +120,27 @@ class Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Some value: a submodule is followed on its own, but for one that is given a weight."""
+        """Some value: a submodule is followed on its own, but for one that is given a weight, or code to run."""
         if self._elsewhere() or m in self._entered:
             return forward(*args, **kwargs)
+        own = type(m) is nn.Sequential or not type(m).__module__.startswith("torch.")
+        if own and any_of((args, kwargs), is_code):
+            with contextlib.suppress(Exception):  # as for the whole
+                return forward(*args, **kwargs)
+            args = (*args, *self._weights_in((args, kwargs)))  # which it may read in any way
         node = self.create_proxy("call_function", output_of_a_module, args, kwargs)
         node.node.meta[CALLED] = m
-        if not type(m).__module__.startswith("torch.") and self._gives_weight(args, kwargs):
+        if own and any_of((args, kwargs), self._is_weight):  # a parameter, or a view of one
             with contextlib.suppress(Exception):  # as for the whole
                 forward(*args, **kwargs)
         return node
+
+    def _weights_in(self, values: Any) -> list[fx.Proxy]:
+        """The weights of the modules in nested containers."""
+        found: list[Any] = []
+        fx.node.map_aggregate(values, lambda one: found.append(one) if isinstance(one, nn.Module) else None)
+        held = (p for module in found for p in module._parameters.values() if p is not None and p.ndim > 1)
+        return [self._proxy(parameter, past=False) for parameter in held]
 
     def _assign(self, own: Any, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute; a parameter, and the one that takes its place, can't be handed out adapted."""
@@ -191,12 +203,6 @@ class Tracer(fx.Tracer):
             return make(*sizes, **kwargs)
         return self.create_proxy("call_function", make, sizes, kwargs)
 
-    def _gives_weight(self, args: Any, kwargs: Any) -> bool:
-        """Whether a parameter, or a view of one, is among the arguments."""
-        found: list[bool] = []
-        fx.node.map_aggregate((args, kwargs), lambda one: found.append(self._is_weight(one)))
-        return any(found)
-
     def _is_weight(self, value: Any) -> bool:
         node = value.node if isinstance(value, fx.Proxy) else None
         while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
@@ -205,6 +211,8 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A parameter that the code did not read as an attribute, where it would be a proxy, is marked."""
+        if isinstance(a, nn.Module):  # where it is called, or read, is what counts
+            return f"{type(a).__name__} at {id(a)}"
         value = self.as_node(a, [])
         if isinstance(value, nn.Parameter) and not self._elsewhere():
             value = self._proxy(value, past=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapter import (
     attach_vectors,
     refuse_fully_sharded,
+    refuse_wrapped,
     release,
     running_statistics,
     saved_tensors,
@@ -64,7 +65,7 @@ def load_adapter(model: Model, path: PathLike, approximate: bool = False, *, ada
             adapter of PEFT that vectors can't hold.
         BaseMismatchError: the adapter was trained on another base.
         StateError: a `disabled` block is open, or a `rows` block that uses the adapter of that name; it is on further
-            linears, and DistributedDataParallel holds the model.
+            linears, or the model is not adapted yet, and DistributedDataParallel holds the model.
         ConfigError: the name is no string, or empty.
     """
     if adapter_name is not None:
@@ -75,7 +76,7 @@ def load_adapter(model: Model, path: PathLike, approximate: bool = False, *, ada
         state = state_of(root, "load")
         _load_beside(model, state, file, path, adapter_name or state.pool.active)
     else:
-        _load_as_active(root, file, path, adapter_name or DEFAULT)
+        _load_as_active(model, file, path, adapter_name or DEFAULT)
     if file.projection is not None:
         warnings.warn(f"{path} was approximated: vectors keep {file.projection.text}", OneLoRAWarning, stacklevel=2)
     if file.unknown:
@@ -98,10 +99,12 @@ def _load_beside(model: nn.Module, state: AdapterState, file: AdapterFile, path:
     put_adapter(root, state, name, file.config, chosen, file.vectors, file.saved)
 
 
-def _load_as_active(root: nn.Module, file: AdapterFile, path: PathLike, name: str) -> None:
+def _load_as_active(model: nn.Module, file: AdapterFile, path: PathLike, name: str) -> None:
+    root = unwrap(model)
     fresh, new = not adapted_weights(root), not was_adapted(root)
     if fresh:
         refuse_fully_sharded(root, "load the adapter before fully_shard")
+        refuse_wrapped(model, "load the adapter into the model before you wrap it")
     state = attach_like(root, file, path) if fresh else state_of(root, "load")
     try:
         targets = on_the_base(adapted_weights(root), state.originals)

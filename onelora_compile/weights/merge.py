@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from onelora_compile.adapting.adapter import refuse_sharded, release, unwrap
 from onelora_compile.adapting.adapter_state import adapted_weights, state_of
+from onelora_compile.adapting.probe_linear import still_affine
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.errors import MergeError
 from onelora_compile.kinds import is_plain
@@ -81,7 +82,8 @@ def merge(model: nn.Module) -> MergeReport:
 
     Raises:
         StateError: the model is not adapted or sharded over processes, or a `disabled` block is open.
-        MergeError: a weight that is not floating point, or a result that its dtype can't hold.
+        MergeError: a weight that is not floating point, a result that its dtype can't hold, or a linear that computes
+            something else than W x + c by now.
     """
     root = unwrap(model)
     state = state_of(root, "merge")
@@ -236,6 +238,8 @@ def _folded(name: str, target: Target) -> tuple[Tensor, FoldLoss]:
             f"{name!r}: its weight is not in memory (offloaded by accelerate, or on the meta device), so nothing can "
             "be written to it: load the base without offloading, load the adapter, and merge there"
         )
+    if target.called and target.dims and not still_affine(target.module, target.dims):
+        raise MergeError(f"{name!r}: {output_only(target)}")
     try:
         return fold_weight(weight.detach(), target.vector, target.dims)
     except MergeError as error:

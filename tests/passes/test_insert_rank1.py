@@ -5,6 +5,7 @@ import pytest
 import torch
 from hard_models import HARD
 from torch import fx, nn
+from torch.fx._symbolic_trace import PH
 
 import onelora_compile as onelora
 from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
@@ -119,3 +120,28 @@ def test_a_vector_of_the_wrong_shape_is_refused():
     model = forms.module(lambda s, x: x @ s.w.t(), w=forms.weight(6, 8))
     with pytest.raises(onelora.PassError, match=r"the vector 'w' has shape \[8\]; its weight needs \[6\]"):
         insert_rank1(fx.symbolic_trace(model), {"w": torch.zeros(8)})
+
+
+def test_a_vector_that_no_linear_op_takes_is_said():
+    gm = fx.symbolic_trace(nn.Sequential(nn.Linear(8, 6), nn.Conv1d(5, 5, 1)))
+    result, inputs = insert_rank1(gm, {"0": torch.zeros(6), "1": torch.zeros(5), "2.weight": torch.zeros(6)})
+    assert (result.rewrites, inputs) == (["0"], ["0"])
+    assert result.skips == dict.fromkeys(("1", "2.weight"), "no linear op of the graph has this name")
+
+
+class OfDictionary(nn.Sequential):
+    def forward(self, inputs):
+        return self[0](inputs["x"])
+
+
+@pytest.mark.parametrize(
+    "captured",
+    [
+        lambda model: torch.export.export(model, (torch.randn(2, 8),)).module(),
+        lambda model: fx.symbolic_trace(OfDictionary(*model), {"inputs": {"x": PH}}),
+    ],
+)
+def test_a_graph_that_flattens_its_arguments_is_refused(captured):
+    """It would be called with its own number of them, and say so in words of PyTorch's trees."""
+    with pytest.raises(onelora.PassError, match="flattens its arguments"):
+        insert_rank1(captured(nn.Sequential(nn.Linear(8, 6))), {"0": torch.zeros(6)})
