@@ -45,6 +45,7 @@ from onelora_compile.exporters.jetson.reference_outputs import (
 from onelora_compile.exporters.jetson.releases import JetPack, jetpack_of
 from onelora_compile.exporters.jetson.shape_ranges import Shapes, profile_of
 from onelora_compile.exporters.jetson.signing import public_key_of
+from onelora_compile.exporters.jetson.timing_caches import check_timings, write_timings
 from onelora_compile.exporters.jetson.trtexec import trtexec_script
 from onelora_compile.exporters.onnx_file.save import save_model
 from onelora_compile.exporters.onnx_file.trained import other_values
@@ -73,6 +74,7 @@ def bundle(
     swap: str = "auto",
     layout: str = "plain",
     verify_key: PathLike | None = None,
+    timing_caches: Sequence[PathLike] = (),
     weak_fp16: bool = False,
     workspace_mib: int = 512,
     optimization_level: int = 3,
@@ -96,6 +98,8 @@ def bundle(
             the bundle's own program alone.
         verify_key: a public key, ed25519 in PEM: the device takes adapter files alone that `sign_adapter` signed with
             its private one. For modes that take files, from JetPack 6.0 on.
+        timing_caches: files `local/engines/timing-….cache` of devices that built a bundle: the first build on others of
+            the same GPU and TensorRT is as fast as a later one.
         weak_fp16: let TensorRT choose float16 for a float32 model; for TensorRT 8 and 10.
         workspace_mib: memory for one kernel while the engine is built, in MiB.
         optimization_level: 0 to 5, how long the builder searches for kernels.
@@ -113,8 +117,10 @@ def bundle(
     """
     start, target = time.perf_counter(), jetpack_of(jetpack)
     source, out, adapters = as_path(onnx, "onnx"), as_path(out, "out"), as_paths(adapters, "adapters")
+    timings = as_paths(timing_caches, "timing_caches")
+    check_timings(timings)
     _check_choices(target, weak_fp16, workspace_mib, optimization_level)
-    refuse_overwriting(out, [source, *adapters])
+    refuse_overwriting(out, [source, *adapters, *timings])
     check_free(out)
     with steps(f"bundle {out.name}", 4, progress) as step, replacing_folder(out) as folder:
         step("fit the model")
@@ -146,6 +152,7 @@ def bundle(
         manifest["adapters"], manifest["default"] = adapter_entries(folder, fitted, files)
         manifest["update_key"] = key
         _write_layout(folder, manifest, stock)
+        write_timings(folder, timings)
         _write_programs(folder, manifest, target, types)
         step("check")
         checks = _checked(folder, fitted) if selftest else []
