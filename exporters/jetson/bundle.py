@@ -29,6 +29,7 @@ from onelora_compile.exporters.jetson.bundle_manifest import (
 from onelora_compile.exporters.jetson.bundle_readme import readme
 from onelora_compile.exporters.jetson.bundle_report import BundleReport
 from onelora_compile.exporters.jetson.check_ranges import check_ranges
+from onelora_compile.exporters.jetson.container import IGNORED, dockerfile
 from onelora_compile.exporters.jetson.device.deployed import Deployed
 from onelora_compile.exporters.jetson.device.folder import BundleError, Folder, sha256_of
 from onelora_compile.exporters.jetson.device.measure import Check, selftest
@@ -250,6 +251,8 @@ def _write_programs(folder: Path, manifest: dict[str, Any], jetpack: JetPack, ty
         place = folder if file.name == "build_and_run.py" else folder / "onelora_device"
         (target := place / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
+    (folder / "Dockerfile").write_text(dockerfile(jetpack, manifest), encoding="utf-8")
+    (folder / ".dockerignore").write_text(IGNORED, encoding="utf-8")
     (folder / "trtexec.sh").write_text(trtexec_script(jetpack, manifest), encoding="utf-8")
     (folder / "README.md").write_text(readme(manifest, types), encoding="utf-8")
     for name in ("trtexec.sh", "build_and_run.py"):

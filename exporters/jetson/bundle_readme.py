@@ -73,6 +73,7 @@ def readme(manifest: dict[str, Any], types: str) -> str:
         "- NaN, or one class everywhere: `selftest --layers` finds the layer where it starts.",
         "- `No module named tensorrt`: use the system's python3, or `python3 -m venv --system-site-packages`.",
         f"- `./trtexec.sh` builds and times the same model with NVIDIA's tool, flags of TensorRT {device['tensorrt']}.",
+        "- In a container: `Dockerfile`, whose first lines say how.",
         "- With onnxruntime: `--runtime onnxruntime --provider cpu` (`cuda`, `tensorrt`) before any of these commands.",
         "",
     ]
