@@ -34,8 +34,10 @@ from onelora_compile.exporters.jetson.device.deployed import Deployed
 from onelora_compile.exporters.jetson.device.folder import BundleError, Folder, sha256_of
 from onelora_compile.exporters.jetson.device.measure import Check, selftest
 from onelora_compile.exporters.jetson.device.options import Options
+from onelora_compile.exporters.jetson.device.stored import BUILT
 from onelora_compile.exporters.jetson.fit_model import Fitted, fit
 from onelora_compile.exporters.jetson.layouts import Layout, layout_of
+from onelora_compile.exporters.jetson.polygraphy_script import polygraphy_script
 from onelora_compile.exporters.jetson.reference_outputs import (
     Cases,
     default_swaps,
@@ -61,7 +63,7 @@ PathLike = str | os.PathLike[str]
 
 # Largest difference over the largest magnitude of an output in ONNX Runtime here, where only the form changed.
 _HERE = {"float32": 1e-4, "float16": 1e-2}
-_BUILT = "(built)"  # the adapter whose values an engine for refit is built with
+_SCRIPTS = ("build_and_run.py", "polygraphy_data.py")  # beside the program's own folder
 
 
 def bundle(
@@ -214,7 +216,7 @@ def _write_reference(
     folder: Path, runner: OnnxRunner, cases: Cases, files: Mapping[str, Path], built: Mapping[str, np.ndarray]
 ) -> list[dict[str, str]]:
     """What the original computes with every adapter; the manifest's list of the files."""
-    written, swaps = [], default_swaps(runner, files) | ({_BUILT: built} if built else {})
+    written, swaps = [], default_swaps(runner, files) | ({BUILT: built} if built else {})
     (folder / "reference").mkdir()
     for case, content in reference_cases(runner, cases, swaps).items():
         name = f"reference/{case}.safetensors"
@@ -248,14 +250,18 @@ def _write_programs(folder: Path, manifest: dict[str, Any], jetpack: JetPack, ty
     """The scripts, the README, and, last, the manifest with the hash of everything else."""
     source = Path(device.__file__).parent
     for file in sorted(source.rglob("*.py")):
-        place = folder if file.name == "build_and_run.py" else folder / "onelora_device"
+        place = folder if file.name in _SCRIPTS else folder / "onelora_device"
         (target := place / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
     (folder / "Dockerfile").write_text(dockerfile(jetpack, manifest), encoding="utf-8")
     (folder / ".dockerignore").write_text(IGNORED, encoding="utf-8")
     (folder / "trtexec.sh").write_text(trtexec_script(jetpack, manifest), encoding="utf-8")
+    scripts = ["trtexec.sh", *_SCRIPTS]
+    if manifest["reference"]:
+        (folder / "polygraphy.sh").write_text(polygraphy_script(folder, jetpack, manifest), encoding="utf-8")
+        scripts.append("polygraphy.sh")
     (folder / "README.md").write_text(readme(manifest, types), encoding="utf-8")
-    for name in ("trtexec.sh", "build_and_run.py"):
+    for name in scripts:
         (folder / name).chmod(0o755)
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest["files"] = {

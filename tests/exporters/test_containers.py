@@ -79,6 +79,7 @@ def test_every_jetpack_has_an_image_of_its_kind():
             assert re.fullmatch(r"nvcr\.io/nvidia/tensorrt:\d\d\.\d\d-py3", image)
         else:
             wanted = JETPACKS[version].l4t.split(".")
+            assert l4t is not None
             assert l4t.group(1) == wanted[0]
             assert wanted[1] in ("x", l4t.group(2))
 

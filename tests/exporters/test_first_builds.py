@@ -139,8 +139,9 @@ def test_the_adapter_in_use_stays_until_its_engine_is_there(tmp_path, device, mo
     folder = bundles.fresh("load", tmp_path)
     assert device(folder, "build") == 0
     (engine,) = plans(folder)
-    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_double.module(rtx, build="OutOfMemory"))
-    sys.modules["tensorrt"].__version__ = "10.3.0"
+    full = tensorrt_double.module(rtx, build="OutOfMemory")
+    full.__version__ = "10.3.0"
+    monkeypatch.setitem(sys.modules, "tensorrt", full)
     assert device(folder, "update", bundles.sources() / "new.safetensors") == 1
     assert bundles.active(folder) == "default"
     assert plans(folder) == [engine]
