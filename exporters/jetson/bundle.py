@@ -29,12 +29,15 @@ from onelora_compile.exporters.jetson.bundle_manifest import (
 from onelora_compile.exporters.jetson.bundle_readme import readme
 from onelora_compile.exporters.jetson.bundle_report import BundleReport
 from onelora_compile.exporters.jetson.check_ranges import check_ranges
+from onelora_compile.exporters.jetson.container import IGNORED, dockerfile
 from onelora_compile.exporters.jetson.device.deployed import Deployed
 from onelora_compile.exporters.jetson.device.folder import BundleError, Folder, sha256_of
 from onelora_compile.exporters.jetson.device.measure import Check, selftest
 from onelora_compile.exporters.jetson.device.options import Options
+from onelora_compile.exporters.jetson.device.stored import BUILT
 from onelora_compile.exporters.jetson.fit_model import Fitted, fit
 from onelora_compile.exporters.jetson.layouts import Layout, layout_of
+from onelora_compile.exporters.jetson.polygraphy_script import polygraphy_script
 from onelora_compile.exporters.jetson.reference_outputs import (
     Cases,
     default_swaps,
@@ -45,6 +48,7 @@ from onelora_compile.exporters.jetson.reference_outputs import (
 from onelora_compile.exporters.jetson.releases import JetPack, jetpack_of
 from onelora_compile.exporters.jetson.shape_ranges import Shapes, profile_of
 from onelora_compile.exporters.jetson.signing import public_key_of
+from onelora_compile.exporters.jetson.timing_caches import check_timings, write_timings
 from onelora_compile.exporters.jetson.trtexec import trtexec_script
 from onelora_compile.exporters.onnx_file.save import save_model
 from onelora_compile.exporters.onnx_file.trained import other_values
@@ -59,7 +63,7 @@ PathLike = str | os.PathLike[str]
 
 # Largest difference over the largest magnitude of an output in ONNX Runtime here, where only the form changed.
 _HERE = {"float32": 1e-4, "float16": 1e-2}
-_BUILT = "(built)"  # the adapter whose values an engine for refit is built with
+_SCRIPTS = ("build_and_run.py", "polygraphy_data.py")  # beside the program's own folder
 
 
 def bundle(
@@ -73,6 +77,7 @@ def bundle(
     swap: str = "auto",
     layout: str = "plain",
     verify_key: PathLike | None = None,
+    timing_caches: Sequence[PathLike] = (),
     weak_fp16: bool = False,
     workspace_mib: int = 512,
     optimization_level: int = 3,
@@ -96,6 +101,8 @@ def bundle(
             the bundle's own program alone.
         verify_key: a public key, ed25519 in PEM: the device takes adapter files alone that `sign_adapter` signed with
             its private one. For modes that take files, from JetPack 6.0 on.
+        timing_caches: files `local/engines/timing-….cache` of devices that built a bundle: the first build on others of
+            the same GPU and TensorRT is as fast as a later one.
         weak_fp16: let TensorRT choose float16 for a float32 model; for TensorRT 8 and 10.
         workspace_mib: memory for one kernel while the engine is built, in MiB.
         optimization_level: 0 to 5, how long the builder searches for kernels.
@@ -113,8 +120,10 @@ def bundle(
     """
     start, target = time.perf_counter(), jetpack_of(jetpack)
     source, out, adapters = as_path(onnx, "onnx"), as_path(out, "out"), as_paths(adapters, "adapters")
+    timings = as_paths(timing_caches, "timing_caches")
+    check_timings(timings)
     _check_choices(target, weak_fp16, workspace_mib, optimization_level)
-    refuse_overwriting(out, [source, *adapters])
+    refuse_overwriting(out, [source, *adapters, *timings])
     check_free(out)
     with steps(f"bundle {out.name}", 4, progress) as step, replacing_folder(out) as folder:
         step("fit the model")
@@ -146,6 +155,7 @@ def bundle(
         manifest["adapters"], manifest["default"] = adapter_entries(folder, fitted, files)
         manifest["update_key"] = key
         _write_layout(folder, manifest, stock)
+        write_timings(folder, timings)
         _write_programs(folder, manifest, target, types)
         step("check")
         checks = _checked(folder, fitted) if selftest else []
@@ -206,7 +216,7 @@ def _write_reference(
     folder: Path, runner: OnnxRunner, cases: Cases, files: Mapping[str, Path], built: Mapping[str, np.ndarray]
 ) -> list[dict[str, str]]:
     """What the original computes with every adapter; the manifest's list of the files."""
-    written, swaps = [], default_swaps(runner, files) | ({_BUILT: built} if built else {})
+    written, swaps = [], default_swaps(runner, files) | ({BUILT: built} if built else {})
     (folder / "reference").mkdir()
     for case, content in reference_cases(runner, cases, swaps).items():
         name = f"reference/{case}.safetensors"
@@ -240,12 +250,18 @@ def _write_programs(folder: Path, manifest: dict[str, Any], jetpack: JetPack, ty
     """The scripts, the README, and, last, the manifest with the hash of everything else."""
     source = Path(device.__file__).parent
     for file in sorted(source.rglob("*.py")):
-        place = folder if file.name == "build_and_run.py" else folder / "onelora_device"
+        place = folder if file.name in _SCRIPTS else folder / "onelora_device"
         (target := place / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
+    (folder / "Dockerfile").write_text(dockerfile(jetpack, manifest), encoding="utf-8")
+    (folder / ".dockerignore").write_text(IGNORED, encoding="utf-8")
     (folder / "trtexec.sh").write_text(trtexec_script(jetpack, manifest), encoding="utf-8")
+    scripts = ["trtexec.sh", *_SCRIPTS]
+    if manifest["reference"]:
+        (folder / "polygraphy.sh").write_text(polygraphy_script(folder, jetpack, manifest), encoding="utf-8")
+        scripts.append("polygraphy.sh")
     (folder / "README.md").write_text(readme(manifest, types), encoding="utf-8")
-    for name in ("trtexec.sh", "build_and_run.py"):
+    for name in scripts:
         (folder / name).chmod(0o755)
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest["files"] = {

@@ -20,6 +20,10 @@ _STOCK = {
     "deepstream": "DeepStream's `nvinfer`; it takes a new engine when its property `model-engine-file` is set again",
     "isaac-ros": "Isaac ROS's `TensorRTNode`, which takes a new engine when it starts",
 }
+_POLYGRAPHY = (
+    "- `./polygraphy.sh` builds it with Polygraphy, on the stored inputs, and compares with the stored outputs;",
+    "  `BACKEND=--onnxrt ./polygraphy.sh` without TensorRT. `polygraphy inspect model model.onnx` shows the model.",
+)
 _SIGNED = "#   only with its signature, new.safetensors.sig, by the key of this bundle"
 
 
@@ -73,7 +77,9 @@ def readme(manifest: dict[str, Any], types: str) -> str:
         "- NaN, or one class everywhere: `selftest --layers` finds the layer where it starts.",
         "- `No module named tensorrt`: use the system's python3, or `python3 -m venv --system-site-packages`.",
         f"- `./trtexec.sh` builds and times the same model with NVIDIA's tool, flags of TensorRT {device['tensorrt']}.",
-        "- On a workstation with onnxruntime: `--runtime onnxruntime selftest` checks the files, not TensorRT.",
+        *(_POLYGRAPHY if manifest["reference"] else ()),
+        "- In a container: `Dockerfile`, whose first lines say how.",
+        "- With onnxruntime: `--runtime onnxruntime --provider cpu` (`cuda`, `tensorrt`) before any of these commands.",
         "",
     ]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from onelora_compile.exporters.jetson.device.core.modes import MODES
+from onelora_compile.exporters.jetson.device.ort_providers import shapes_text
 from onelora_compile.exporters.jetson.releases import JetPack
 
 _PATH = "/usr/src/tensorrt/bin/trtexec"
@@ -34,8 +35,7 @@ def trtexec_script(jetpack: JetPack, manifest: dict[str, Any]) -> str:
         parts += ["--int8"] if model["quantized"] else []
     for index, flag in enumerate(("minShapes", "optShapes", "maxShapes")):
         if profile:
-            ranges = (f"{name}:{'x'.join(map(str, shapes[index]))}" for name, shapes in profile.items())
-            parts.append(f"--{flag}={','.join(ranges)}")
+            parts.append(f"--{flag}={shapes_text(profile, index)}")
     lines = ["#!/bin/sh", f"# {_PATH} of TensorRT {jetpack.tensorrt}: builds and times the same model."]
     if MODES[model["mode"]].refits:
         lines.append("# trtexec can't mark single weights: the engine of build_and_run.py is another one here.")

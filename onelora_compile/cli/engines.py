@@ -72,6 +72,9 @@ def bundle(
         Path | None, typer.Option(help="A public key (PEM, ed25519): the device takes signed adapters alone.")
     ] = None,
     layout: Annotated[BundleLayout, typer.Option(help="A stock runtime's files too.")] = BundleLayout.PLAIN,
+    timing_cache: Annotated[
+        list[Path] | None, typer.Option(help="What a device timed (local/engines/timing-….cache); once for each.")
+    ] = None,
 ) -> BundleReport:
     """Write a folder that builds, tests, runs and updates a model on an NVIDIA Jetson, with what JetPack ships."""
     from onelora_compile.exporters import bundle as write_bundle
@@ -86,6 +89,7 @@ def bundle(
         swap=swap.value,
         layout=layout.value,
         verify_key=verify_key,
+        timing_caches=timing_cache or (),
     )
 
 

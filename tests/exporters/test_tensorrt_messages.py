@@ -1,6 +1,7 @@
 """What NVIDIA's messages mean, in the options of a bundle's script and in the arguments of build_engine."""
 
 import sys
+import time
 
 import pytest
 
@@ -43,16 +44,22 @@ def test_errors_are_told_once_each_and_with_what_helps():
 
 
 def test_the_line_of_a_build(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    line = progress.Line()
-    line.start("outer", 4)
+    def shown(line):
+        with line:
+            while not (text := capsys.readouterr().err):  # a thread writes it
+                time.sleep(0.01)
+        return text, capsys.readouterr().err
+
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        line = progress.Line(period=0.01)
+        line.start("outer", 4)
+        for _ in range(2):
+            line.step()
+        text, end = shown(line)
+        wanted = f"\r\033[K[{'#' * 10}{' ' * 10}] " if terminal else "building: "
+        assert text.startswith(wanted + "2/4 outer, 0 s so far")
+        assert end.endswith("\r\033[K") == terminal
     for _ in range(6):
         line.step()
-    line.clear()
-    shown = capsys.readouterr().err.split("\r\033[K")
-    assert shown[1] == f"[{' ' * 20}] 0/4 outer"
-    assert shown[3] == f"[{'#' * 10}{' ' * 10}] 2/4 outer"
-    assert shown[-2:] == [f"[{'#' * 20}] 4/4 outer", ""]
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    progress.Line().start("outer", 4)
-    assert capsys.readouterr().err == ""
+    assert line.text() == "4/4 outer, 0 s so far"

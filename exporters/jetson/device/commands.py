@@ -13,7 +13,9 @@ from .adapters import BASE, read_adapter, read_bytes, vectors_of
 from .deployed import Deployed, why_fixed
 from .folder import BundleError, Folder, sweep, write_atomically
 from .layers import find_start
-from .options import RUNTIMES, Options
+from .options import PROVIDERS, RUNTIMES, Options
+from .ort_providers import caches
+from .ort_providers import prune as prune_caches
 from .placed import misplaced, place, place_of
 from .signature import check_signature
 from .tensors import TensorError, npy_bytes, read_npy
@@ -35,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="build_and_run.py", description=__doc__)
     parser.add_argument("--bundle", default=_HERE, help="folder of the bundle (default: where this script is)")
     parser.add_argument("--runtime", choices=RUNTIMES, default="tensorrt", help="default: tensorrt")
+    parser.add_argument("--provider", choices=PROVIDERS, help="what ONNX Runtime runs the model on (default: cpu)")
     parser.add_argument("--libcudart", help="path of libcudart.so (default: found)")
     parser.add_argument("--verbose", action="store_true", help="show the runtime's own messages")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -81,6 +84,8 @@ def _builder_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(chosen: argparse.Namespace) -> Options:
+    if chosen.provider and chosen.runtime != "onnxruntime":
+        raise BundleError(f"--provider {chosen.provider} is for --runtime onnxruntime, and this is {chosen.runtime}")
     return Options(
         runtime=chosen.runtime,
         workspace_mib=getattr(chosen, "workspace_mib", None),
@@ -89,6 +94,7 @@ def _options(chosen: argparse.Namespace) -> Options:
         sm=(getattr(chosen, "sm", None) or "").replace(".", "").replace("sm_", "") or None,
         library=chosen.libcudart,
         verbose=chosen.verbose,
+        provider=chosen.provider or "cpu",
     )
 
 
@@ -102,11 +108,13 @@ def _build(folder: Folder, options: Options, chosen: argparse.Namespace) -> None
 
 def _build_for(folder: Folder, options: Options, adapter: dict[str, Any], force: bool = False) -> None:
     if options.runtime == "onnxruntime":
-        print("ONNX Runtime needs no engine: nothing to build")
+        from .ort_run import prepare
+
+        print("\n".join(prepare(folder, options, adapter, force)))
         return
     from .trt_build import build
 
-    print(f"building with {options.runtime}, this takes seconds to many minutes", flush=True)
+    print(f"building with {options.runtime}, this takes seconds to many minutes the first time", flush=True)
     plan = build(folder, options, adapter, force)
     record = plan.record()
     for note in record["notes"]:
@@ -215,8 +223,8 @@ def _rollback(folder: Folder, options: Options, chosen: argparse.Namespace) -> N
 
 
 def _rebuild(folder: Folder, options: Options, adapter: dict[str, Any]) -> None:
-    """In mode "load" an adapter is part of the engine; the one in use stays until the other one is there."""
-    if folder.traits.rebuilds and options.runtime != "onnxruntime":
+    """Where an adapter is part of the engine, the one in use stays until the other one is there."""
+    if options.engine_each(folder.traits):
         _build_for(folder, options, adapter)
 
 
@@ -232,6 +240,7 @@ def _activate(folder: Folder, adapter: dict[str, Any]) -> None:
     folder.activate(adapter)
     with contextlib.suppress(OSError):  # the adapter is in use by now; the next command removes what is left
         folder.prune()
+        prune_caches(folder)
         if folder.traits.rebuilds:
             from .trt_build import prune
 
@@ -258,6 +267,7 @@ def _status(folder: Folder, options: Options, chosen: argparse.Namespace) -> int
     print(f"installed {', '.join(folder.installed()) or 'none'}")
     engines = folder.file("local", "engines")
     plans = [name for name in sorted(os.listdir(engines)) if name.endswith(".plan")] if os.path.isdir(engines) else []
+    plans += [os.path.basename(path) for path in caches(folder)]
     print(f"engines   {', '.join(plans) or 'none: run build'}")
     wrong = folder.damaged()
     for line in wrong:

@@ -14,7 +14,7 @@ from .adapters import BASE, vectors_of
 from .core.modes import BASE as NO_ADAPTER
 from .core.modes import IDS
 from .folder import BundleError, Folder
-from .options import RUNTIMES, Options
+from .options import PROVIDERS, RUNTIMES, Options
 from .tensors import Tensor
 
 
@@ -35,6 +35,8 @@ class Deployed:
         self.options = options or Options()
         if self.options.runtime not in RUNTIMES:
             raise BundleError(f"runtime {self.options.runtime!r} is not one of {', '.join(RUNTIMES)}")
+        if self.options.provider not in PROVIDERS:
+            raise BundleError(f"provider {self.options.provider!r} is not one of {', '.join(PROVIDERS)}")
         self.adapter: dict[str, Any] = self.folder.state()["adapter"] if adapter is None else self.folder.find(adapter)
         self.engine = self._open(self.adapter)
         if absent := [name for name in self._fed() if name not in self.engine.inputs]:
@@ -103,8 +105,8 @@ class Deployed:
     def _switch(self, adapter: dict[str, Any]) -> None:
         if self.folder.traits.fixed:
             raise BundleError(why_fixed(self.folder))
-        if self.folder.traits.rebuilds and self.options.runtime != "onnxruntime":
-            self.engine = self._open(adapter)  # every adapter has an engine of its own
+        if self.options.engine_each(self.folder.traits):
+            self.engine = self._open(adapter)
         self._set(adapter)
         self.adapter = adapter
 

@@ -59,8 +59,9 @@ def selftest(model: Deployed, tolerance: float | None = None) -> list[Check]:
     if not cases:
         raise BundleError("this bundle was made without reference tensors (selftest=False): nothing to compare with")
     own, checks = model.adapter, []
-    fixed = model.folder.traits.fixed or (model.folder.traits.rebuilds and model.options.runtime != "onnxruntime")
-    if model.folder.traits.refits:  # as it was built, before the first refit
+    own_engine = model.options.engine_each(model.folder.traits)
+    fixed = model.folder.traits.fixed or own_engine
+    if model.folder.traits.refits and not own_engine:  # as it was built, before the first refit
         model.reopen()
         for case, tensors in cases.items():
             checks += _compare(model, case, tensors, "(built)", "", tolerance)

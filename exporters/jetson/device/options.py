@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .core.modes import Mode
+
 RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
+PROVIDERS = ("cpu", "cuda", "tensorrt")
 
 
 class Options(NamedTuple):
     """How to build and run.
 
     Attributes:
-        runtime: "tensorrt" (JetPack's), "tensorrt_rtx" (NVIDIA's for desktop GPUs), or "onnxruntime" on the CPU.
+        runtime: "tensorrt" (JetPack's), "tensorrt_rtx" (NVIDIA's for desktop GPUs), or "onnxruntime".
+        provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt".
         workspace_mib: memory that the builder may give to one kernel; None is the bundle's choice.
         optimization_level: 0 to 5, how long the builder searches; None is the bundle's choice.
         tf32: float32 products with 10 bits of mantissa, TensorRT's default.
@@ -27,3 +31,10 @@ class Options(NamedTuple):
     sm: str | None = None
     library: str | None = None
     verbose: bool = False
+    provider: str = "cpu"
+
+    def engine_each(self, mode: Mode) -> bool:
+        """Whether each adapter has an engine of its own: another one takes as long as a build."""
+        if self.runtime == "onnxruntime":
+            return self.provider == "tensorrt" and (mode.rebuilds or mode.refits)
+        return mode.rebuilds

@@ -15,7 +15,7 @@ from .adapters import vectors_of
 from .core.build import Build, can_be_strong, can_refit, has_timings
 from .core.cuda import Cuda
 from .core.messages import Refused
-from .core.progress import Line
+from .core.progress import Earlier, Line
 from .folder import BundleError, Folder, sha256_of, sweep, write_atomically
 from .options import Options
 
@@ -48,6 +48,7 @@ class Plan:
         self.record_path = os.path.join(self.folder, key + ".json")
         cache = "timing-{module}-{version}-{sm}.cache".format(**self.identity)
         self.cache_path = os.path.join(self.folder, cache)
+        self.shipped_path = folder.file("timing", cache)
 
     def exists(self) -> bool:
         """Whether the engine was built."""
@@ -64,14 +65,27 @@ class Plan:
         with open(self.record_path, encoding="utf-8") as file:
             return dict(json.load(file))
 
-    def _others(self) -> list[str]:
-        lines = []
+    def earlier(self) -> Earlier | None:
+        """The last build of this model here, with this or another adapter."""
+        same = ("module", "version", "sm", "model")
+        found = [one for one in self._records() if all(one["identity"].get(k) == self.identity[k] for k in same)]
+        last = max(found, key=lambda one: float(one.get("built", 0)), default=None)
+        return None if last is None else Earlier(last["seconds"], last.get("phases", ()))
+
+    def _records(self) -> list[dict[str, Any]]:
+        found = []
         for name in sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else []:
             if name.endswith(".json"):
                 with open(os.path.join(self.folder, name), encoding="utf-8") as file:
-                    other = json.load(file)["identity"]
-                differs = [f"{k} {other[k]!r}, now {v!r}" for k, v in self.identity.items() if other.get(k) != v]
-                lines.append(f"\n  the engine {name[:-5]} is for: " + "; ".join(differs))
+                    found.append({"name": name[: -len(".json")], **json.load(file)})
+        return found
+
+    def _others(self) -> list[str]:
+        lines = []
+        for record in self._records():
+            other = record["identity"]
+            differs = [f"{k} {other[k]!r}, now {v!r}" for k, v in self.identity.items() if other.get(k) != v]
+            lines.append(f"\n  the engine {record['name']} is for: " + "; ".join(differs))
         return lines
 
     def read(self) -> bytes:
@@ -102,15 +116,17 @@ def build(
     os.makedirs(plan.folder, exist_ok=True)
     sweep(plan.folder)
     start = time.time()
-    content, notes = _build(trt, folder, options, plan, model_path(folder, adapter))
+    content, notes, phases = _build(trt, folder, options, plan, model_path(folder, adapter))
     write_atomically(plan.path, content)
     record = {
         "identity": plan.identity,
         "sha256": sha256_of(plan.path),
         "bytes": os.path.getsize(plan.path),
         "board": board(),
+        "built": round(time.time()),
         "seconds": round(time.time() - start, 1),
-        "options": {key: value for key, value in options._asdict().items() if value is not None},
+        "phases": phases,
+        "options": {key: value for key, value in options._asdict().items() if value is not None and key != "provider"},
         "notes": notes,
     }
     write_atomically(plan.record_path, json.dumps(record, indent=1).encode())
@@ -190,16 +206,26 @@ def _build(trt: Any, folder: Folder, options: Options, plan: Plan, path: str) ->
         build.profile(choices["profiles"])
     if folder.traits.refits:
         _mark(trt, build, list(folder.manifest["vectors"]))
-    cached, line = has_timings(trt), Line()
+    cached, line = has_timings(trt), Line(plan.earlier())
     if cached:
-        build.use_timings(_content(plan.cache_path))
+        notes += _use_timings(build, plan)
     try:
-        content = build.plan(line)
+        with line:
+            content = build.plan(line)
     finally:
-        line.clear()
         if cached and (timings := build.timings()) is not None:
             write_atomically(plan.cache_path, timings)
-    return content, notes
+    return content, notes, line.phases
+
+
+def _use_timings(build: Build, plan: Plan) -> list[str]:
+    """This device's timing cache, or the one that came with the bundle; notes."""
+    own = _content(plan.cache_path)
+    content = own or _content(plan.shipped_path)
+    if build.use_timings(content) or not content:
+        return []
+    whose = "kept here" if own else "of the bundle"
+    return [f"the timing cache {whose} is not of this device: TensorRT has started a new one"]
 
 
 def types_of(trt: Any, manifest: dict[str, Any]) -> tuple[bool, list[str], list[str]]:
