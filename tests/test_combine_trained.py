@@ -170,7 +170,7 @@ def headed(path, seed=0, dtype=None):
     torch.manual_seed(0)
     body = nn.Linear(4, 6)
     torch.manual_seed(100 + seed)
-    model = nn.Sequential(body, nn.Linear(6, 3, dtype=dtype))
+    model = nn.Sequential(body, nn.Linear(6, 3).to(dtype))
     start = {name: value.clone() for name, value in model.state_dict().items()}
     onelora.adapt(model, onelora.OneLoRAConfig(modules_to_save=["1"]))
     with torch.no_grad():

@@ -12,6 +12,8 @@ from torch import nn
 import onelora_compile as onelora
 from onelora_compile.testing import fill_vectors, merged_copy
 
+AHEAD = pytest.mark.skipif(torch.__version__ < "2.12", reason="functions have aot_compile since torch 2.12")
+
 MODEL = """
 import sys, torch
 from torch import nn
@@ -94,6 +96,7 @@ def run(script, how, folder, cache):
     return done.stdout.split()
 
 
+@AHEAD
 @pytest.mark.slow
 def test_a_saved_function_follows_the_vectors_of_another_process(tmp_path):
     run(SAVE, "save", tmp_path, tmp_path / "cache")
@@ -114,6 +117,7 @@ def compiled_ahead(function, *args):
     return compiled.aot_compile((args, {}))
 
 
+@AHEAD
 def test_a_function_that_is_compiled_ahead_follows_later_values():
     model = fill_vectors(onelora.adapt(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))), 0.5)
     x = torch.randn(3, 8)
@@ -123,6 +127,7 @@ def test_a_function_that_is_compiled_ahead_follows_later_values():
         torch.testing.assert_close(compiled(x), merged_copy(model)(x))
 
 
+@AHEAD
 def test_ahead_of_time_a_model_without_vectors_is_said_to_be_the_base():
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     x = torch.randn(3, 8)

@@ -173,7 +173,8 @@ def vector_of_rows(module: nn.Module, vector: Tensor, y: Tensor, chosen: Chosen)
     """
     rows, active = chosen
     own = getattr(module, ROWS)
-    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
+    # The flag itself: Dynamo of PyTorch 2.11 takes every compilation for an export where is_exporting() is asked.
+    if torch.compiler._is_exporting_flag or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
         raise StateError("can't export or trace inside a onelora.rows block: its rows would be constants")
     if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(y):
         raise StateError(

@@ -66,7 +66,8 @@ def observe(module: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         wide = x.detach().reshape(-1, x.shape[-1]).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         sums, size = wide.sum(-1), wide.abs().sum(-1).mean()
-        low, high, differ = sums.min(), sums.max(), (wide != wide[:1]).any()
+        # A DTensor of PyTorch 2.11 has no `!=`.
+        low, high, differ = sums.min(), sums.max(), (wide == wide[:1]).logical_not().any()
         if (seen := _watched[module]) is not None:
             low, high, differ = torch.minimum(low, seen.low), torch.maximum(high, seen.high), differ | seen.differ
     _watched[module] = _Seen(low, high, size, differ, _CONSTANT.get(x.dtype, 3e-3))
