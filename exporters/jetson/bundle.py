@@ -30,11 +30,11 @@ from onelora_compile.exporters.jetson.bundle_readme import readme
 from onelora_compile.exporters.jetson.bundle_report import BundleReport
 from onelora_compile.exporters.jetson.check_ranges import check_ranges
 from onelora_compile.exporters.jetson.container import IGNORED, dockerfile
+from onelora_compile.exporters.jetson.device.adapters import BUILT
 from onelora_compile.exporters.jetson.device.deployed import Deployed
 from onelora_compile.exporters.jetson.device.folder import BundleError, Folder, sha256_of
 from onelora_compile.exporters.jetson.device.measure import Check, selftest
 from onelora_compile.exporters.jetson.device.options import Options
-from onelora_compile.exporters.jetson.device.stored import BUILT
 from onelora_compile.exporters.jetson.fit_model import Fitted, fit
 from onelora_compile.exporters.jetson.layouts import Layout, layout_of
 from onelora_compile.exporters.jetson.polygraphy_script import polygraphy_script

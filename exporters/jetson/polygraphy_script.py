@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
-from onelora_compile.exporters.jetson.device.core.modes import MODES
-from onelora_compile.exporters.jetson.device.stored import BUILT
+from onelora_compile.exporters.jetson.device.stored import own_outputs
 from onelora_compile.exporters.jetson.device.tensors import read_safetensors
 from onelora_compile.exporters.jetson.releases import JetPack
+from onelora_compile.exporters.jetson.tool_script import builder_flags, tool_script
 
 
 def polygraphy_script(folder: Path, jetpack: JetPack, manifest: dict[str, Any]) -> str:
@@ -20,8 +19,7 @@ def polygraphy_script(folder: Path, jetpack: JetPack, manifest: dict[str, Any]) 
         jetpack: the release, which decides the flags.
         manifest: of the bundle; its tolerances, relative to an output's largest magnitude, are absolute ones here.
     """
-    model, build = manifest["model"], manifest["build"]
-    weak = build["typing"] == "weak_fp16"
+    build = manifest["build"]
     parts = [
         "--data-loader-script=polygraphy_data.py",
         "--load-outputs=local/polygraphy.json",
@@ -29,15 +27,8 @@ def polygraphy_script(folder: Path, jetpack: JetPack, manifest: dict[str, Any]) 
         "--load-timing-cache=local/polygraphy.cache",
         "--save-timing-cache=local/polygraphy.cache",
         f"--pool-limit=workspace:{build['workspace_mib']}M",
+        *builder_flags(jetpack, manifest, "--builder-optimization-level", "--strongly-typed", weak="--tf32"),
     ]
-    if jetpack.major >= 10 or jetpack.tensorrt.startswith("8.6"):
-        parts.append(f"--builder-optimization-level={build['optimization_level']}")
-    if jetpack.strongly_typed and not weak:
-        parts.append("--strongly-typed")
-    elif jetpack.weak_typing:
-        parts += ["--fp16"] if weak or "float16" in model["dtypes"] else []
-        parts += ["--int8"] if model["quantized"] else []
-        parts.append("--tf32")
     for index, flag in enumerate(("min", "opt", "max")):
         if build["profiles"]:
             parts += [
@@ -45,21 +36,18 @@ def polygraphy_script(folder: Path, jetpack: JetPack, manifest: dict[str, Any]) 
                 *(f"{n}:{list(s[index])}".replace(" ", "") for n, s in build["profiles"].items()),
             ]
     parts += ["--rtol=0", "--atol", *(f"{name}:{value:.3g}" for name, value in _absolute(folder, manifest).items())]
-    lines = ["#!/bin/sh", "# Polygraphy (pip install polygraphy) builds the model and compares it with stored outputs."]
-    if MODES[model["mode"]].refits:
-        lines.append("# Polygraphy can't mark single weights: the engine of build_and_run.py is another one here.")
-    lines += [
+    about = "Polygraphy (pip install polygraphy) builds the model and compares it with stored outputs."
+    begin = [
         'cd "$(dirname "$0")" && mkdir -p local || exit',
         "python3 polygraphy_data.py local/polygraphy.json || exit",
     ]
-    lines += [f"exec ${{POLYGRAPHY:-polygraphy}} run {model['file']} ${{BACKEND:---trt}} \\"]
-    lines += [f"  {shlex.quote(part)} \\" for part in parts]
-    return "\n".join([*lines, '  "$@"', ""])
+    command = f"${{POLYGRAPHY:-polygraphy}} run {manifest['model']['file']} ${{BACKEND:---trt}}"
+    return tool_script(about, "Polygraphy", manifest, begin, command, parts)
 
 
 def _absolute(folder: Path, manifest: dict[str, Any]) -> dict[str, float]:
     """What each output may differ by, over all stored cases with the bundle's own adapter."""
-    begin = f"outputs/{BUILT if MODES[manifest['model']['mode']].refits else manifest['default']}/"
+    begin = own_outputs(manifest)
     largest = dict.fromkeys(manifest["tolerance"], 0.0)
     for entry in manifest["reference"]:
         tensors, _ = read_safetensors(str(folder / entry["file"]))

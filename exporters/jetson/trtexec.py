@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
-from onelora_compile.exporters.jetson.device.core.modes import MODES
 from onelora_compile.exporters.jetson.device.ort_providers import shapes_text
 from onelora_compile.exporters.jetson.releases import JetPack
+from onelora_compile.exporters.jetson.tool_script import builder_flags, tool_script
 
 _PATH = "/usr/src/tensorrt/bin/trtexec"
 
@@ -15,30 +14,19 @@ _PATH = "/usr/src/tensorrt/bin/trtexec"
 def trtexec_script(jetpack: JetPack, manifest: dict[str, Any]) -> str:
     """A shell script; it times with random inputs, vectors included, where the model has them as inputs.
 
-    Flags by release: `--workspace` and `--explicitBatch` ended with 8.x; `--builderOptimizationLevel` came with 8.6,
-    `--stronglyTyped` with 10.0; `--fp16`, `--bf16` and `--int8` ended with 10.x.
+    `--workspace` and `--explicitBatch` ended with 8.x; other flags by release are in `builder_flags`.
     """
-    model, build = manifest["model"], manifest["build"]
-    weak, profile = build["typing"] == "weak_fp16", build["profiles"]
+    build, profile = manifest["build"], manifest["build"]["profiles"]
     parts = [
-        f"--onnx={model['file']}",
+        f"--onnx={manifest['model']['file']}",
         "--saveEngine=local/trtexec.plan",
         "--timingCacheFile=local/trtexec.cache",
         f"--memPoolSize=workspace:{build['workspace_mib']}",
+        *builder_flags(jetpack, manifest, "--builderOptimizationLevel", "--stronglyTyped"),
     ]
-    if jetpack.major >= 10 or jetpack.tensorrt.startswith("8.6"):
-        parts.append(f"--builderOptimizationLevel={build['optimization_level']}")
-    if jetpack.strongly_typed and not weak:
-        parts.append("--stronglyTyped")
-    elif jetpack.weak_typing:
-        parts += ["--fp16"] if weak or "float16" in model["dtypes"] else []
-        parts += ["--int8"] if model["quantized"] else []
     for index, flag in enumerate(("minShapes", "optShapes", "maxShapes")):
         if profile:
             parts.append(f"--{flag}={shapes_text(profile, index)}")
-    lines = ["#!/bin/sh", f"# {_PATH} of TensorRT {jetpack.tensorrt}: builds and times the same model."]
-    if MODES[model["mode"]].refits:
-        lines.append("# trtexec can't mark single weights: the engine of build_and_run.py is another one here.")
-    lines += ['cd "$(dirname "$0")" && mkdir -p local', f'exec "${{TRTEXEC:-{_PATH}}}" \\']
-    lines += [f"  {shlex.quote(part)} \\" for part in parts]
-    return "\n".join([*lines, '  "$@"', ""])
+    about = f"{_PATH} of TensorRT {jetpack.tensorrt}: builds and times the same model."
+    begin = ['cd "$(dirname "$0")" && mkdir -p local']
+    return tool_script(about, "trtexec", manifest, begin, f'"${{TRTEXEC:-{_PATH}}}"', parts)

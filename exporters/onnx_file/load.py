@@ -76,7 +76,9 @@ def nodes_of(model: onnx_ir.Model) -> Iterator[onnx_ir.Node]:
 def _tensors_in(attribute: Any) -> list[Any]:
     if attribute.is_ref() or attribute.value is None:
         return []
-    return {"TENSOR": lambda held: [held], "TENSORS": list}.get(attribute.type.name, lambda _: [])(attribute.value)
+    if attribute.type.name == "TENSOR":
+        return [attribute.value]
+    return list(attribute.value) if attribute.type.name == "TENSORS" else []
 
 
 def _embedded(ir: Any, attribute: Any, path: Path) -> Any:

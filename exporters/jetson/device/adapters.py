@@ -23,6 +23,7 @@ _WIDTH = 4
 TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "output": 1e-2}
 TOLERANCE_OTHER = 0.25
 BASE = "base"  # the name of "no adapter": vectors of zeros
+BUILT = "(built)"  # what a model with vectors that are refitted later is stored with
 
 Vectors = Dict[str, Tensor]
 

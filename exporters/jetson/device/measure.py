@@ -6,7 +6,7 @@ import math
 import time
 from typing import Any, Callable, NamedTuple
 
-from .adapters import BASE
+from .adapters import BASE, BUILT
 from .deployed import Deployed
 from .folder import BundleError, Folder
 from .tensors import Tensor, TensorError, difference, read_safetensors
@@ -64,7 +64,7 @@ def selftest(model: Deployed, tolerance: float | None = None) -> list[Check]:
     if model.folder.traits.refits and not own_engine:  # as it was built, before the first refit
         model.reopen()
         for case, tensors in cases.items():
-            checks += _compare(model, case, tensors, "(built)", "", tolerance)
+            checks += _compare(model, case, tensors, BUILT, "", tolerance)
     names = [own["name"]] if fixed else [name for name in model.folder.packed()]
     known = [name for name in names if name in model.folder.packed()]
     for name in [*known, *known[:1]] if len(known) > 1 else known:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Iterator
 
-from .adapters import vectors_of
-from .core.modes import IDS
+from .adapters import BUILT, vectors_of
+from .core.modes import IDS, MODES
 from .folder import Folder
 from .measure import inputs_of, references
 from .tensors import Tensor
-
-BUILT = "(built)"  # what a model with vectors that are refitted later is stored with
 
 
 def feeds(folder: Folder) -> Iterator[dict[str, Any]]:
@@ -25,9 +23,15 @@ def feeds(folder: Folder) -> Iterator[dict[str, Any]]:
         yield {name: value.numpy() for name, value in inputs.items()}
 
 
+def own_outputs(manifest: dict[str, Any]) -> str:
+    """How the names of the stored outputs begin that `model.onnx` gives as it lies there."""
+    refits = MODES[manifest["model"]["mode"]].refits
+    return f"outputs/{BUILT if refits else manifest['default']}/"
+
+
 def expected(folder: Folder) -> list[dict[str, Any]]:
     """What `model.onnx` gives for each of `feeds`; arrays of NumPy."""
-    begin = f"outputs/{BUILT if folder.traits.refits else folder.manifest['default']}/"
+    begin = own_outputs(folder.manifest)
     return [
         {name[len(begin) :]: value.numpy() for name, value in tensors.items() if name.startswith(begin)}
         for tensors in references(folder).values()
