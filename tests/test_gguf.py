@@ -187,6 +187,16 @@ def test_a_base_that_is_missing_or_none_is_one_line(tmp_path):
     assert not (tmp_path / "a.gguf").exists()
 
 
+def test_a_configuration_in_the_working_folder_is_not_that_of_an_adapter_that_names_no_base(tmp_path, monkeypatch):
+    base, model = adapted("llama")
+    base.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    onelora.save_adapter(model, "a.safetensors")
+    with pytest.raises(onelora.ConfigError, match="needs the base"):
+        convert_adapter("a.safetensors", "a.gguf")
+    assert not (tmp_path / "a.gguf").exists()
+
+
 def test_base_is_for_gguf_alone_and_gguf_is_not_read(tmp_path):
     _, model = adapted("llama")
     onelora.save_adapter(model, tmp_path / "a.safetensors")

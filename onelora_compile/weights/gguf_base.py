@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from onelora_compile.errors import BaseMismatchError, ConfigError
+from onelora_compile.file_names import check_there
 from onelora_compile.printable import shortened
 from onelora_compile.progress import steps
 from onelora_compile.weights.adapter_content import AdapterFile
@@ -39,7 +40,8 @@ def layout_for(file: AdapterFile, base: Path | None) -> GgufLayout:
         BaseMismatchError: the adapter was trained on other weights than the GGUF file's.
         FileNotFoundError: there is no such file.
     """
-    if base is None and not Path(file.base_model, CONFIG).is_file():
+    # Without a name the path would be the working folder.
+    if base is None and not (file.base_model and Path(file.base_model, CONFIG).is_file()):
         named = f"; the adapter names {file.base_model!r}, which is no folder here" if file.base_model else ""
         raise ConfigError(f"a GGUF file needs the base: its folder, config.json or .gguf (base=, --base){named}")
     path = Path(file.base_model) if base is None else base
@@ -52,8 +54,7 @@ def layout_for(file: AdapterFile, base: Path | None) -> GgufLayout:
 
 
 def _of_config(path: Path) -> GgufLayout:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    check_there(path)
     try:
         fields: Any = json.loads(path.read_text(encoding="utf-8"))
         return layout_of_config(dict(fields), str(path))
@@ -64,8 +65,7 @@ def _of_config(path: Path) -> GgufLayout:
 def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The tensors of a GGUF file, and its fields, by name."""
     gguf = the_package()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    check_there(path)
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
