@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.testing import fill_vectors
+from onelora_compile.testing import assert_parity, fill_vectors
 
 
 def adapter_of(folder, *weights, scale=0.3):
@@ -21,6 +21,11 @@ def adapter_of(folder, *weights, scale=0.3):
     model = fill_vectors(onelora.adapt(nn.Sequential(*linears), onelora.OneLoRAConfig(target_modules=r"\d+")), scale)
     onelora.save_adapter(model, folder / "own.safetensors")
     return folder / "own.safetensors", [v.detach().double().numpy() for v in onelora.vectors(model).values()]
+
+
+def assert_arrays(found, exact, plain):
+    """`assert_parity` of arrays."""
+    assert_parity(torch.from_numpy(found), torch.from_numpy(exact), torch.from_numpy(plain))
 
 
 def save_graph(path, nodes, arrays, x, y, opsets=()):

@@ -5,20 +5,12 @@ import types
 
 import pytest
 import torch
+from blocks import Block
 from torch import nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
 from onelora_compile.testing import fill_vectors
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.b = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.b(x)
 
 
 def patched(self, x):

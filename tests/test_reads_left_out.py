@@ -6,21 +6,12 @@ import types
 
 import pytest
 import torch
+from blocks import Block
 from torch import nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
 from onelora_compile.testing import fill_vectors, merged_copy
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.b = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.b(x)
-
 
 PAST = {
     "a_list": (lambda s: [s.b.weight], lambda held, x: F.linear(x, held[0])),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from onnx_graphs import adapter_of, session
+from onnx_graphs import adapter_of, assert_arrays, session
 
 from onelora_compile.errors import ConfigError, ExportError
 from onelora_compile.exporters import fold_onnx, ranges
@@ -66,7 +66,7 @@ def tensors(graph):
 
 
 def written(folder, where, location):
-    """A model whose weight and bias are in a file, and the adapter of the weight."""
+    """A model whose weight and bias are in a file; its adapter, and the outputs in float64 and float32."""
     made, content = WHERE[where](), b""
     for graph in (made.graph, *made.functions):
         for tensor in tensors(graph):
@@ -80,7 +80,8 @@ def written(folder, where, location):
     (folder / location).write_bytes(content)
     (folder / "m.onnx").write_bytes(made.SerializeToString())
     adapter, (vector,) = adapter_of(folder, WEIGHT)
-    return adapter, X.astype(np.float64) @ (WEIGHT + vector[:, None]).T + BIAS
+    merged = WEIGHT + vector[:, None]
+    return adapter, *(X.astype(kind) @ merged.astype(kind).T + BIAS for kind in (np.float64, np.float32))
 
 
 def output(path):
@@ -90,19 +91,19 @@ def output(path):
 @pytest.mark.parametrize("location", ["w.bin", "sub/w.bin", "out.onnx.data", "m.onnx.data"])
 @pytest.mark.parametrize("where", WHERE)
 def test_the_result_is_whole_in_any_folder(where, location, tmp_path):
-    adapter, exact = written(tmp_path, where, location)
+    adapter, exact, plain = written(tmp_path, where, location)
     (tmp_path / "elsewhere").mkdir()
     before = {name: (tmp_path / name).read_bytes() for name in ("m.onnx", location)}
     for out in ("elsewhere/out.onnx", "out.onnx", "m.onnx"):
         assert {name: (tmp_path / name).read_bytes() for name in before} == before
         fold_onnx(tmp_path / "m.onnx", adapter, tmp_path / out)
-        np.testing.assert_allclose(output(tmp_path / out), exact, rtol=1e-4, atol=1e-4)
+        assert_arrays(output(tmp_path / out), exact, plain)
     assert (tmp_path / location).read_bytes() == before[location]
 
 
 @pytest.mark.parametrize("where", WHERE)
 def test_no_output_takes_the_place_of_weights(where, tmp_path):
-    adapter, _ = written(tmp_path, where, "w.onnx")
+    adapter, *_ = written(tmp_path, where, "w.onnx")
     before = (tmp_path / "w.onnx").read_bytes()
     with pytest.raises(ConfigError, match="would overwrite the input"):
         fold_onnx(tmp_path / "m.onnx", adapter, tmp_path / "w.onnx")
@@ -114,7 +115,7 @@ def test_no_output_takes_the_place_of_weights(where, tmp_path):
 def test_nothing_outside_the_folder_is_read(where, location, tmp_path):
     (tmp_path / "own").mkdir()
     place = str(tmp_path / "w.bin") if location == "absolute" else location
-    adapter, _ = written(tmp_path / "own", where, place)
+    adapter, *_ = written(tmp_path / "own", where, place)
     with pytest.raises(ExportError, match="outside the folder of the model; refused"):
         fold_onnx(tmp_path / "own" / "m.onnx", adapter, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
@@ -122,7 +123,7 @@ def test_nothing_outside_the_folder_is_read(where, location, tmp_path):
 
 @pytest.mark.parametrize("where", WHERE)
 def test_weights_that_are_gone_or_cut_off(where, tmp_path):
-    adapter, _ = written(tmp_path, where, "w.bin")
+    adapter, *_ = written(tmp_path, where, "w.bin")
     whole = (tmp_path / "w.bin").read_bytes()
     (tmp_path / "w.bin").write_bytes(whole[:-4])
     with pytest.raises(ExportError, match=r"w\.bin, which has \d+: the file is damaged"):
@@ -135,6 +136,6 @@ def test_weights_that_are_gone_or_cut_off(where, tmp_path):
 
 @pytest.mark.parametrize("where", WHERE)
 def test_they_are_measured_too(where, tmp_path):
-    adapter, exact = written(tmp_path, where, "w.bin")
+    adapter, exact, _ = written(tmp_path, where, "w.bin")
     largest = ranges(tmp_path / "m.onnx", [{"x": X}], adapter).tensors["y"].largest
     np.testing.assert_allclose(largest, np.abs(exact).max(), rtol=1e-5)

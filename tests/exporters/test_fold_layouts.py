@@ -8,13 +8,13 @@ import onnx
 import onnx_tools as tools
 import pytest
 import torch
-from onnx_graphs import adapter_of, save_graph, session
+from onnx_graphs import adapter_of, assert_arrays, save_graph, session
 from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters import fold_onnx
-from onelora_compile.testing import fill_vectors
+from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -98,10 +98,13 @@ def test_what_reads_a_weight_tells_its_order(weight, form, tmp_path):
     adapter, (vector,) = adapter_of(tmp_path, WEIGHTS[weight])
     fold_onnx(path, adapter, tmp_path / "out.onnx")
     x = np.random.default_rng(4).normal(size=(N, N)).astype(np.float32) + 0.5
-    merged = WEIGHTS[weight].astype(np.float64) + vector[:, None]
-    expected = merged @ x if left else x @ merged.T
+    merged = WEIGHTS[weight] + vector[:, None]
     (y,) = session(tmp_path / "out.onnx").run(None, {"x": x})
-    np.testing.assert_allclose(y.reshape(N, N), expected, rtol=1e-4, atol=1e-4)
+    exact, plain = (
+        merged.astype(kind) @ x.astype(kind) if left else x.astype(kind) @ merged.astype(kind).T
+        for kind in (np.float64, np.float32)
+    )
+    assert_arrays(y.reshape(N, N), exact, plain)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -113,6 +116,15 @@ def test_ops_that_disagree_are_refused_where_numbers_do_not_tell(weight, tmp_pat
     onelora.save_adapter(fill_vectors(onelora.adapt(model, onelora.OneLoRAConfig()), 0.5), tmp_path / "a.safetensors")
     if weight == "random":  # its numbers tell, and then both uses can only be this layer's
         fold_onnx(tmp_path / "m.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx")
+        x = np.random.default_rng(4).normal(size=(2, N)).astype(np.float32)
+        merged = merged_copy(model).get_parameter("0.weight").detach()  # W.T is what the second reads
+        (y,) = session(tmp_path / "out.onnx").run(None, {"x": x})
+        exact, plain = (
+            torch.from_numpy(x).to(kind) @ one.T @ one
+            for kind in (torch.float64, torch.float32)
+            for one in [merged.to(kind)]
+        )
+        assert_parity(torch.from_numpy(y), exact, plain)
         return
     with pytest.raises(ExportError, match=r"0: its numbers are .* 'w' \(rows from 0, columns from 0\)"):
         fold_onnx(tmp_path / "m.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx")
@@ -145,6 +157,5 @@ def test_a_trained_square_head(weight, axes, tool, tmp_path):
     wide = copy.deepcopy(base).double()
     wide.body.weight.data += onelora.vectors(model)["body"].detach().double()[:, None]
     wide.head.weight.data = model.head.weight.detach().double()
-    np.testing.assert_allclose(
-        tools.run(tmp_path / "out.onnx", (x,)), wide(x.double()).detach().numpy(), rtol=1e-4, atol=1e-4
-    )
+    found = torch.from_numpy(tools.run(tmp_path / "out.onnx", (x,))).float()
+    assert_parity(found, wide(x.double()), copy.deepcopy(wide).float()(x))

@@ -29,7 +29,7 @@ def test_the_stored_outputs_are_those_of_the_model_with_the_stored_inputs(mode, 
         assert set(feed) == {node.name for node in session.get_inputs()}  # vectors and rows too
         assert set(expected) == set(names)
         for name, found in zip(names, session.run(None, feed), strict=True):
-            np.testing.assert_allclose(found, expected[name], rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(found, expected[name])
 
 
 @pytest.mark.parametrize(
