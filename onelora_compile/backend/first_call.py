@@ -31,7 +31,7 @@ from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dispatched import own_forward
 from onelora_compile.adapting.module_names import clean_name
 from onelora_compile.adapting.weight_target import Target
-from onelora_compile.dynamo import private_api
+from onelora_compile.dynamo import frames, private_api
 from onelora_compile.errors import OneLoRAWarning, StateError
 from onelora_compile.kinds import is_conv1d
 from onelora_compile.looking.one_at_a_time import LOOKING
@@ -71,6 +71,7 @@ class FirstCall:
         """
         mark_callers(gm, models)
         self.gm, self.config, self.note, self.present, self.withdraw = gm, config, note, present, withdraw
+        self.is_part = frames.is_part_of_a_call()
 
     def run(self, *args: Any) -> Any:
         """Adapt the models and run the graph.
@@ -100,7 +101,7 @@ class FirstCall:
                 self.note(gm, args, state_of(model, "compile"))
             self.withdraw()
         for model in adapted:
-            _announce(model, reasons)
+            _announce(model, reasons, self.is_part and torch.is_grad_enabled())
         return result
 
 
@@ -260,7 +261,7 @@ def _as_before(models: Sequence[nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _announce(model: nn.Module, reasons: Sequence[str]) -> None:
+def _announce(model: nn.Module, reasons: Sequence[str], is_part: bool) -> None:
     adapted = vectors(model)
     entries = sum(vector.numel() for vector in adapted.values())
     way = (
@@ -269,6 +270,12 @@ def _announce(model: nn.Module, reasons: Sequence[str]) -> None:
         if reasons
         else ""
     )
+    if is_part:
+        way += (
+            "A graph break split this call: linears that ran before this graph were the base's, so a backward of it "
+            "gives their vectors no gradients, and fails where they are checkpointed. To be rid of that, make the "
+            "first call under torch.no_grad(). "
+        )
     warnings.warn(
         f"backend 'onelora' adapted {len(adapted)} linears of {type(model).__name__} ({entries} trainable numbers: "
         f"{shortened(adapted, 6)}) and froze everything else. {way}Build the optimizer from "

@@ -10,15 +10,17 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from torch import fx, nn
+from torch._dynamo import convert_frame
 
 from onelora_compile.errors import StateError
 
 _TOKEN = "_onelora_first_call"  # attribute of a module
+_ENTRY = "compile_wrapper"  # what a call of anything compiled begins with: torch/_dynamo/eval_frame.py
 
 
 def frame_roots(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[nn.Module, Any]:
@@ -56,15 +58,35 @@ def _frame() -> Any:
         return None
 
 
+def is_part_of_a_call() -> bool:
+    """Whether the frame that is being compiled is not the one that the user's call of what is compiled began with.
+
+    After a graph break Dynamo compiles what is left of a frame, or the frames that it calls, one by one.
+    """
+    tx = _frame()
+    if tx is not None and tx.f_code.co_name.startswith("torch_dynamo_resume_in_"):
+        return True
+    between: list[str] = []  # the call and Dynamo
+    for frame in _callers():
+        if frame.f_code.co_name == _ENTRY:
+            return any(file != nn.modules.module.__file__ for file in between)
+        if (file := frame.f_code.co_filename) == convert_frame.__file__:
+            between.clear()
+        else:
+            between.append(file)
+    return False
+
+
 def compiled_module(module: nn.Module) -> nn.Module:
-    """The module that the user gave to `torch.compile`, if `module` is a part of it; else `module`.
+    """The module that the user gave to `torch.compile`, or that the function given to it calls; `module` is in it.
 
     After a graph break Dynamo compiles the frames of inner modules one by one; the frames that called them are
     still on Python's stack.
     """
-    frame = sys._getframe()
-    while (caller := frame.f_back) is not None:
-        frame = caller
+    outermost, inside = module, True
+    for frame in _callers():
+        if frame.f_code.co_name == _ENTRY:
+            inside = False
         called = frame.f_locals.get("self") if frame.f_code.co_name in ("__call__", "_wrapped_call_impl") else None
         if not isinstance(called, nn.Module):
             continue
@@ -73,7 +95,9 @@ def compiled_module(module: nn.Module) -> nn.Module:
             inner = called
         if inner is not None and any(part is module for part in inner.modules()):
             return inner
-    return module
+        if inside and any(part is module for part in called.modules()):
+            outermost = called
+    return outermost
 
 
 class FirstCallToken:
@@ -119,12 +143,10 @@ def valid_without(source: Any, attribute: str) -> Callable[[], nn.Module] | None
 
     def find() -> nn.Module:
         # Dynamo's code of the frame has the name and the arguments of the user's.
-        frame: FrameType | None = sys._getframe()
-        while frame is not None:
+        for frame in _callers():
             code = frame.f_code
             if (code.co_filename, code.co_firstlineno, code.co_name) == captured and name in frame.f_locals:
                 return frame.f_locals[name]
-            frame = frame.f_back
         raise StateError(
             f"backend 'onelora' does not find the model that {captured[2]} in {captured[0]} was called for: call "
             "onelora.adapt(model) before"
@@ -145,6 +167,14 @@ def own_attribute(source: Any, name: str) -> Any:
     from torch._dynamo.source import AttrSource, DictGetItemSource
 
     return DictGetItemSource(AttrSource(source, "__dict__"), name)
+
+
+def _callers() -> Iterator[FrameType]:
+    """The calls around the one that asks, from the innermost on."""
+    frame = sys._getframe(1)
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        yield frame
 
 
 def _value(source: Any, names: dict[str, Any], scope: dict[str, Any]) -> Any:
