@@ -76,6 +76,8 @@ def test_what_the_user_sees(tmp_path):
     assert onelora.adapters(model) == {}
     onelora.load_adapter(model, files[0], adapter_name="fr")
     onelora.load_adapter(model, files[1], adapter_name="de")
+    with pytest.raises(onelora.StateError, match="its submodule '0' is: pass that one"):
+        onelora.adapters(nn.Sequential(model))
     compiled: Any = torch.compile(model, backend="onelora")
     found = onelora.adapters(compiled)
     assert list(found) == ["fr", "de"]

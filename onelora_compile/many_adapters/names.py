@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from onelora_compile.adapting.adapted_module import is_adapted
 from onelora_compile.adapting.adapter import refuse_sharded, running_statistics, unwrap
 from onelora_compile.adapting.adapter_state import (
     AdapterState,
@@ -58,10 +59,16 @@ class AdapterInfo:
 
 
 def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
-    """The adapters of a model by name, in the order in which they came; empty for a model that is not adapted."""
+    """The adapters of a model by name, in the order in which they came; empty for a model that is not adapted.
+
+    Raises:
+        StateError: the model itself is not adapted, but a part of it is.
+    """
     root = unwrap(model)
     state = state_or_none(root)
     if state is None:
+        if any(map(is_adapted, root.modules())):
+            own_state(root, "list adapters")
         return {}
     pool, found = pool_of(root, state), {}
     with pool.lock:  # other threads may add some
