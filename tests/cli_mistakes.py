@@ -147,7 +147,6 @@ VALUES = [
     *(
         (("combine", word, "-o", "out.safetensors"), f"{word!r} is not PATH:WEIGHT")
         for word in (
-            "",
             ":",
             "1",
             ":1",
@@ -177,6 +176,7 @@ EMPTY = [
     *(tuple("" if "{}" in word else word for word in words) for words in (READS | WRITES).values()),
     ("bench", ""),
     ("export", "", "-o", "out.onnx"),
+    ("combine", "", "-o", "out.safetensors"),
     ("verify", " ", "base.onnx"),
     ("fold", "base.onnx", "a.safetensors", "--output="),
     ("fold", "", "", "-o", ""),

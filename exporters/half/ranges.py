@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 LARGEST = 65504.0  # of float16
+INFINITE = 65520.0  # what rounds to infinity in float16: a mask of -65504 with a score added does not reach it
 NORMAL = 2.0**-14  # below it float16 loses bits
 ZERO = 2.0**-25  # what rounds to zero in float16
 STORED = "initializer"
@@ -62,13 +63,13 @@ class TensorRange:
 
     @property
     def headroom(self) -> float:
-        """How many times larger it could be in float16; below 1 it overflows."""
+        """How many times larger it could be in float16."""
         return LARGEST / self.largest if self.largest else float("inf")
 
     @property
     def overflows(self) -> bool:
-        """Whether float16 can't hold it."""
-        return self.largest > LARGEST
+        """Whether float16 rounds it to infinity."""
+        return self.largest >= INFINITE
 
     @property
     def underflows(self) -> bool:
@@ -163,7 +164,7 @@ class _Seen:
         self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
         self.largest = max(self.largest, float(held.max()))
         self.numbers += int(np.count_nonzero(held))
-        self.beyond += int((held > LARGEST).sum())
+        self.beyond += int((held >= INFINITE).sum())
         self.vanished += int(((held > 0) & (held <= ZERO)).sum())
         self.subnormal += int(((held > 0) & (held < NORMAL)).sum())
 

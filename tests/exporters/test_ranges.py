@@ -51,6 +51,15 @@ def test_every_number_is_counted(graph):
     assert report.worst()[0].name == "p"
 
 
+@pytest.mark.parametrize("size", [65504, 65510, np.nextafter(np.float32(65520), np.float32(0)), 65520, 65536])
+def test_what_float16_rounds_to_infinity_is_beyond_it(graph, size):
+    """A mask of -65504 with a score added is not: it is rounded back."""
+    x = np.array([[size, 0, 0]], np.float32)
+    p = ranges(graph, [{"x": x}]).tensors["p"]
+    with np.errstate(over="ignore"):
+        assert p.overflows == (p.beyond > 0) == np.isinf(np.float16(x[0, 0]))
+
+
 def test_a_float16_file_is_measured_as_float32_would_be(tmp_path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(5, 8)
