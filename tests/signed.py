@@ -1,6 +1,7 @@
 """Keys, bundles that take signed adapters alone, and adapters on their way to them; made once for a test session."""
 
 import functools
+import json
 import shutil
 import subprocess
 import tempfile
@@ -53,6 +54,11 @@ def arrived(place, name="new", **options):
 def kept(folder):
     """Everything that an update changes."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def taken(folder):
+    """The number and the hash of the newest update that a device has taken."""
+    return json.loads((folder / "local" / "state.json").read_text())["taken"]
 
 
 def refused(folder, *args, still="default"):
