@@ -153,7 +153,7 @@ KEYS = {
     "verify": {"comparisons", "passed"},
     "engine": {"files", "bytes", "manifest", "losses"},
     "bundle": {"folder", "jetpack", "checks"},
-    "sign": {"file", "signature"},
+    "sign": {"file", "signature", "sequence"},
     "diagnose": {"layers", "loss", "norms"},
     "doctor": {"version", "parts"},
 }

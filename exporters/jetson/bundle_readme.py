@@ -24,7 +24,10 @@ _POLYGRAPHY = (
     "- `./polygraphy.sh` builds it with Polygraphy, on the stored inputs, and compares with the stored outputs;",
     "  `BACKEND=--onnxrt ./polygraphy.sh` without TensorRT. `polygraphy inspect model model.onnx` shows the model.",
 )
-_SIGNED = "#   only with its signature, new.safetensors.sig, by the key of this bundle"
+_SIGNED = (
+    "#   only with its signature, new.safetensors.sig, by the key of this bundle, and only if that is newer than all",
+    "#   that were taken here: an old file is refused, also after `rollback`. `status` shows the number that was taken",
+)
 
 
 def readme(manifest: dict[str, Any], types: str) -> str:
@@ -49,7 +52,7 @@ def readme(manifest: dict[str, Any], types: str) -> str:
             "",
             "```sh",
             f"{run} update new.safetensors --sha256 …   # checks base, shapes and numbers, tries it, switches",
-            *([_SIGNED] if manifest["update_key"] else []),
+            *(_SIGNED if manifest["update_key"] else ()),
             f"{run} use default                         # one that is here",
             f"{run} rollback                            # the one before",
             "```",

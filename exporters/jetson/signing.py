@@ -1,17 +1,17 @@
-"""Signatures of adapter files: ed25519 over the file's bytes, in a file of 64 bytes beside it.
+"""Signatures of adapter files: ed25519 over a line with the update's number and the file's bytes, in a file beside it.
 
 The private key stays on the workstation.  A bundle carries the public one; OpenSSL's command verifies on the device.
-`openssl pkeyutl -sign -rawin -inkey key.pem -in a.safetensors -out a.safetensors.sig` writes the same file.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from onelora_compile.errors import ConfigError, require
-from onelora_compile.exporters.jetson.device.signature import SUFFIX
+from onelora_compile.exporters.jetson.device.signature import LARGEST, SUFFIX, head
 from onelora_compile.exporters.jetson.fit_model import Fitted
 from onelora_compile.exporters.jetson.releases import JetPack
 from onelora_compile.file_names import as_path, check_there
@@ -21,30 +21,47 @@ from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
 PathLike = str | os.PathLike[str]
 
 
-def sign_adapter(path: PathLike, key: PathLike) -> Path:
+def sign_adapter(path: PathLike, key: PathLike, *, sequence: int | None = None) -> Path:
     """Sign an adapter file for devices whose bundle has the public key.
+
+    A device refuses what was signed with a smaller number than it has taken, so an old update that is sent once more
+    changes nothing. To go back to an old adapter, sign it again.
 
     Args:
         path: an adapter file (.safetensors).
         key: the private key, ed25519 in PEM without a password: `openssl genpkey -algorithm ed25519 -out key.pem`.
+        sequence: the number of the update, 1 to 999999999999999999, larger than any before for the same devices;
+            None is the time in microseconds since 1970 (UTC).
 
     Returns:
         The signature's file, `path` and ".sig", which is written or replaced in one step.
 
     Raises:
-        ConfigError: no such key.
+        ConfigError: no such key, or no such number.
         AdapterFileError: no adapter file, or a damaged one.
         MissingExtraError: without the extra `sign`.
         OSError: a file can't be read or written.
     """
     file, place = as_path(path, "path"), as_path(key, "key")
+    line = head(_checked(sequence_now() if sequence is None else sequence))
     read_adapter(file)
     private = _loaded(place, "private")
     out = file.with_name(file.name + SUFFIX)
     refuse_overwriting(out, [file, place])
     with replacing(out) as beside:
-        beside.write_bytes(private.sign(file.read_bytes()))
+        beside.write_bytes(line + private.sign(line + file.read_bytes()))
     return out
+
+
+def sequence_now() -> int:
+    """The number of an update that is signed now: no other place has to be asked, and a loop gives each its own."""
+    return time.time_ns() // 1000
+
+
+def _checked(sequence: int) -> int:
+    if isinstance(sequence, bool) or not isinstance(sequence, int) or not 1 <= sequence <= LARGEST:
+        raise ConfigError(f"sequence must be a whole number from 1 to {LARGEST}, not {sequence!r}")
+    return sequence
 
 
 def public_key_of(path: PathLike, fitted: Fitted, jetpack: JetPack) -> str:

@@ -97,9 +97,14 @@ def bundle(
 def sign(
     adapter: Annotated[Path, typer.Argument(help="The adapter (.safetensors).")],
     key: Annotated[Path, typer.Option(help="The private key (PEM, ed25519).")],
+    sequence: Annotated[
+        int | None, typer.Option(help="The update's number, larger than any before (default: time in microseconds).")
+    ] = None,
 ) -> Signed:
     """Sign an adapter for devices that take signed ones alone; writes a .sig file beside it."""
     from onelora_compile.cli.reports import Signed
     from onelora_compile.exporters import sign_adapter
+    from onelora_compile.exporters.jetson.signing import sequence_now
 
-    return Signed(adapter, sign_adapter(adapter, key))
+    number = sequence_now() if sequence is None else sequence
+    return Signed(adapter, sign_adapter(adapter, key, sequence=number), number)

@@ -21,13 +21,16 @@ class Signed(Printable):
     Attributes:
         file: what was signed.
         signature: the signature's file.
+        sequence: the number that was signed with it.
     """
 
     file: Path
     signature: Path
+    sequence: int
 
     def __rich__(self) -> Text:
-        return Text(f"wrote {self.signature}: send it with {self.file}", no_wrap=True, overflow="ignore")
+        told = f"wrote {self.signature}, sequence {self.sequence}: send it with {self.file}"
+        return Text(told, no_wrap=True, overflow="ignore")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
 
 import bundles
 import pytest
+import signed
 from bundles import active, call
+from signed import kept, openssl, own_keys, pair, refused
 
 import onelora_compile as onelora
 from onelora_compile.exporters import bundle, sign_adapter
@@ -15,26 +16,14 @@ from onelora_compile.exporters import bundle, sign_adapter
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs OpenSSL's command")
 
 
-def openssl(*words):
-    subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
-
-
-def pair(place, name, *kind):
-    """A private and a public key, of ed25519 if nothing is said."""
-    private, public = place / f"{name}.pem", place / f"{name}.public.pem"
-    openssl("genpkey", "-algorithm", *(kind or ("ed25519",)), "-out", private)
-    openssl("pkey", "-in", private, "-pubout", "-out", public)
-    return private, public
+@pytest.fixture
+def keys():
+    return own_keys()
 
 
 @pytest.fixture
-def keys(tmp_path):
-    return pair(tmp_path, "key")
-
-
-@pytest.fixture
-def folder(tmp_path, keys):
-    return made(tmp_path, keys[1])
+def folder(tmp_path):
+    return signed.fresh(tmp_path)
 
 
 def made(place, key, mode="input", jetpack="6.2"):
@@ -48,18 +37,6 @@ def arrived(tmp_path):
     return shutil.copy(bundles.sources() / "new.safetensors", tmp_path / "inbox" / "new.safetensors")
 
 
-def kept(folder):
-    """Everything that an update changes."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
-
-
-def refused(folder, *args):
-    before = kept(folder)
-    assert call(folder, "update", *args) == 1
-    assert kept(folder) == before
-    assert active(folder) == "default"
-
-
 def test_a_signed_adapter_is_taken_and_goes_back(folder, keys, arrived):
     assert sign_adapter(arrived, keys[0]) == arrived.with_name("new.safetensors.sig")
     assert "its signature, new.safetensors.sig" in (folder / "README.md").read_text()
@@ -71,9 +48,11 @@ def test_a_signed_adapter_is_taken_and_goes_back(folder, keys, arrived):
 
 
 def test_the_signature_is_openssls_own(folder, keys, arrived, tmp_path):
-    by_hand = tmp_path / "by-hand"
-    openssl("pkeyutl", "-sign", "-rawin", "-inkey", keys[0], "-in", arrived, "-out", by_hand)
-    assert by_hand.read_bytes() == sign_adapter(arrived, keys[0]).read_bytes()
+    line, content, by_hand = b"onelora sequence 7\n", tmp_path / "content", tmp_path / "by-hand"
+    content.write_bytes(line + arrived.read_bytes())
+    openssl("pkeyutl", "-sign", "-rawin", "-inkey", keys[0], "-in", content, "-out", by_hand)
+    by_hand.write_bytes(line + by_hand.read_bytes())
+    assert by_hand.read_bytes() == sign_adapter(arrived, keys[0], sequence=7).read_bytes()
     os.unlink(f"{arrived}.sig")
     assert call(folder, "update", arrived, "--signature", by_hand) == 0
 
@@ -86,7 +65,7 @@ def test_without_a_signature_nothing_changes(folder, arrived, capsys):
 def test_a_signature_by_another_key_changes_nothing(folder, arrived, tmp_path, capsys):
     sign_adapter(arrived, pair(tmp_path, "other")[0])
     refused(folder, arrived)
-    assert "the signature is not by the key of this bundle, or the file is another one" in capsys.readouterr().err
+    assert "the signature is not by the key of this bundle, or the file or number is another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["other", "cut", "longer", "bit"])

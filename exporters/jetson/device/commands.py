@@ -17,6 +17,7 @@ from .options import PROVIDERS, RUNTIMES, Options
 from .ort_providers import caches
 from .ort_providers import prune as prune_caches
 from .placed import misplaced, place, place_of
+from .sequence import taken_before
 from .signature import check_signature
 from .tensors import TensorError, npy_bytes, read_npy
 
@@ -197,16 +198,20 @@ def _update(folder: Folder, options: Options, chosen: argparse.Namespace) -> Non
         raise BundleError("a bank holds its adapters in the model: one more is a new bundle; `use` chooses among them")
     with folder.lock():
         content = read_bytes(chosen.file)
-        check_signature(folder, chosen.file, content, chosen.signature)
-        sweep(folder.file("local", "adapters"))
+        sequence = check_signature(folder, chosen.file, content, chosen.signature)
+        known = taken_before(folder, chosen.file, content, sequence)
         read_adapter(chosen.file, folder, chosen.sha256)
-        adapter = folder.install(chosen.file, content)
+        if known:
+            _say(f"there already: {chosen.file}; nothing changed, in use: {folder.state()['adapter']['name']}")
+            return
+        sweep(folder.file("local", "adapters"))
+        adapter = folder.install(chosen.file, content, sequence)
         vectors_of(folder, adapter)  # what was written, not what was read
         _rebuild(folder, options, adapter)
         if not chosen.no_try:
             measure.smoke(Deployed(folder.path, options, adapter["name"]))
         _place(folder, options, adapter, check=not chosen.no_try)
-        _activate(folder, adapter)
+        _activate(folder, adapter, sequence)
     _say(f"in use: {adapter['name']}, SHA-256 {adapter['sha256']}; `rollback` goes back")
 
 
@@ -236,8 +241,8 @@ def _place(folder: Folder, options: Options, adapter: dict[str, Any], check: boo
         _say(f"note: {place_of(folder)} is as it was: it is for TensorRT, and this is {options.runtime}")
 
 
-def _activate(folder: Folder, adapter: dict[str, Any]) -> None:
-    folder.activate(adapter)
+def _activate(folder: Folder, adapter: dict[str, Any], sequence: int | None = None) -> None:
+    folder.activate(adapter, sequence)
     with contextlib.suppress(OSError):  # the adapter is in use by now; the next command removes what is left
         folder.prune()
         prune_caches(folder)
@@ -265,6 +270,8 @@ def _status(folder: Folder, options: Options, chosen: argparse.Namespace) -> int
     print(f"before    {', '.join(one['name'] for one in state['previous']) or 'none'}")
     print(f"packed    {', '.join(folder.packed()) or 'none'}")
     print(f"installed {', '.join(folder.installed()) or 'none'}")
+    if manifest.get("update_key"):
+        print(f"sequence  {state['taken']['sequence'] if state['taken'] else 'none: any signed adapter is taken'}")
     engines = folder.file("local", "engines")
     plans = [name for name in sorted(os.listdir(engines)) if name.endswith(".plan")] if os.path.isdir(engines) else []
     plans += [os.path.basename(path) for path in caches(folder)]

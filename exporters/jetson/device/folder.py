@@ -1,7 +1,7 @@
 """The folder of a bundle: what it must hold, what this device adds to it, and writing so that a power cut is harmless.
 
 manifest.json           what the bundle holds, with the SHA-256 of each file; never changed here
-local/state.json        the adapter in use and those before it; replaced in one step
+local/state.json        the adapter in use, those before it, the newest signed update; replaced in one step
 local/adapters/         adapters that came after the bundle, named by their SHA-256
 local/engines/          what was built here
 """
@@ -88,33 +88,51 @@ class Folder:
         """The adapters that came with the bundle, by name."""
         return {str(entry["name"]): entry for entry in self.manifest["adapters"]}
 
+    @property
+    def has_state(self) -> bool:
+        """Whether the state of this device is there: an adapter was chosen, and what says so is not lost."""
+        return os.path.isfile(self.file("local", "state.json"))
+
     def state(self) -> dict[str, Any]:
-        """`{"adapter": {name, file, sha256}, "previous": [...]}`; the default adapter if nothing was chosen yet."""
-        if os.path.isfile(self.file("local", "state.json")):
-            state = self._read_json("local/state.json")
-            if isinstance(state.get("adapter"), dict) and isinstance(state.get("previous"), list):
-                return state
-            raise BundleError(
-                f"{self.file('local', 'state.json')} is damaged; remove it to start with the bundle's own adapter"
-            )
-        return {"adapter": self.find(self.manifest["default"]), "previous": []}
+        """`{"adapter": {name, file, sha256}, "previous": [...], "taken": {sequence, sha256} or None}`.
+
+        The default adapter if nothing was chosen yet, and the newest of the updates that are kept.
+        """
+        if not self.has_state:
+            return {"adapter": self.find(self.manifest["default"]), "previous": [], "taken": self._newest_kept()}
+        repair = "; remove it to start with the bundle's own adapter"
+        state = {"taken": None, **self._read_json("local/state.json", repair)}
+        known = isinstance(state.get("adapter"), dict) and isinstance(state.get("previous"), list)
+        if not known or not (state["taken"] is None or _is_numbered(state["taken"])):
+            raise BundleError(f"{self.file('local', 'state.json')} is damaged{repair}")
+        return state
+
+    def _newest_kept(self) -> dict[str, Any] | None:
+        kept = [one for one in self.installed().values() if _is_numbered(one)]
+        newest = max(kept, key=lambda one: int(one["sequence"]), default=None)
+        return newest and {key: newest[key] for key in ("sequence", "sha256")}
 
     def find(self, name: str) -> dict[str, Any]:
         """An adapter by its name: one of the bundle, or one that was installed."""
         known = {**self.installed(), **self.packed()}
         if name not in known:
             raise BundleError(f"there is no adapter {name!r} here; there are: {', '.join(sorted(known)) or 'none'}")
-        return {key: known[name][key] for key in ("name", "file", "sha256")}
+        return _adapter(known[name])
 
     def installed(self) -> dict[str, dict[str, Any]]:
         """Adapters that were installed after the bundle, by name; the newest of a name."""
         path = self.file("local", "adapters", "index.json")
         if not os.path.isfile(path):
             return {}
-        return dict(self._read_json("local/adapters/index.json"))
+        repair = "; remove it: the adapter in use and those to go back to stay"
+        return dict(self._read_json("local/adapters/index.json", repair))
 
-    def install(self, source: str, content: bytes) -> dict[str, Any]:
+    def install(self, source: str, content: bytes, sequence: int | None = None) -> dict[str, Any]:
         """Keep the content of an adapter file on this device; what is in use does not change."""
+        state = self.state()
+        if sequence is not None and not self.has_state and state["taken"] is None:
+            # From now on a state that is not there was lost.
+            self._write_state(state["adapter"], [], None)
         digest = hashlib.sha256(content).hexdigest()
         name = os.path.basename(source)
         name = name[: -len(".safetensors")] if name.endswith(".safetensors") else name
@@ -123,15 +141,21 @@ class Folder:
         entry = {"name": name, "file": f"local/adapters/{digest[:16]}.safetensors", "sha256": digest}
         write_atomically(self.file(*entry["file"].split("/")), content)
         others = {key: one for key, one in self.installed().items() if key != name}
-        self._write_index({**others, name: entry})  # the newest last
+        numbered = entry if sequence is None else {**entry, "sequence": sequence}
+        self._write_index({**others, name: numbered})  # the newest last
         return entry
 
-    def activate(self, adapter: dict[str, Any]) -> None:
-        """Make an adapter the one in use; the one before becomes the first to go back to."""
+    def activate(self, adapter: dict[str, Any], sequence: int | None = None) -> None:
+        """Make an adapter the one in use; the one before becomes the first to go back to.
+
+        `sequence` is the number of the update that brought it, and is noted in the same step.
+        """
         state = self.state()
-        if state["adapter"] == adapter and os.path.isfile(self.file("local", "state.json")):
-            return
-        self._write_state(adapter, [state["adapter"], *state["previous"]][:_KEPT])
+        same = self.has_state and state["adapter"] == adapter
+        previous = state["previous"] if same else [state["adapter"], *state["previous"]][:_KEPT]
+        taken = state["taken"] if sequence is None else {"sequence": sequence, "sha256": adapter["sha256"]}
+        if not same or taken != state["taken"]:
+            self._write_state(adapter, previous, taken)
 
     def rollback(self) -> dict[str, Any]:
         """The adapter that `activate` would go back to, which `undo` makes the one in use."""
@@ -141,15 +165,15 @@ class Folder:
         return dict(previous[0])
 
     def undo(self) -> None:
-        """Go back to the adapter before, and forget the one in use."""
+        """Go back to the adapter before, and forget the one in use, but not the number of the newest update."""
         state = self.state()
-        self._write_state(self.rollback(), state["previous"][1:])
+        self._write_state(self.rollback(), state["previous"][1:], state["taken"])
 
     def prune(self) -> None:
         """Forget what came after the bundle but the newest and those to go back to, and remove files without a name."""
         state, index = self.state(), self.installed()
         known = [state["adapter"], *state["previous"]]
-        kept = {name: one for name, one in index.items() if one in known or name in list(index)[-_KEPT:]}
+        kept = {name: one for name, one in index.items() if _adapter(one) in known or name in list(index)[-_KEPT:]}
         if kept != index:
             self._write_index(kept)
         known += kept.values()
@@ -158,8 +182,10 @@ class Folder:
     def _write_index(self, index: dict[str, Any]) -> None:
         write_atomically(self.file("local", "adapters", "index.json"), json.dumps(index, indent=1).encode())
 
-    def _write_state(self, adapter: dict[str, Any], previous: list[dict[str, Any]]) -> None:
-        state = {"adapter": adapter, "previous": previous}
+    def _write_state(
+        self, adapter: dict[str, Any], previous: list[dict[str, Any]], taken: dict[str, Any] | None
+    ) -> None:
+        state = {"adapter": adapter, "previous": previous, "taken": taken}
         write_atomically(self.file("local", "state.json"), json.dumps(state, indent=1).encode())
 
     @contextlib.contextmanager
@@ -174,7 +200,7 @@ class Folder:
                     raise BundleError("another program is changing this bundle; try again when it is done") from None
             yield
 
-    def _read_json(self, name: str) -> dict[str, Any]:
+    def _read_json(self, name: str, repair: str = "") -> dict[str, Any]:
         path = self.file(*name.split("/"))
         try:
             with open(path, encoding="utf-8") as file:
@@ -182,10 +208,18 @@ class Folder:
         except FileNotFoundError:
             raise BundleError(f"there is no {path}") from None
         except (ValueError, RecursionError) as error:
-            raise BundleError(f"{path} is damaged: {error}") from None
+            raise BundleError(f"{path} is damaged: {error}{repair}") from None
         if not isinstance(found, dict):
-            raise BundleError(f"{path} is damaged: no table")
+            raise BundleError(f"{path} is damaged: no table{repair}")
         return found
+
+
+def _adapter(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: entry[key] for key in ("name", "file", "sha256")}
+
+
+def _is_numbered(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("sequence"), int) and isinstance(entry.get("sha256"), str)
 
 
 def write_atomically(path: str, content: Any) -> None:

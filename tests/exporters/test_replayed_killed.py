@@ -1,0 +1,59 @@
+"""A signed update that is killed at any of its calls of the system: the number is that of the adapter."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import bundles
+import pytest
+import signed
+from bundles import ORT, active, call
+from killer import KILLER
+from signed import arrived, refused, taken
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs OpenSSL's command")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_killed_at_any_moment_the_number_is_that_of_the_adapter(first, tmp_path):
+    """The first numbered update of a device, and a later one."""
+    (tmp_path / "tmp").mkdir()
+    before, old = "default", arrived(tmp_path, "c", sequence=10)
+    old_number = None
+    new = arrived(tmp_path, "new", sequence=11)
+
+    def device():
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        folder = signed.fresh(tmp_path)
+        if not first:
+            assert call(folder, "update", "--no-try", old) == 0
+        return folder
+
+    def killed(calls):
+        return subprocess.run(
+            [sys.executable, "-c", KILLER, str(calls), str(folder), *ORT, "update", str(new), "--no-try"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        )
+
+    if not first:
+        before, old_number = "c", 10
+    folder = device()
+    whole = killed(10**6)
+    assert whole.returncode == 0, whole.stderr
+    total = int(whole.stdout.split()[-1])
+    assert total > 12
+    seen = []
+    for calls in range(1, total + 1):
+        folder = device()
+        assert killed(calls).returncode == -9
+        state = bundles.device(folder, "folder").Folder(str(folder)).state()
+        seen.append((state["adapter"]["name"], state["taken"] and state["taken"]["sequence"]))
+        assert call(folder, "update", "--no-try", new) == 0  # it is sent until it is taken
+        assert (active(folder), taken(folder)["sequence"]) == ("new", 11)
+        refused(folder, old, still="new")
+    assert set(seen) == {(before, old_number), ("new", 11)}
+    assert seen == sorted(seen, key=lambda one: one[0] == "new")
