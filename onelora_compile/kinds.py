@@ -1,12 +1,19 @@
-"""What kind of module or weight something is."""
+"""What kind of module, weight or argument something is."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from onelora_compile.sharded import is_sharded
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of which one may be a linear map of patches; none is transposed
+
+
+def as_args(given: Any) -> tuple[Any, ...]:
+    """The positional arguments of a call: those of a tuple or a list, or one value alone."""
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -41,6 +41,14 @@ def test_token_ids_and_a_model_that_is_adapted():
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
 
 
+def test_a_tensor_alone_is_the_one_argument():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    report = bench(model, torch.randn(3, 4), rounds=2, compiled=False)
+    assert [row.kept for row in report.rows] == [
+        row.kept for row in bench(model, (torch.randn(3, 4),), rounds=2, compiled=False).rows
+    ]
+
+
 def test_a_model_without_a_gradient_is_an_error():
     class Ids(nn.Module):
         def __init__(self):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
-from onelora_compile.errors import ConfigError, TargetError
+from onelora_compile.errors import ConfigError, StateError, TargetError
 
 
 class Read(nn.Module):
@@ -129,3 +129,19 @@ def test_what_the_forward_keeps_of_its_calls_is_as_before():
     model.seen = [7]
     onelora.diagnose(model, (torch.randn(2, 4),))
     assert model.seen == [7]
+
+
+def test_a_tensor_alone_is_the_one_argument():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(3, 4)
+    assert onelora.diagnose(model, x) == onelora.diagnose(model, (x,))
+
+
+def test_what_has_no_numbers_is_refused_by_name():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(2, 4)
+    with pytest.raises(ConfigError, match="an input is on the meta device"):
+        onelora.diagnose(model, (x.to("meta"),))
+    model[1].to("meta")
+    with pytest.raises(StateError, match=r"weight of '1' is not in memory .*load the model into memory"):
+        onelora.diagnose(model, (x,))
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -6,7 +6,8 @@ import onnxruntime
 import pytest
 import torch
 import zoo
-from torch import nn
+from torch import cond, nn
+from torch import cond as choose
 from torch.utils.checkpoint import checkpoint
 
 import onelora_compile as onelora
@@ -90,7 +91,16 @@ def adapted(model):
     return fill_vectors(onelora.adapt(model), 0.5)
 
 
+def imported_there(s, x):
+    from torch import cond as here
+
+    return here(x.sum() > 0, lambda x: nn.functional.linear(x, s.w), lambda x: x @ s.v, (x,))
+
+
 CONDITIONS = {
+    "by its own name": lambda s, x: cond(x.sum() > 0, lambda x: nn.functional.linear(x, s.w), lambda x: x @ s.v, (x,)),
+    "by another name": lambda s, x: choose(x.sum() > 0, lambda: nn.functional.linear(x, s.w), lambda: x @ s.v),
+    "imported there": imported_there,
     "by keywords": lambda s, x: torch.cond(
         pred=x.sum() > 0, true_fn=lambda x: nn.functional.linear(x, s.w), false_fn=lambda x: x @ s.v, operands=(x,)
     ),
@@ -113,6 +123,7 @@ def test_weights_that_only_the_branches_of_a_cond_read_are_adapted_in_one_line(w
     fast = torch.compile(model, backend="onelora", options={"inner": "aot_eager"})
     with pytest.warns(onelora.OneLoRAWarning, match="adapted 2 linears"):
         assert torch.equal(fast(x), base[0])
+    assert cond is choose is torch.cond  # what stood for it meanwhile is gone
     assert {name: len(vector) for name, vector in onelora.vectors(model).items()} == {"w": 6, "v": 6}
     fill_vectors(model, 0.5)
     for sign, plain in zip((1, -1), base, strict=True):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from onelora_compile.errors import ConfigError, ExportError
 from onelora_compile.exporters.calls.structure import PAST, PRESENT, Path, check_counters, is_cache, mapped, tensors_in
+from onelora_compile.kinds import as_args
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Call:
         """
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise ConfigError(f"kwargs must be a mapping of argument names to values, got {kwargs!r}")
-        args, kwargs = tuple(args), dict(kwargs or {})
+        args, kwargs = as_args(args), dict(kwargs or {})
         positional, starred = _positional_names(model, len(args))
         arguments: dict[str, Any] = dict(zip(positional, args, strict=False))
         if len(args) > len(positional):

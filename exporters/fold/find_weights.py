@@ -24,7 +24,7 @@ from onelora_compile.weights.fingerprint import signs
 if TYPE_CHECKING:
     import onnx_ir
 
-_PASSED = {"Identity", "Cast", "Transpose", "Squeeze", "Unsqueeze", "Reshape"}
+PASSED = {"Identity", "Cast", "Transpose", "Squeeze", "Unsqueeze", "Reshape"}
 _CUTS = {"Split", "Slice"}
 # Rows by constant indices: parts of a read weight, or a look-up in an embedding's.
 _PICKS = {"Gather", "GatherND"}
@@ -219,7 +219,7 @@ def _computed(model: onnx_ir.Model, constants: Constants, stored: set[onnx_ir.Va
 def _origin(value: onnx_ir.Value) -> onnx_ir.Value:
     """Where a value comes from through ops that only move or convert it."""
     node = value.producer()
-    while node is not None and node.op_type in _PASSED and node.inputs[0] is not None:
+    while node is not None and node.op_type in PASSED and node.inputs[0] is not None:
         value = node.inputs[0]
         node = value.producer()
     return value
@@ -284,7 +284,7 @@ def uses_of(value: onnx_ir.Value, before: tuple[onnx_ir.Node, ...] = ()) -> Iter
     """Every way from a value to an op that computes with it."""
     for user in value.uses():
         nodes = (*before, user.node)
-        if user.node.op_type in _PASSED and user.idx == 0 and len(nodes) < 16:
+        if user.node.op_type in PASSED and user.idx == 0 and len(nodes) < 16:
             yield from uses_of(user.node.outputs[0], nodes)
         else:
             yield WeightUse(nodes, user.idx)

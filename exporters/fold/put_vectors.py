@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.errors import require
-from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
+from onelora_compile.exporters.fold.find_weights import PASSED, Weight, WeightUse
 from onelora_compile.exporters.fold.match_fingerprints import Matches
 from onelora_compile.exporters.fold.places import Place
 from onelora_compile.exporters.fold.redirect import redirect
@@ -83,7 +83,7 @@ class Folder:
         value = weight.value
         # What ops compute is taken now: they are removed when nothing else reads them.
         source: Any = weight.tensor if weight.computed is None else self.ir.tensor(weight.computed.numpy())
-        shared = len(uses) < len(weight.ways) or value.is_graph_output() or value.producer() is not None
+        shared = len(uses) < len(weight.ways) or _is_returned(value) or value.producer() is not None
         name = self.branches.writer.name(f"{weight.name}.{placed[0][0]}.folded") if shared else weight.name
         streamed = _Streamed(lambda: self._folded(weight, source, placed), tuple(source.shape))
         tensor = self.ir.LazyTensor(lambda: streamed, dtype=source.dtype, shape=source.shape, name=name)
@@ -158,6 +158,12 @@ class _Streamed:
 
     def __array__(self, dtype: Any = None) -> np.ndarray:
         return self.numpy().astype(dtype) if dtype is not None else self.numpy()
+
+
+def _is_returned(value: onnx_ir.Value) -> bool:
+    """Whether the file returns a weight, also in another layout: that is the base's, as it is in the adapted model."""
+    passed = (use.node for use in value.uses() if use.node.op_type in PASSED)
+    return value.is_graph_output() or any(_is_returned(output) for node in passed for output in node.outputs)
 
 
 def _by_uses(placed: list[tuple[str, Place]]) -> list[tuple[tuple[WeightUse, ...], list[tuple[str, Place]]]]:

@@ -126,9 +126,12 @@ def _fresh(path: Path, kind: str) -> Path:
 
 
 def _stem(path: Path) -> str:
-    """What the names of a model's weights begin with: its own name, as far as a name may be long."""
+    """What the names of a model's weights begin with: its own name, as far as a name may be long.
+
+    Two dots in a row become one: onnx.checker takes them, anywhere in a name, for a way out of the folder.
+    """
     room = _LONGEST - len(f".{'0' * 8}.vectors")
-    return path.name.encode()[:room].decode(errors="ignore")
+    return re.sub(r"\.+", ".", path.name).encode()[:room].decode(errors="ignore").rstrip(".")
 
 
 def _write_apart(model: onnx_ir.Model, names: Sequence[str], file: Path) -> None:

@@ -22,6 +22,7 @@ from onelora_compile.exporters.calls.evaluating import evaluating
 from onelora_compile.exporters.calls.signature import Call, outputs_of
 from onelora_compile.exporters.onnx_file.trained import Swapped
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
+from onelora_compile.kinds import as_args
 from onelora_compile.printable import Printable, shortened
 from onelora_compile.table import Table
 
@@ -86,7 +87,7 @@ def verify(
     if isinstance(inputs, Mapping):
         given = dict(inputs)
     else:
-        call = _call(reference, inputs or (), kwargs)
+        call = _call(reference, () if inputs is None else inputs, kwargs)
         given = _by_name(names, call)
     arrays = {name: _array(value) if isinstance(value, Tensor) else np.asarray(value) for name, value in given.items()}
     if isinstance(reference, nn.Module):
@@ -105,7 +106,7 @@ def verify(
 def _call(reference: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Call:
     """The inputs as a call of the reference; of a file's, which has no arguments, only their order counts."""
     model = unwrap(reference) if isinstance(reference, nn.Module) else nn.Identity()
-    given = (tuple(inputs), dict(kwargs or {}))
+    given = (as_args(inputs), dict(kwargs or {}))
     arrays = (np.ndarray, np.generic)
     return Call.of(model, *pytree.tree_map(lambda one: torch.as_tensor(one) if isinstance(one, arrays) else one, given))
 

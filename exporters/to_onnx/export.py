@@ -126,7 +126,6 @@ def export_onnx(
     refuse_overwriting(path, bank, "path")
     refuse_other_kinds(path, ".onnx", "path")
     mode = MODES[adapters]
-    args = args if isinstance(args, (tuple, list)) else (args,)
     require("onnxscript", "onnx", "export to ONNX")
     if verify:
         require("onnxruntime", "onnx", "verify the export (or pass verify=False)")

@@ -106,7 +106,7 @@ def program_of(
     mode = MODES[adapters]
     root = exportable(model, mode)
     source = Source.of(root, mode)
-    call = Call.of(root, args if isinstance(args, (tuple, list)) else (args,), kwargs)
+    call = Call.of(root, args, kwargs)
     call.check()
     axes = axes_of(dynamic_shapes, root, call)
     frozen = source.captured(call, axes, "folded" if mode is FOLD else "activation")

@@ -117,10 +117,17 @@ def exportable(model: nn.Module, mode: Mode, banked: bool = False) -> nn.Module:
         banked: whether files bring the vectors.
 
     Raises:
+        ExportError: it is a module of torch.jit, or holds one.
         StateError: a `disabled` block is open, or the mode needs vectors and there are none.
     """
     root = unwrap(model)
     refuse_disabled(root, "export")
+    if (name := next((n for n, m in root.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)) is not None:
+        which = f"its {name!r}" if name else f"this {type(root).__name__}"
+        raise ExportError(
+            f"can't export: {which} is a module of torch.jit (script, trace, load), whose code torch.export can't "
+            "capture: export the model that it was made of"
+        )
     if mode is not FOLD and not banked and not adapted_weights(root):
         raise StateError(f"adapters={mode.name!r} needs an adapted model: call adapt or load_adapter before")
     return root

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from onelora_compile.cli.mistakes import described
 from onelora_compile.errors import ConfigError, ExportError, OneLoRAError
+from onelora_compile.kinds import as_args
 
 FORM = "(model, args) or (model, args, kwargs)"
 
@@ -142,7 +143,7 @@ def _checked(target: str, made: Any) -> Loaded:
     kwargs = {} if kwargs is None else kwargs
     if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
         raise ConfigError(f"{target!r} must return {FORM}; its kwargs are {_kind(kwargs)}, not inputs by name")
-    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    args = as_args(args)
     if not any(isinstance(value, Tensor) for value in pytree.tree_leaves((args, dict(kwargs)))):
         raise ConfigError(f"{target!r} must return {FORM}; there is no tensor among the inputs")
     return Loaded(target, model, args, dict(kwargs))

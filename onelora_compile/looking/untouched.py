@@ -48,11 +48,12 @@ class Kept:
     Args:
         roots: modules, functions, arguments of a call.
         tensors: copy all tensors but parameters at once, for code whose operators can't be watched.
-        instead: makes what stands for an object of some class while the code runs.
+        instead: makes what stands for a function, or for an object of some class, while the code runs: where globals
+            and classes hold it.
     """
 
     def __init__(
-        self, *roots: Any, tensors: bool = False, instead: Mapping[type, Callable[[Any], Any]] | None = None
+        self, *roots: Any, tensors: bool = False, instead: Mapping[Any, Callable[[Any], Any]] | None = None
     ) -> None:
         self._copy_tensors = tensors
         self._stand_ins = dict(instead or {})
@@ -170,7 +171,8 @@ class Kept:
                 self._binding(holder, name, bindings[name])
 
     def _binding(self, holder: Any, name: str, value: Any) -> None:
-        if (stand_in := self._stand_ins.get(type(value))) is not None:
+        key = value if isinstance(value, types.FunctionType) else type(value)
+        if (stand_in := self._stand_ins.get(key)) is not None:
             self._undo.append(functools.partial(_assign, holder, name, value))
             self._instead.append((holder, name, lambda: stand_in(value)))
         if isinstance(value, _CACHED) and not of_library(getattr(value, "__module__", None)):

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from onelora_compile.adapting.adapter import adapt, detach, unwrap
 from onelora_compile.adapting.adapter_state import adapted_weights
 from onelora_compile.errors import ConfigError
+from onelora_compile.kinds import as_args
 from onelora_compile.looking.untouched import Kept
 from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.progress import steps
@@ -112,7 +113,7 @@ def _measured(
     else:
         adapt(own)
     models = {BASE: base.requires_grad_(False), OWN: own}
-    given, named = _with_gradient((tuple(args), dict(kwargs or {})), models)
+    given, named = _with_gradient((as_args(args), dict(kwargs or {})), models)
     rows: list[Row] = []
     modes = ("eager", "compiled")[: 1 + compiled]
     with steps("bench", len(modes), progress) as step, warnings.catch_warnings():

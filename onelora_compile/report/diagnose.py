@@ -26,7 +26,8 @@ from torch.utils import _pytree as pytree
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.select_targets import is_norm, select
 from onelora_compile.adapting.weight_target import Target
-from onelora_compile.errors import ConfigError
+from onelora_compile.errors import ConfigError, StateError
+from onelora_compile.kinds import as_args
 from onelora_compile.looking.untouched import Kept
 from onelora_compile.printable import Printable, shortened
 from onelora_compile.table import Table
@@ -130,21 +131,24 @@ def diagnose(
 
     Args:
         model: in evaluation mode meanwhile; its parameters need no gradients.
-        args: of one call, best a batch of real data.
+        args: of one call, best a batch of real data; a tensor alone is the one argument.
         kwargs: of that call.
         loss: from the output to a number; None is the output's own `loss` (transformers, with labels), or else its
             product with random numbers, which stands for a loss that is not known yet.
         config: which linears; None is all of them.
 
     Raises:
-        ConfigError: the output holds no floating tensor, or no weight has a gradient.
+        ConfigError: the output holds no floating tensor, no weight has a gradient, or an input is on the meta device.
+        StateError: a weight is on the meta device, or accelerate has offloaded it.
         TargetError: the config selects nothing.
     """
     selection = select(model, config or OneLoRAConfig())
     weights = {name: weight for name, target in selection.targets.items() if (weight := target.weight) is not None}
+    args, kwargs = as_args(args), dict(kwargs or {})
+    _refuse_meta(weights, (args, kwargs))
     sums = _Sums(selection.targets)
     with _differentiable(model, list(weights.values())), sums.watched():
-        output = model(*args, **(kwargs or {}))
+        output = model(*args, **kwargs)
         number, what = _loss(output, loss)
         if not number.requires_grad:
             raise ConfigError("no weight of the model's linears has a gradient: the output does not depend on them")
@@ -158,6 +162,18 @@ def diagnose(
         for name, target in selection.targets.items()
     ]
     return LayerReport(layers, what, any(is_norm(module) for module in model.modules()))
+
+
+def _refuse_meta(weights: Mapping[str, Tensor], inputs: Any) -> None:
+    """What has no numbers to look at."""
+    if (name := next((name for name, weight in weights.items() if weight.is_meta), None)) is not None:
+        raise StateError(
+            f"can't diagnose: the weight of {name!r} is not in memory (on the meta device, or offloaded by "
+            "accelerate): "
+            "load the model into memory first, as the gradient of each weight is what is looked at"
+        )
+    if any(isinstance(one, Tensor) and one.is_meta for one in pytree.tree_leaves(inputs)):
+        raise ConfigError("can't diagnose: an input is on the meta device and holds no numbers: give a batch of data")
 
 
 def _loss(output: Any, loss: Callable[[Any], Tensor] | None) -> tuple[Tensor, str]:

@@ -25,7 +25,7 @@ from onelora_compile.weight_uses.entries import Entry, entries, hooks_of
 from onelora_compile.weight_uses.follow_forward import Followed, follow
 from onelora_compile.weight_uses.holders import Holders, References, held_in, of_torch
 from onelora_compile.weight_uses.reachable_names import Known, modules_elsewhere, names_in_reach
-from onelora_compile.weight_uses.tracer import not_entered
+from onelora_compile.weight_uses.tracer import both_branches, not_entered
 from onelora_compile.weight_uses.weight_reads import (
     BOTH_WAYS,
     INSIDE,
@@ -228,7 +228,7 @@ class _Code:
         self, module: nn.Module, modes: Sequence[bool], entered: Collection[nn.Module] = ()
     ) -> Iterator[tuple[Entry, list[tuple[bool, Followed]]]]:
         """The code that a call of a module runs, with the ways through it, and some submodules, in each mode."""
-        kept = Kept(module, instead={torch.jit.ScriptFunction: not_entered})
+        kept = Kept(module, instead={torch.jit.ScriptFunction: not_entered, torch.cond: both_branches})
         inside = held_in(module)
         tried = [
             *_ANSWERS,

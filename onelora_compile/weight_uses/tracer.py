@@ -270,6 +270,16 @@ class Tracer(fx.Tracer):
             run_of_shapes(node)
 
 
+def both_branches(cond: Any) -> Callable[..., Any]:
+    """`torch.cond`, under whatever name, as it is followed in this thread, and itself in others."""
+    thread = threading.get_ident()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (_branch if threading.get_ident() == thread else cond)(*args, **kwargs)
+
+    return call
+
+
 def _branch(pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
     """Stands for `torch.cond`: an `if` whose branches are both followed; one inside a branch gets the next answer."""
     outputs = true_fn(*operands), false_fn(*operands)

@@ -28,7 +28,7 @@ def constants():
 
 
 def model(nodes, tensors=(), functions=()):
-    graph = helper.make_graph(nodes, "g", [value("x", [4, IN])], [value("y")], tensors)
+    graph = helper.make_graph(nodes, "g", [value("x", [4, IN])], [value("y", [4, OUT])], tensors)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=functions)
 
@@ -139,3 +139,13 @@ def test_they_are_measured_too(where, tmp_path):
     adapter, exact, _ = written(tmp_path, where, "w.bin")
     largest = ranges(tmp_path / "m.onnx", [{"x": X}], adapter).tensors["y"].largest
     np.testing.assert_allclose(largest, np.abs(exact).max(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("out", ["..onnx", "a..b.onnx", "...onnx", "..a.onnx", "a.onnx."])
+def test_dots_in_the_name_of_the_output(out, tmp_path, monkeypatch):
+    adapter, exact, plain = written(tmp_path, "main", "w.bin")
+    monkeypatch.chdir(tmp_path)  # of a path from the root onnx.checker says nothing
+    for _ in range(2):  # the second finds the weights of the first, and takes them away
+        (data,) = fold_onnx("m.onnx", adapter, out).files[1:]
+        assert_arrays(output(out), exact, plain)
+    assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "w.bin", adapter.name, out, data.name}
