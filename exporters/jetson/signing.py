@@ -38,6 +38,7 @@ def sign_adapter(path: PathLike, key: PathLike) -> Path:
         OSError: a file can't be read or written.
     """
     file, place = as_path(path, "path"), as_path(key, "key")
+    check_there(file)
     read_adapter(file)
     private = _loaded(place, "private")
     out = file.with_name(file.name + SUFFIX)
