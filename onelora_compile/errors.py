@@ -43,6 +43,10 @@ class ExportError(OneLoRAError, RuntimeError):
     """An export that failed, or whose result is not the model."""
 
 
+class HubError(OneLoRAError, OSError):
+    """The Hugging Face Hub did not take what was pushed to it."""
+
+
 class MissingExtraError(OneLoRAError, ImportError):
     """An optional dependency is not installed."""
 

@@ -11,6 +11,7 @@ from onelora_compile.errors import AdapterFileError as AdapterFileError
 from onelora_compile.errors import BaseMismatchError as BaseMismatchError
 from onelora_compile.errors import ConfigError as ConfigError
 from onelora_compile.errors import ExportError as ExportError
+from onelora_compile.errors import HubError as HubError
 from onelora_compile.errors import MergeError as MergeError
 from onelora_compile.errors import MissingExtraError as MissingExtraError
 from onelora_compile.errors import OneLoRAError as OneLoRAError
@@ -32,5 +33,7 @@ from onelora_compile.version import __version__ as __version__
 from onelora_compile.weights.adapter_file import read_adapter as read_adapter
 from onelora_compile.weights.adapter_file import save_adapter as save_adapter
 from onelora_compile.weights.combine import combine as combine
+from onelora_compile.weights.hub_upload import push_to_hub as push_to_hub
 from onelora_compile.weights.loading import load_adapter as load_adapter
 from onelora_compile.weights.merge import merge as merge
+from onelora_compile.weights.model_card import model_card as model_card

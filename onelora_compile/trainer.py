@@ -15,8 +15,8 @@ from onelora_compile.errors import StateError
 from onelora_compile.sharded import is_sharded
 from onelora_compile.weights.adapter_file import save_adapter
 from onelora_compile.weights.atomic_write import remove, replacing
+from onelora_compile.weights.file_kinds import IN_FOLDERS
 
-ADAPTER = "onelora.safetensors"  # in each checkpoint
 _WEIGHTS = "model.safetensors"  # the name in a checkpoint that Trainer resumes from
 
 
@@ -57,7 +57,7 @@ class SaveAdapterCallback(TrainerCallback):
         model = kwargs["model"]
         folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
         if state.is_world_process_zero or _is_sharded(unwrap(model)):  # of a sharded one all processes have a part
-            save_adapter(model, folder / ADAPTER)
+            save_adapter(model, folder / IN_FOLDERS)
         if not self.full_weights and state.is_world_process_zero:
             _leave_the_base_out(model, folder)
 

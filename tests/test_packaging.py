@@ -71,7 +71,17 @@ def test_the_wheel_holds_the_mapped_folders(tmp_path):
 
 @pytest.mark.parametrize(
     "package",
-    ["onnx", "onnxruntime", "transformers", "peft", "gguf", "sklearn", "matplotlib", "tensorrt_rtx_bindings"],
+    [
+        "onnx",
+        "onnxruntime",
+        "transformers",
+        "peft",
+        "huggingface_hub",
+        "gguf",
+        "sklearn",
+        "matplotlib",
+        "tensorrt_rtx_bindings",
+    ],
 )
 def test_importing_needs_none_of_the_extras(package):
     code = (

@@ -54,7 +54,7 @@ from onelora_compile.exporters.onnx_file.save import save_model
 from onelora_compile.exporters.onnx_file.trained import other_values
 from onelora_compile.exporters.onnx_runtime.convert_adapter import adapter_of
 from onelora_compile.exporters.onnx_runtime.runner import OnnxRunner
-from onelora_compile.file_names import as_path, as_paths
+from onelora_compile.file_names import as_path, as_paths, check_there
 from onelora_compile.progress import steps
 from onelora_compile.weights.adapter_file import read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing_folder
@@ -191,6 +191,7 @@ def _adapter_files(fitted: Fitted, adapters: Sequence[Path], source: Path) -> di
         )
     found: dict[str, Path] = {}
     for path in adapters:
+        check_there(path)
         file, name = read_adapter(path), path.name.removesuffix(".safetensors")
         fitted.metadata.check_fits(file, str(source))
         if name in found or name in ("base", "default") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):

@@ -44,6 +44,7 @@ def sign_adapter(path: PathLike, key: PathLike, *, sequence: int | None = None) 
     """
     file, place = as_path(path, "path"), as_path(key, "key")
     line = head(_checked(sequence_now() if sequence is None else sequence))
+    check_there(file)
     read_adapter(file)
     private = _loaded(place, "private")
     out = file.with_name(file.name + SUFFIX)

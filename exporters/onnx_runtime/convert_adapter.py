@@ -29,6 +29,7 @@ from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
 from onelora_compile.weights.file_kinds import GGUF_FILE, refuse_other_kinds
 from onelora_compile.weights.gguf_base import layout_for
 from onelora_compile.weights.gguf_file import write_gguf
+from onelora_compile.weights.hub_download import fetched
 from onelora_compile.weights.peft_folder import PEFT, PEFT_FORMATS, refuse_other_folders, write_folder
 
 PathLike = str | os.PathLike[str]
@@ -47,7 +48,7 @@ def convert_adapter(
     """Write an adapter in the format that the ending of `out` names, or as a folder of PEFT.
 
     Args:
-        source: an adapter in one of the formats.
+        source: an adapter in one of the formats, or an id on the Hugging Face Hub, as `load_adapter` takes.
         out: the file or folder to write, replaced in one step. The `.vectors` file of a model of mode "load" may be it:
             the model begins with this adapter then.
         like: an ONNX model of the adapter's base, of mode "load" or "input", written by this package: gives the order
@@ -71,7 +72,7 @@ def convert_adapter(
         BaseMismatchError: the adapter was trained on another base than the model, or the `.gguf` of the base.
         MissingExtraError: a package that the format needs is not installed.
     """
-    source, out = as_path(source, "source"), as_path(out, "out")
+    source, out = fetched(as_path(source, "source")), as_path(out, "out")
     one_of("format", format, [None, *PEFT_FORMATS])
     if format is None and not out.suffix:
         format = PEFT

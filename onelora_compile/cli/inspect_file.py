@@ -13,6 +13,7 @@ from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.table import Table, grouped, spread
 from onelora_compile.weights.adapter_content import Part
 from onelora_compile.weights.adapter_file import read_adapter
+from onelora_compile.weights.hub_download import fetched
 
 if TYPE_CHECKING:
     from onelora_compile.exporters.onnx_file.metadata import Metadata
@@ -187,13 +188,14 @@ Content = AdapterContent | ModelContent | EngineContent
 
 
 def inspect_file(path: Path) -> Content:
-    """What an adapter (a file, or a folder of PEFT), an ONNX model or an engine holds.
+    """What an adapter (a file, a folder of PEFT, or an id on the Hub), an ONNX model or an engine holds.
 
     Raises:
         AdapterFileError: no adapter file, or damaged.
         ExportError: no ONNX model or manifest of an engine, or damaged, or of another engine.
         FileNotFoundError: there is no such file.
     """
+    path = fetched(path)
     if path.is_dir():
         return _adapter(path)
     if not path.is_file():

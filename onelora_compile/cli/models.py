@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 @command("onelora inspect a.safetensors", "onelora inspect model.onnx --json")
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An adapter, an ONNX model, or an engine with its manifest.")],
+    file: Annotated[
+        Path, typer.Argument(help="An adapter (owner/name: on the Hub), an ONNX model, or an engine with its manifest.")
+    ],
 ) -> Content:
     """Show what is in a file: vectors and base of an adapter; mode and sizes of a model; what an engine is for."""
     from onelora_compile.cli.inspect_file import inspect_file
@@ -42,7 +44,7 @@ def export(
     to: Annotated[
         Runtime, typer.Option(help="What reads the file; pt2 is torch.export, aoti AOTInductor.")
     ] = Runtime.ONNX,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter to load into the model first.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter to load first; owner/name is on the Hub.")] = None,
     adapters: Annotated[
         ExportMode, typer.Option(help="Where the vectors are; load and bank are for onnx.")
     ] = ExportMode.FOLD,
@@ -130,7 +132,7 @@ def ranges(
 @command("onelora fold base.onnx a.safetensors -o folded.onnx")
 def fold(
     base: Annotated[Path, typer.Argument(help="An ONNX model of the adapter's base, written by any tool.")],
-    adapter: Annotated[Path, typer.Argument(help="The adapter (.safetensors).")],
+    adapter: Annotated[Path, typer.Argument(help="The adapter: .safetensors, a folder, owner/name on the Hub.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write; may be the base.")],
     skip: Annotated[bool, typer.Option("--skip-unmatched", help="Leave out vectors that have no place.")] = False,
     calibration: Annotated[
@@ -170,7 +172,10 @@ def fold(
 )
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="An adapter: .safetensors, .onnx_adapter, .vectors, or a folder of PEFT.")
+        Path,
+        typer.Argument(
+            help="An adapter: .safetensors, .onnx_adapter, .vectors, a folder of PEFT, owner/name on the Hub."
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="What to write; an ending names the format, a folder is PEFT's.")
@@ -195,7 +200,9 @@ def convert(
     from onelora_compile.cli.reports import Conversion
     from onelora_compile.exporters import convert_adapter
     from onelora_compile.weights.adapter_file import read_adapter
+    from onelora_compile.weights.hub_download import fetched
 
+    source = fetched(source)
     written = convert_adapter(source, output, like, to.value if to else None, approximate, base)
     held = read_adapter(source, approximate) if source.is_dir() else None
     return Conversion(written, size_of(written), held.projection if held else None, not (held and held.unknown))

@@ -27,7 +27,6 @@ from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.module_names import named_modules
 from onelora_compile.errors import AdapterFileError, one_of
-from onelora_compile.file_names import as_path
 from onelora_compile.many_adapters.values import values_of
 from onelora_compile.printable import shortened
 from onelora_compile.progress import over_weights
@@ -42,6 +41,7 @@ from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of, fin
 from onelora_compile.weights.fits_model import on_the_base, tied_names
 from onelora_compile.weights.gguf_file import GGUF, write_gguf
 from onelora_compile.weights.gguf_layout import layout_of_model
+from onelora_compile.weights.hub_download import Token, local_adapter
 from onelora_compile.weights.layers import base_model_of, layers_of, task_type_of, whole_modules
 from onelora_compile.weights.peft_folder import PEFT_FORMATS, read_folder, refuse_other_folders, write_folder
 
@@ -141,19 +141,30 @@ def write_adapter(file: AdapterFile, path: PathLike) -> None:
     save_file({name: tensor.contiguous() for name, tensor in file.tensors.items()}, path, metadata)
 
 
-def read_adapter(path: PathLike, approximate: bool = False) -> AdapterFile:
+def read_adapter(
+    path: PathLike,
+    approximate: bool = False,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: Token = None,
+) -> AdapterFile:
     """Read and check an adapter file, or a folder of PEFT, by itself, without a model.
 
     Args:
-        path: a file of `save_adapter`, or a folder of PEFT.
+        path: a file of `save_adapter`, a folder of PEFT, or an id on the Hugging Face Hub, as in `load_adapter`.
         approximate: as in `load_adapter`; the result's `projection` says what is kept.
+        revision: as in `load_adapter`.
+        subfolder: as in `load_adapter`.
+        token: as in `load_adapter`.
 
     Raises:
         AdapterFileError: not an adapter file, damaged, of a newer format version, or with NaN or infinity; an adapter
-            of PEFT that vectors can't hold.
-        FileNotFoundError: there is no such file.
+            of PEFT that vectors can't hold; a repository without an adapter.
+        FileNotFoundError: there is no such file, and the Hub does not give it.
+        ConfigError: a revision of what is here; a subfolder that leads out of its folder.
     """
-    path = as_path(path, "path")
+    path = local_adapter(path, revision, subfolder, token)
     if path.is_dir():
         return read_folder(path, approximate)
     if not path.is_file():

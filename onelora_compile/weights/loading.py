@@ -33,13 +33,23 @@ from onelora_compile.sharded import write_whole
 from onelora_compile.weights.adapter_content import AdapterFile
 from onelora_compile.weights.adapter_file import read_adapter
 from onelora_compile.weights.fits_model import check_model, left_to_the_base, on_the_base, unchecked
+from onelora_compile.weights.hub_download import Token
 
 Model = TypeVar("Model", bound=nn.Module)
 PathLike = str | os.PathLike[str]
 
 
-def load_adapter(model: Model, path: PathLike, approximate: bool = False, *, adapter_name: str | None = None) -> Model:
-    """Load an adapter file, or a folder of PEFT, into a model; a compiled model is not compiled again.
+def load_adapter(
+    model: Model,
+    path: PathLike,
+    approximate: bool = False,
+    *,
+    adapter_name: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: Token = None,
+) -> Model:
+    """Load an adapter file, a folder of PEFT, or one on the Hub into a model; a compiled one is not compiled again.
 
     Of a model that is sharded over processes every process must call this, and can read the file. A model that is
     not adapted yet is adapted as the file says. Everything is checked before the first value is
@@ -48,7 +58,9 @@ def load_adapter(model: Model, path: PathLike, approximate: bool = False, *, ada
 
     Args:
         model: the model, plain or compiled, adapted or not.
-        path: a file of `save_adapter`, or a folder of PEFT: LoRA whose lora_A is constant, MiSS or Bone of r=1.
+        path: a file of `save_adapter`; a folder of PEFT: LoRA whose lora_A is constant, MiSS or Bone of r=1; a folder
+            that holds `onelora.safetensors`; or, where nothing of that name is here, an id on the Hub, "owner/name", of
+            a repository with one of these. The Hub needs the package huggingface_hub.
         approximate: take the best vector of each layer of a LoRA that is more than that, b = ΔW 1 / in_features; a
             `OneLoRAWarning` says which share of ‖ΔW‖² that keeps.
         adapter_name: under which the model holds it, beside the adapters that it has; it waits until `set_adapter`,
@@ -56,22 +68,26 @@ def load_adapter(model: Model, path: PathLike, approximate: bool = False, *, ada
             are written at once, with a scale of 1. It may be on other linears than they: the model gets vectors there,
             which are zero for the others, and a compiled model is captured anew then. None is the active adapter;
             where it is the only one, the file has to be on the linears that the model is adapted on.
+        revision: of an id: a branch, a tag or a commit; None is the default branch.
+        subfolder: the folder in the repository, or in the folder, that holds the adapter.
+        token: of an id, for what is private: a token, or False for none; None is the one that you are logged in with.
 
     Returns:
         The same object.
 
     Raises:
         AdapterFileError: a damaged file, a newer format, other modules or shapes than the model's, NaN or infinity, an
-            adapter of PEFT that vectors can't hold.
+            adapter of PEFT that vectors can't hold, a repository without an adapter.
+        FileNotFoundError: there is no such file, and the Hub does not give it; the message says why.
         BaseMismatchError: the adapter was trained on another base.
         StateError: a `disabled` block is open, or a `rows` block that uses the adapter of that name; it is on further
             linears, or the model is not adapted yet, and DistributedDataParallel holds the model.
-        ConfigError: the name is no string, or empty.
+        ConfigError: the name is no string, or empty; a revision of what is here.
     """
     if adapter_name is not None:
         check_name(adapter_name)
     root = unwrap(model)
-    file = read_adapter(path, approximate)
+    file = read_adapter(path, approximate, revision=revision, subfolder=subfolder, token=token)
     if adapted_weights(root) and (adapter_name or _has_several(root)):
         state = state_of(root, "load")
         _load_beside(model, state, file, path, adapter_name or state.pool.active)
