@@ -1,5 +1,6 @@
 """Fingerprints: stable for ever, blind to dtype and layout, sharp for everything else."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -22,6 +23,37 @@ GOLDEN = {
     "norm": 22.494443758403985,
     "sketch": "AAAgQQAAIMEAAAAAAADAwAAAhEIAAITCAAAAAAAA8MEAAIRCAACEwgAAAAAAAPDBAACwQQAAsMEAAAAAAAAgwQ==",
 }
+
+
+def test_levels_never_change_and_are_those_of_the_formula():
+    weight = torch.arange(32 * 33, dtype=torch.float64).view(32, 33) ** 2
+    known = fingerprint(weight)
+    for found, axis, stream in ((known.columns, 0, 2), (known.rows, 1, 3)):
+        squares = weight.square().sum(axis).numpy()
+        logarithms = np.log(squares / squares.mean() + 0.1) / 2
+        drawn = np.array(
+            [signs(4 * len(squares), stream)[4 * row : 4 * row + 4].flatten() for row in range(len(squares))]
+        )
+        expected = (logarithms - logarithms.mean()) @ drawn / len(squares) ** 0.5
+        assert found is not None
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for few in (weight[:31], weight[:, :31], torch.randn(64)[:, None]):
+        assert set(fingerprint(few).to_json()) == {"shape", "dtype", "norm", "sketch"}
+    zeros = fingerprint(torch.zeros(40, 40))
+    assert zeros.columns is not None
+    assert not zeros.columns.any()
+
+
+def test_files_without_levels_and_damaged_levels():
+    fields = fingerprint(torch.randn(40, 50)).to_json()
+    again = Fingerprint.from_json(fields)
+    assert again.to_json() == fields
+    older = Fingerprint.from_json({name: one for name, one in fields.items() if name not in ("columns", "rows")})
+    assert older.columns is None
+    assert older.agrees(again)
+    for damage in ({"columns": "AAAA"}, {"rows": "*"}, {"rows": None}, {"columns": "AADAfwAA" * 10 + "AADAfw=="}):
+        with pytest.raises(ValueError, match="not a fingerprint"):
+            Fingerprint.from_json(fields | damage)
 
 
 def test_the_first_signs_do_not_depend_on_how_many_there_are():

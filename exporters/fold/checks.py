@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 
 from onelora_compile.errors import BaseMismatchError, ExportError
 from onelora_compile.exporters.fold.match_fingerprints import Matches
@@ -15,6 +16,11 @@ from onelora_compile.weights.adapter_file import AdapterFile
 
 _MANY = (
     " (of experts or heads, of which only weights of two axes are looked for: export the adapted model by export_onnx)"
+)
+_RELATED = 0.9  # relative distance: that of two weights which have nothing to do with each other is 1.0 to 1.4
+_SCALED = (
+    ". They are related: weights that were trained further differ so, and those whose columns were scaled "
+    "(SmoothQuant, AWQ), where the feature sum is another; then fold first, and scale and quantise after it"
 )
 NOTHING = "its vector is zero, so there is nothing to fold"
 
@@ -44,6 +50,8 @@ def check_places(matches: Matches, file: AdapterFile, base: Path, on_unmatched: 
         worst = ", ".join(f"{name} (differs by {matches.nearest[name]:.1%})" for name in list(matches.unmatched)[:5])
         held = Metadata.from_props(props, str(base))
         hint = f". It holds an adapter already ({', '.join(held.adapters) or 'unnamed'})" if held.traits is FOLD else ""
+        if median(matches.nearest[name] for name in matches.unmatched) < _RELATED:
+            hint += _SCALED
         raise BaseMismatchError(f"{base} is not the base of the adapter: none of its weights is; {worst}{hint}")
     if matches.unmatched and (on_unmatched == "error" or not matches.places):
         many = {name: _MANY for name in matches.unmatched if file.vectors[name].ndim > 1}

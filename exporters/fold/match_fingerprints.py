@@ -17,6 +17,7 @@ from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
 from onelora_compile.exporters.fold.owners import Known, decided
 from onelora_compile.exporters.fold.parts import places_in_parts
 from onelora_compile.exporters.fold.places import Place, grouped, places_in
+from onelora_compile.exporters.fold.scaled import scaled
 from onelora_compile.weights.fingerprint import OUTPUT, Fingerprint
 
 if TYPE_CHECKING:
@@ -97,9 +98,10 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
             unmatched[name] = again
         else:
             chosen[name] = chosen_or_why
-    for name, reason in _disputed(chosen).items():
-        unmatched[name] = reason
-        del chosen[name]
+    for refused in (_disputed, lambda ones: scaled(ones, prints)):
+        for name, reason in refused(chosen).items():
+            unmatched[name] = reason
+            del chosen[name]
     taken = {id(place.weight) for places in chosen.values() for place in places}
     return Matches(chosen, unmatched, [weight for weight in every if id(weight) not in taken], nearest)
 

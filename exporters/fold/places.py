@@ -35,6 +35,7 @@ class Place:
         factor: the weight is this times the base's, and so must the vector be.
         uses: which uses of the weight; all of them, as far as names can tell.
         first: the first of the vector's entries, where the weight is a part of the base's.
+        distance: estimated relative Frobenius distance of the weight, less the factor, from the base's.
     """
 
     weight: Weight
@@ -44,6 +45,7 @@ class Place:
     factor: float
     uses: tuple[WeightUse, ...]
     first: int = 0
+    distance: float = 0.0
 
     @property
     def whole(self) -> bool:
@@ -111,9 +113,10 @@ def places_in(weight: Weight, groups: Sequence[Group]) -> Iterable[tuple[str, Pl
             continue
         rows = projected(weight, transposed)
         for group in fitting:
-            for index, start, factor in _fits(rows, group, weight.dtype):
+            for index, start, factor, distance in _fits(rows, group, weight.dtype):
                 found = True
-                yield group.names[index], Place(weight, transposed, start, group.shape, factor, ())
+                place = Place(weight, transposed, start, group.shape, factor, (), distance=distance)
+                yield group.names[index], place
 
 
 def projected(weight: Weight, transposed: bool) -> np.ndarray:
@@ -130,8 +133,8 @@ def projected(weight: Weight, transposed: bool) -> np.ndarray:
     return np.ascontiguousarray((sum(parts[1:], parts[0]) if transposed else torch.cat(parts)).numpy())
 
 
-def _fits(projected: np.ndarray, known: Group, dtype: str) -> Iterator[tuple[int, int, float]]:
-    """Where the sketches fit: which, from which row on, with which factor."""
+def _fits(projected: np.ndarray, known: Group, dtype: str) -> Iterator[tuple[int, int, float, float]]:
+    """Where the sketches fit: which, from which row on, with which factor, how far from it."""
     rows = known.shape[0]
     step = int(np.gcd(len(projected), rows))  # q, k and v of a packed weight start at multiples of it
     if len(projected) // step > _PARTS:
@@ -158,4 +161,4 @@ def _fits(projected: np.ndarray, known: Group, dtype: str) -> Iterator[tuple[int
             np.minimum(known.nearest, distance, out=known.nearest)
         exact = np.abs(factor - 1) <= np.maximum(allowed, 1e-4)
         for index in np.flatnonzero((distance <= allowed) & (exact | many) & (whole | enough)):
-            yield int(index), start, 1.0 if exact[index] else float(factor[index])
+            yield int(index), start, 1.0 if exact[index] else float(factor[index]), float(distance[index])

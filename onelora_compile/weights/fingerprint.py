@@ -5,6 +5,13 @@
 The 16 numbers are a random projection of W: the expected square of a difference of two sketches is 16 times the
 squared Frobenius distance of the weights (Johnson-Lindenstrauss).  So they agree to the rounding of the storage
 dtype, and a hash, which would not, is no substitute.  Only numpy is needed to make one of an array.
+
+Rounding to few bits moves a weight as far as factors of its columns do.  The levels tell these apart:
+
+    L_j = log(‖W_j‖² / mean_j ‖W_j‖² + 0.1) / 2,  levels = Sᵀ (L - mean L) / √n,  S [n, 16] of fixed random signs
+
+The root mean square of a difference of two is that of the logarithms of the factors.  Rounding errors of a column
+have nothing to do with each other, so that its norm hardly moves.
 """
 
 from __future__ import annotations
@@ -26,6 +33,9 @@ from onelora_compile.sharded import whole
 
 _WIDTH = 4  # columns of L and of R
 _CHUNK = 1 << 22  # entries of W that are converted at a time
+_LEVELS = 16  # numbers that tell the levels of the columns, and as many those of the rows
+_FAINT = 0.1  # columns with less than this share of the mean square count little: rounding makes them anything
+LEAST = 32  # rows and columns: with fewer, rounding moves norms as factors do
 
 # Relative Frobenius distance that storing a weight in a dtype can cause, with a margin of about 5: measured
 # 2e-4 for float16 and 1.7e-3 for bfloat16 on transformers' weights; float64 and float32 differ by rounding alone.
@@ -46,17 +56,26 @@ class Fingerprint:
         dtype: in which it was stored when the fingerprint was taken.
         norm: Frobenius norm.
         sketch: float32 [16].
+        columns, rows: the levels of its columns and rows, float32 [16]; None where there are few, where the weight
+            can't be read, and in files of older versions.
     """
 
     shape: tuple[int, int]
     dtype: str
     norm: float
     sketch: np.ndarray
+    columns: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; the sketch is base64 of little-endian float32."""
-        sketch = base64.b64encode(self.sketch.astype("<f4").tobytes()).decode()
-        return {"shape": list(self.shape), "dtype": self.dtype, "norm": self.norm, "sketch": sketch}
+        """Plain JSON values; arrays are base64 of little-endian float32."""
+        arrays = {"sketch": self.sketch, "columns": self.columns, "rows": self.rows}
+        coded = {
+            name: base64.b64encode(one.astype("<f4").tobytes()).decode()
+            for name, one in arrays.items()
+            if one is not None
+        }
+        return {"shape": list(self.shape), "dtype": self.dtype, "norm": self.norm, **coded}
 
     @classmethod
     def from_json(cls, fields: Any) -> Fingerprint:
@@ -67,15 +86,15 @@ class Fingerprint:
         """
         try:
             out_features, in_features = (int(size) for size in fields["shape"])
-            raw = base64.b64decode(fields["sketch"], validate=True)
-            sketch = np.frombuffer(raw, "<f4")
+            sketch = _decoded(fields["sketch"], _WIDTH * _WIDTH)
+            columns, rows = (_decoded(fields[key], _LEVELS) if key in fields else None for key in ("columns", "rows"))
             norm = float(fields["norm"])
             dtype = str(fields["dtype"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"not a fingerprint: {error!r}") from error
-        if sketch.shape != (_WIDTH * _WIDTH,) or not np.isfinite(sketch).all() or not 0 <= norm < float("inf"):
-            raise ValueError("not a fingerprint: a sketch of the wrong size, or not finite")
-        return cls((out_features, in_features), dtype, norm, sketch)
+        if not 0 <= norm < float("inf"):
+            raise ValueError("not a fingerprint: a norm that is none")
+        return cls((out_features, in_features), dtype, norm, sketch, columns, rows)
 
     def distance(self, other: Fingerprint) -> float:
         """Estimated Frobenius distance of the two weights over the norm of the larger; inf for other shapes."""
@@ -99,6 +118,13 @@ class Fingerprint:
     def agrees(self, other: Fingerprint) -> bool:
         """Whether the two can be one weight, stored in the dtypes that they name."""
         return self.distance(other) <= max(self.tolerance, other.tolerance)
+
+
+def _decoded(text: Any, count: int) -> np.ndarray:
+    numbers: np.ndarray = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+    if numbers.shape != (count,) or not np.isfinite(numbers).all():
+        raise ValueError(f"not {count} numbers, or not finite")
+    return numbers
 
 
 def fingerprint(weight: Tensor) -> Fingerprint:
@@ -136,7 +162,8 @@ def _of_output(target: Target) -> Fingerprint:
 def fingerprint_of_values(values: Tensor) -> Fingerprint:
     """The fingerprint of a floating tensor of any shape: [n] counts as [n, 1], other axes as columns."""
     rows = values.shape[0] if values.ndim else 1
-    return fingerprint(values.detach().reshape(rows, -1))
+    known = fingerprint(values.detach().reshape(rows, -1))
+    return dataclasses.replace(known, columns=None, rows=None)  # nothing is folded beside such a tensor
 
 
 def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerprint:
@@ -144,6 +171,7 @@ def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerpri
     left = torch.from_numpy(signs(rows, 0))
     sketch = torch.zeros(_WIDTH, _WIDTH, dtype=torch.float64)
     square, done, columns = 0.0, 0, 0
+    by_row, by_column = torch.zeros(rows, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for block in blocks:
             columns = block.shape[1]
@@ -153,9 +181,24 @@ def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerpri
                 chunk = block[start : start + step].to(dtype)
                 sketch += left[done : done + len(chunk)].T @ (chunk @ right).cpu().double()
                 square += torch.linalg.vector_norm(chunk).item() ** 2
+                squares = chunk.square()
+                by_row[done : done + len(chunk)] = squares.sum(1).cpu().double()
+                by_column = by_column + squares.sum(0).cpu().double()
                 done += len(chunk)
     name = str(stored.dtype).removeprefix("torch.")
-    return Fingerprint((rows, columns), name, square**0.5, sketch.flatten().numpy().astype(np.float32))
+    known = Fingerprint((rows, columns), name, square**0.5, sketch.flatten().numpy().astype(np.float32))
+    if min(rows, columns) < LEAST:
+        return known
+    return dataclasses.replace(known, columns=levels(by_column.numpy(), 2), rows=levels(by_row.numpy(), 3))
+
+
+def levels(squares: np.ndarray, stream: int) -> np.ndarray:
+    """The levels of the columns (stream 2) or rows (stream 3) of a weight, of their squared norms [n]: float32 [16]."""
+    mean = squares.mean()
+    found = np.log(squares / mean + _FAINT) / 2 if mean > 0 else np.zeros(len(squares))
+    projected = signs(len(found) * _LEVELS // _WIDTH, stream).reshape(-1, _LEVELS).T @ (found - found.mean())
+    numbers: np.ndarray = (projected / len(found) ** 0.5).astype(np.float32)
+    return numbers
 
 
 def _of_effect(target: Target) -> Fingerprint:
