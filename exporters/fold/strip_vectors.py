@@ -39,7 +39,7 @@ def strip_vectors(model: onnx_ir.Model, metadata: Metadata, path: str) -> None:
                 f"{path} is a bank in which {shortened(metadata.trained)} are rows of tables: nothing can be folded "
                 "into it. Fold into an export of the base, or load the adapter into the PyTorch model and export that"
             )
-        names, held = {IDS}, {value.name: value for value in graph.inputs}
+        names, held = {IDS}, {str(value.name): value for value in graph.inputs}
     else:
         names, held = set(metadata.vectors), dict(graph.initializers)
     sources = [held[name] for name in names - set(metadata.trained) if name in held]
@@ -48,8 +48,8 @@ def strip_vectors(model: onnx_ir.Model, metadata: Metadata, path: str) -> None:
         what = "input" if metadata.traits.feeds_ids else "vectors"
         raise ExportError(
             f"{path} says that it is of mode {metadata.mode!r}, and nothing is added to its base from {what} "
-            f"{shortened(lost)}: a tool renamed, removed or inlined them, and the base can't be told from them; take the "
-            "file that export_onnx wrote"
+            f"{shortened(lost)}: a tool renamed, removed or inlined them, and the base can't be told from them; take "
+            "the file that export_onnx wrote"
         )
     for total, base in _sums(sources):
         _replace(total, base)
