@@ -34,6 +34,18 @@ def as_path(given: Any, what: str) -> Path:
     return Path(name)
 
 
+def as_file(given: Any, what: str) -> Path:
+    """The path of a file to write that an argument is.
+
+    Raises:
+        ConfigError: as of `as_path`; or it ends in a separator, and so names a folder, which a `Path` would not say.
+    """
+    path = as_path(given, what)
+    if (name := os.fspath(given)).endswith(tuple(filter(None, (os.sep, os.altsep)))):
+        raise ConfigError(f"{what}={name!r} ends in {name[-1]!r}, as a folder's name does: give the name of a file")
+    return path
+
+
 def _is_utf8(name: str) -> bool:
     try:  # as the system has it: in an ASCII locale Python writes every other byte as a surrogate
         os.fsencode(name).decode()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import onelora_compile as onelora
+from onelora_compile.cli import main
 from onelora_compile.exporters import (
     EngineRunner,
     OnnxRunner,
@@ -14,6 +15,7 @@ from onelora_compile.exporters import (
     bundle,
     convert_adapter,
     export_onnx,
+    export_runtime,
     fold_onnx,
     refit_engine,
 )
@@ -76,6 +78,54 @@ def test_what_is_no_name(files, name):
 def test_a_name_with_a_nul_for_what_is_folded(files):
     with pytest.raises(onelora.ConfigError, match=r"^out='a\\x00b.onnx' holds a NUL character"):
         fold_onnx("base.onnx", "a.safetensors", "a\0b.onnx")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "a file is there"])
+def test_a_name_that_ends_as_a_folder_s_is_no_file_s(files, old):
+    a = "a.safetensors"
+    writers = [
+        ("path", "m.onnx", lambda name: export_onnx(files, (X,), name, progress=False)),
+        ("path", "m.pt2", lambda name: export_runtime(files, (X,), name, runtime="pt2")),
+        ("path", "m.svg", lambda name: onelora.explain(files, X).draw(name)),
+        ("path", "b.safetensors", lambda name: onelora.save_adapter(files, name)),
+        ("out", "m.onnx", lambda name: fold_onnx("base.onnx", a, name, progress=False)),
+        ("out", "b.onnx_adapter", lambda name: convert_adapter(a, name)),
+        ("out", "b.safetensors", lambda name: onelora.combine({a: 1.0}, name)),
+        ("engine", "m.engine", lambda name: build_engine("base.onnx", name)),
+        ("timing_cache", "m.cache", lambda name: build_engine("base.onnx", "n.engine", timing_cache=name)),
+        ("out", "m.engine", lambda name: refit_engine("base.engine", a, name)),
+    ]
+    for argument, name, write in writers:
+        if old:
+            Path(name).write_bytes(b"")
+        before = contents()
+        with pytest.raises(onelora.ConfigError, match=f"^{argument}='{name}/' ends in '/', as a folder's name does"):
+            write(f"{name}/")
+        assert contents() == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export user.py:model -o m.onnx/",
+        "fold base.onnx a.safetensors -o new/",
+        "combine a.safetensors:1 -o b.safetensors/",
+        "convert a.safetensors -o b.onnx_adapter/",
+        "engine base.onnx -o m.engine/",
+        "refit m.engine a.safetensors -o n.engine/",
+    ],
+)
+def test_a_command_writes_no_file_where_a_folder_is_named(files, command, capsys):
+    before = contents()
+    with pytest.raises(SystemExit) as end:
+        main(command.split())
+    assert end.value.code in (1, 2)
+    assert "ends in '/', as a folder's name does: give the name of a file" in " ".join(capsys.readouterr().err.split())
+    assert contents() == before
+
+
+def contents():
+    return {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("given", SEVERAL, ids=repr)

@@ -28,7 +28,7 @@ from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
 from onelora_compile.exporters.quantized.pairs import open_operators
 from onelora_compile.exporters.quantized.ranges import ON_SATURATION, settle_ranges
-from onelora_compile.file_names import as_path
+from onelora_compile.file_names import as_file, as_path
 from onelora_compile.progress import counting
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_content import digest, float32
@@ -96,7 +96,7 @@ def fold_onnx(
     one_of("on_saturation", on_saturation, ON_SATURATION)
     one_of("on_missing_uses", on_missing_uses, ON_MISSING_USES)
     start = time.perf_counter()
-    base, out = as_path(base, "base"), as_path(out, "out")
+    base, out = as_path(base, "base"), as_file(out, "out")
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(as_path(adapter, "adapter"))
     file.require_fingerprints("the adapter" if isinstance(adapter, AdapterFile) else adapter)
     model = load_model(base)

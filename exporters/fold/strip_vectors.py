@@ -26,8 +26,8 @@ def strip_vectors(model: onnx_ir.Model, metadata: Metadata, path: str) -> None:
     """Take the vectors out of a model, in place; one of mode "base" or "fold" is left as it is.
 
     Raises:
-        ExportError: a bank of heads or norms, whose rows can't be taken out; or vectors that are not where the metadata
-            says.
+        ExportError: a bank of heads or norms, whose rows can't be taken out; or vectors, or the ids of a bank, that are
+            not where the metadata says.
     """
     if metadata.traits.fixed:
         return
@@ -39,15 +39,18 @@ def strip_vectors(model: onnx_ir.Model, metadata: Metadata, path: str) -> None:
                 f"{path} is a bank in which {shortened(metadata.trained)} are rows of tables: nothing can be folded "
                 "into it. Fold into an export of the base, or load the adapter into the PyTorch model and export that"
             )
-        sources = [value for value in graph.inputs if value.name == IDS]
+        names, held = {IDS}, {str(value.name): value for value in graph.inputs}
     else:
-        held = graph.initializers
-        sources = [held[name] for name in metadata.vectors if name not in metadata.trained and name in held]
-        if missing := sorted(set(metadata.vectors) - set(held)):
-            raise ExportError(
-                f"{path} says that it has vectors {shortened(missing)} and has no initializers of these names: a tool "
-                "renamed or removed them; take the file that export_onnx wrote"
-            )
+        names, held = set(metadata.vectors), dict(graph.initializers)
+    sources = [held[name] for name in names - set(metadata.trained) if name in held]
+    unread = {str(value.name) for value in sources if not _sums([value])}
+    if lost := sorted(names - set(held) | unread):
+        what = "input" if metadata.traits.feeds_ids else "vectors"
+        raise ExportError(
+            f"{path} says that it is of mode {metadata.mode!r}, and nothing is added to its base from {what} "
+            f"{shortened(lost)}: a tool renamed, removed or inlined them, and the base can't be told from them; take "
+            "the file that export_onnx wrote"
+        )
     for total, base in _sums(sources):
         _replace(total, base)
     for value in list(graph.inputs):

@@ -22,7 +22,7 @@ from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.errors import AdapterFileError, ConfigError, one_of, require
 from onelora_compile.exporters.onnx_file.load import load_model
 from onelora_compile.exporters.onnx_file.metadata import Metadata
-from onelora_compile.file_names import as_path
+from onelora_compile.file_names import as_file, as_path
 from onelora_compile.weights.adapter_content import float32
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter, write_adapter
 from onelora_compile.weights.atomic_write import refuse_overwriting, replacing
@@ -72,10 +72,12 @@ def convert_adapter(
         BaseMismatchError: the adapter was trained on another base than the model, or the `.gguf` of the base.
         MissingExtraError: a package that the format needs is not installed.
     """
-    source, out = fetched(as_path(source, "source")), as_path(out, "out")
+    source, given, out = fetched(as_path(source, "source")), out, as_path(out, "out")
     one_of("format", format, [None, *PEFT_FORMATS])
     if format is None and not out.suffix:
         format = PEFT
+    if format is None:
+        as_file(given, "out")
     if not source.suffix and not source.exists():
         raise FileNotFoundError(f"there is no file or folder {source}")
     for path, known, folder in ((source, _READ, source.is_dir()), (out, _WRITTEN, format is not None)):

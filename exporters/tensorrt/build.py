@@ -34,7 +34,7 @@ from onelora_compile.exporters.tensorrt.precision import Typing, holds_half, pre
 from onelora_compile.exporters.tensorrt.profiles import profiles_of
 from onelora_compile.exporters.tensorrt.vectors import Prepared, prepared
 from onelora_compile.exporters.tensorrt.write_engine import refuse_overwriting_engine, write_engine
-from onelora_compile.file_names import as_path
+from onelora_compile.file_names import as_file, as_path
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.progress import counting
 from onelora_compile.table import Table
@@ -159,12 +159,12 @@ def build_engine(
         MissingExtraError: no TensorRT is installed.
         OSError: a file can't be read or written.
     """
-    onnx, engine = as_path(onnx, "onnx"), as_path(engine, "engine")
+    onnx, engine = as_path(onnx, "onnx"), as_file(engine, "engine")
     check_writable(engine)  # now, not after minutes of building
     read = [onnx, adapter, *data_files(onnx)]
     refuse_overwriting_engine(engine, [*read, timing_cache])
     if timing_cache is not None:
-        timing_cache = as_path(timing_cache, "timing_cache")
+        timing_cache = as_file(timing_cache, "timing_cache")
         refuse_overwriting(timing_cache, [one for one in read if isinstance(one, str | os.PathLike)], "timing_cache")
         refuse_other_kinds(timing_cache, "", "timing_cache")
     targets = targets_of(target)

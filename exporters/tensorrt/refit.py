@@ -24,7 +24,7 @@ from onelora_compile.exporters.tensorrt.manifest import Manifest
 from onelora_compile.exporters.tensorrt.messages import engine_error, in_our_words
 from onelora_compile.exporters.tensorrt.vectors import hash_model
 from onelora_compile.exporters.tensorrt.write_engine import refuse_overwriting_engine, write_engine
-from onelora_compile.file_names import as_path
+from onelora_compile.file_names import as_file, as_path
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.table import Table
 from onelora_compile.weights.adapter_content import digest
@@ -91,8 +91,8 @@ def refit_engine(
         FileNotFoundError: no engine, or no manifest beside it.
     """
     start = time.perf_counter()
-    engine = as_path(engine, "engine")
-    out = engine if out is None else as_path(out, "out")
+    engine = as_file(engine, "engine")
+    out = engine if out is None else as_file(out, "out")
     onnx = None if onnx is None else as_path(onnx, "onnx")
     refuse_overwriting_engine(out, [adapter, onnx, *(data_files(onnx) if onnx is not None else [])])
     manifest = Manifest.read(engine)

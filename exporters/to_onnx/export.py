@@ -33,7 +33,7 @@ from onelora_compile.exporters.to_onnx.read_bank import carrying, read_bank
 from onelora_compile.exporters.to_program.capture import Place
 from onelora_compile.exporters.to_program.report import ExportReport
 from onelora_compile.exporters.to_program.source import Source, exportable
-from onelora_compile.file_names import as_path, as_paths
+from onelora_compile.file_names import as_file, as_paths
 from onelora_compile.progress import steps
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_content import digest
@@ -117,7 +117,7 @@ def export_onnx(
         OSError: the file can't be written.
     """
     one_of("adapters", adapters, EXPORTED)
-    path, bank = as_path(path, "path"), as_paths(bank, "bank")
+    path, bank = as_file(path, "path"), as_paths(bank, "bank")
     if bool(bank) != MODES[adapters].feeds_ids:
         raise ConfigError("adapters='bank' needs bank=[files], and only that takes it")
     if opset_version is not None and opset_version < OLDEST:

@@ -19,7 +19,7 @@ from onelora_compile.exporters.to_program.capture import NO_BOUND
 from onelora_compile.exporters.to_program.export import PROGRAM_MODES, Exported, program_of
 from onelora_compile.exporters.to_program.report import ExportReport
 from onelora_compile.exporters.to_program.runtimes import RUNTIMES, Runtime
-from onelora_compile.file_names import as_path
+from onelora_compile.file_names import as_file
 from onelora_compile.progress import steps
 from onelora_compile.weights.atomic_write import TEMPORARY, check_writable, replacing_all
 from onelora_compile.weights.file_kinds import refuse_other_kinds
@@ -68,7 +68,7 @@ def export_runtime(
     """
     one_of("runtime", runtime, RUNTIMES)
     one_of("adapters", adapters, PROGRAM_MODES)
-    chosen, path, start = RUNTIMES[runtime], as_path(path, "path"), time.perf_counter()
+    chosen, path, start = RUNTIMES[runtime], as_file(path, "path"), time.perf_counter()
     files = _files(path, chosen)
     for file in files:
         check_writable(file)

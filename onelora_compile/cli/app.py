@@ -20,7 +20,7 @@ import typer
 
 from onelora_compile.cli.output import fail, print_in_any_locale, print_json, print_report, quiet_stdout
 from onelora_compile.errors import ConfigError
-from onelora_compile.file_names import check_there
+from onelora_compile.file_names import as_file, check_there
 from onelora_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -33,7 +33,21 @@ Sizes = Annotated[
         help="Of a dynamic dimension, batch=8, or an input, x=8x3; or smallest, usual, largest: batch=1,8,32.",
     ),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
+
+
+def file_to_write(help: str) -> Any:
+    """The option `--output`; a name that ends in a separator is refused, where click's own type would drop that."""
+    return typer.Option("--output", "-o", help=help, metavar="PATH", parser=_file)
+
+
+def _file(given: str) -> Path:
+    try:
+        return as_file(given, "it")
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Output = Annotated[Path, file_to_write("The file to write.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object, and nothing else.")]
 _Report = Callable[..., "Printable"]
 

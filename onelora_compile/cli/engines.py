@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onelora_compile.cli.app import Sizes, command, load_arrays
+from onelora_compile.cli.app import Sizes, command, file_to_write, load_arrays
 from onelora_compile.cli.choices import BundleLayout, EngineMode, Flavour, JetPack, Precision, Swap
 from onelora_compile.cli.sizes import parse_sizes
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @command("onelora engine model.onnx -o model.engine --sm 86 --size batch=1,8,32")
 def engine(
     model: Annotated[Path, typer.Argument(help="The ONNX model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The engine to write; a manifest goes beside it.")],
+    output: Annotated[Path, file_to_write("The engine to write; a manifest goes beside it.")],
     sm: Annotated[list[str] | None, typer.Option(help="GPU to build for, 86 or 8.6; once for each.")] = None,
     size: Sizes = None,
     flavour: Annotated[Flavour, typer.Option(help="Which TensorRT builds; auto is what is installed.")] = Flavour.AUTO,
@@ -50,7 +50,7 @@ def engine(
 def refit(
     engine: Annotated[Path, typer.Argument(help="An engine that was built with --adapters refit.")],
     adapter: Annotated[Path, typer.Argument(help="The adapter (.safetensors).")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The engine to write, in place of it.")] = None,
+    output: Annotated[Path | None, file_to_write("The engine to write, in place of it.")] = None,
     onnx: Annotated[Path | None, typer.Option(help="The engine's ONNX model, where TensorRT asks for weights.")] = None,
 ) -> RefitReport:
     """Put another adapter into a finished engine; needs the GPU."""

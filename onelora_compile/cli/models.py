@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onelora_compile.cli.app import Output, Sizes, command, load_arrays
+from onelora_compile.cli.app import Output, Sizes, command, file_to_write, load_arrays
 from onelora_compile.cli.choices import ExportMode, PeftFormat, Runtime
 from onelora_compile.cli.sizes import each_size, parse_axes, parse_sizes
 from onelora_compile.errors import ConfigError
@@ -133,7 +133,7 @@ def ranges(
 def fold(
     base: Annotated[Path, typer.Argument(help="An ONNX model of the adapter's base, written by any tool.")],
     adapter: Annotated[Path, typer.Argument(help="The adapter: .safetensors, a folder, owner/name on the Hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write; may be the base.")],
+    output: Annotated[Path, file_to_write("The ONNX file to write; may be the base.")],
     skip: Annotated[bool, typer.Option("--skip-unmatched", help="Leave out vectors that have no place.")] = False,
     calibration: Annotated[
         list[Path] | None,
@@ -178,7 +178,10 @@ def convert(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="What to write; an ending names the format, a folder is PEFT's.")
+        str,
+        typer.Option(
+            "--output", "-o", metavar="PATH", help="What to write; an ending names the format, a folder is PEFT's."
+        ),
     ],
     like: Annotated[Path | None, typer.Option(help="The ONNX model that the adapter is for.")] = None,
     to: Annotated[

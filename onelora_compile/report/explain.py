@@ -20,7 +20,7 @@ from onelora_compile.adapting.weight_target import vector_key
 from onelora_compile.dynamo import private_api
 from onelora_compile.dynamo.capture import capture
 from onelora_compile.errors import ConfigError, TargetError
-from onelora_compile.file_names import as_path
+from onelora_compile.file_names import as_file
 from onelora_compile.passes.graph.subgraphs import Scope, scopes
 from onelora_compile.passes.lowerings import LOWERING
 from onelora_compile.passes.open_attention import expand_attention
@@ -120,7 +120,7 @@ class Explanation(Printable):
         """
         if not 0 <= graph < len(self.captured):
             raise ConfigError(f"there is no graph {graph}; the call became {len(self.captured)} graphs, from 0")
-        return draw(*self.captured[graph], as_path(path, "path"), module)
+        return draw(*self.captured[graph], as_file(path, "path"), module)
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:

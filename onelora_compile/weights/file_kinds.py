@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onelora_compile.errors import ConfigError
-from onelora_compile.file_names import as_path
+from onelora_compile.file_names import as_file, as_path
 
 ADAPTER = ".safetensors"  # how the name of an adapter file ends
 IN_FOLDERS = "onelora.safetensors"  # its name in a checkpoint, and in a repository of the Hugging Face Hub
@@ -51,7 +51,7 @@ def refuse_other_kinds(out: str | os.PathLike[str], ending: str, what: str = "ou
     Raises:
         ConfigError: it is named like another kind, or would replace a file of one, or is no name of a file.
     """
-    path = as_path(out, what)
+    path = as_file(out, what) if ending else as_path(out, what)
     named = path.suffix.lower()
     if named != ending and named in KINDS:
         raise ConfigError(f"{what}={str(out)!r}: a file that ends in {named} is {KINDS[named]}: give another name")
