@@ -71,7 +71,8 @@ def fold_onnx(
     Args:
         base: the model; its weights may be in external files beside it.  It is not changed, unless it is `out` too.  Of
             an export that carries vectors (modes "load", "input", "bank") the base is taken: what is written is a plain
-            model with this adapter alone.  Into one that holds a folded adapter this one is folded on top.
+            model with this adapter alone.  One that holds a folded adapter takes another of other layers; of the
+            same layers it is no base any more, and refused.
         adapter: an adapter file, or one that was read.
         out: the file to write, replaced in one step, a link too; weights go into `<out>.data` if the base has such.
         on_unmatched: "error", or "skip" to leave out vectors without a place, which the report then names. One of zeros

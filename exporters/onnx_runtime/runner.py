@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 Adapter = str | os.PathLike[str] | AdapterFile | None
 
 
+_REWRITTEN = (
+    "A tool that rewrote the file took the vectors into it, or renamed them, so they can't be given any more (plain "
+    "onnx.save does, of a file of mode 'load'): take the file as export_onnx wrote it, or fold the adapter into it"
+)
+
+
 class OnnxRunner:
     """A model in ONNX Runtime, and the adapter that its calls use.
 
@@ -269,7 +275,5 @@ class OnnxRunner:
             session.onelora_tables = self._tables  # its memory, which has to live as long as the session
             return session
         except Exception as error:  # see run
-            raise ExportError(
-                f"ONNX Runtime can't load {self.path}: {error}. Export with verify=False to keep the file for another "
-                "runtime"
-            ) from error
+            hint = f". {_REWRITTEN}" if vectors and "initializer" in str(error) else ""
+            raise ExportError(f"ONNX Runtime can't load {self.path}: {error}{hint}") from error

@@ -204,7 +204,10 @@ def check_export(
         ExportError: the runtime refuses the file or its inputs, or it computes something else than the model.
         MissingExtraError: onnxruntime is not installed.
     """
-    runner = OnnxRunner(path)
+    try:
+        runner = OnnxRunner(path)
+    except ExportError as error:
+        raise ExportError(f"{error}. verify=False keeps the file for another runtime") from error
     given = [_array(value) for value in inputs]
     found = []
     for what, chosen, swapped in _scenarios(runner, model, bank):

@@ -175,7 +175,9 @@ def read_adapter(
             _check_format(metadata, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
-        raise AdapterFileError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+        ours = path.suffix in (".onnx_adapter", ".vectors")
+        hint = f"; convert reads it: onelora convert {path} -o a.safetensors --like MODEL.onnx" if ours else ""
+        raise AdapterFileError(f"{path} is not a safetensors file, or is damaged: {error}{hint}") from error
     try:
         config = OneLoRAConfig.from_json(metadata["config"])
         base = parsed_base(metadata)
