@@ -197,3 +197,21 @@ def test_two_models_in_one_step_have_their_own_vectors():
         fill_vectors(model, 0.5, seed)
     torch.testing.assert_close(fast(x), merged_copy(first)(x) + merged_copy(second)(x) ** 2)
     assert len(graphs.graphs) == 1
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_a_model_inside_data_parallel(grad):
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    base, x = copy.deepcopy(model), torch.randn(5, 8)
+    wrapped = nn.DataParallel(model)
+    fast = torch.compile(wrapped, backend="onelora", options={"inner": "aot_eager"})
+    with torch.set_grad_enabled(grad):
+        out, (message,) = paths.first_call(lambda: fast(x))
+    assert "adapted 2 linears of Sequential" in message
+    torch.testing.assert_close(out, base(x))
+    if grad:
+        out.sum().backward()
+        assert all(vector.grad is not None for vector in onelora.vectors(wrapped).values())
+    assert list(onelora.vectors(wrapped)) == list(onelora.vectors(model)) == ["0", "2"]
+    fill_vectors(model, 0.5)
+    torch.testing.assert_close(fast(x), merged_copy(model)(x))

@@ -20,6 +20,7 @@ TIED_EMBEDDING = "an embedding's weight, which a linear op reads too: the embedd
 BILINEAR = "a bilinear form of two inputs, not a linear op of the method"
 RECURRENT = "its weights go to one kernel of a recurrent layer, which nothing can be added to"
 EMBEDDING = "an embedding, not a linear op"
+COMPLEX = "a complex weight; vectors and feature sums are real numbers"
 CONVOLUTION = "a convolution, not a linear op of the method"
 PATCHES = "a convolution, not a linear op of the method; it is a linear map of patches: name it in target_modules"
 # What is not an op that was left out by choice.
@@ -68,6 +69,8 @@ def _candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[
             # What else reads the weight of a linear sees it adapted, as after a merge; transposed too.
             dims, why = own.dims, ""
         reason = TIED_EMBEDDING if isinstance(module, _EMBEDDINGS) else CONVOLUTION if found.convolution else why
+        if module._parameters[found.parameter].is_complex():  # type: ignore[union-attr]
+            reason = COMPLEX
         target = reading(module, found.parameter, dims) if dims and not reason else None
         read.setdefault(module, []).append((found.parameter, target, reason))
     result: dict[str, Candidate] = {}
@@ -78,6 +81,9 @@ def _candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[
             keys = [vector_key(alias, parameter) for alias in aliases]
             full = [f"{alias}.{parameter}".removeprefix(".") for alias in aliases]
             result[keys[0]] = Candidate(module, [*keys, *full, *aliases], own, why)
+        for parameter in _complex_weights(module) if called[module] == (None, "") else ():
+            if (key := vector_key(aliases[0], parameter)) not in result:
+                result[key] = Candidate(module, [key, *aliases], None, COMPLEX)
         if module not in read:
             own, why = called[module]
             if own is not None or why:
@@ -96,12 +102,19 @@ def _candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[
     return result
 
 
+def _complex_weights(module: nn.Module) -> list[str]:
+    """The names of the complex parameters that could be weights: the code that reads them is not looked at."""
+    return [name for name, p in module._parameters.items() if p is not None and p.is_complex() and p.ndim > 1]
+
+
 def _called(module: nn.Module) -> tuple[Target | None, str]:
     """The target of a module that is called, or why it has none; neither for a module that is no op of weights."""
     if isinstance(module, Adapted):
         return targets_of(module)[0], ""
     if isinstance(module, torch.jit.ScriptModule):
         return None, ""
+    if is_linear(module) and "weight" in _complex_weights(module):
+        return None, COMPLEX
     if is_linear(module):
         dims, reason = weight_axes(module)
         return (None, reason) if reason else (calling(module, dims), "")

@@ -83,7 +83,7 @@ def _check_forced(results: Sequence[PassResult], lowering: str | None) -> None:
 def _first_call(gm: fx.GraphModule, example_inputs: Sequence[Any], config: OneLoRAConfig) -> FirstCall | None:
     """What adapts the models that the graph reads and that nobody adapted; None where there is none."""
     sources = frames.frame_roots(gm, example_inputs)
-    models = {root: frames.compiled_module(root) for root in sources}
+    models = {root: _inside_data_parallel(frames.compiled_module(root)) for root in sources}
     # Where something in the graph is adapted, the models beside it are as their user wants them.
     chosen = any(is_update(node) for scope in scopes(gm) for node in scope.gm.graph.nodes)
     fresh = {} if chosen else {root: model for root, model in models.items() if not was_adapted(model)}
@@ -99,6 +99,11 @@ def _first_call(gm: fx.GraphModule, example_inputs: Sequence[Any], config: OneLo
             _note_constant_inputs(gm, example_inputs, state)
             warn_about_the_rest(gm, example_inputs, model, state)
     return None
+
+
+def _inside_data_parallel(model: nn.Module) -> nn.Module:
+    """What `adapt` puts its vectors on; DistributedDataParallel it refuses, and has to see."""
+    return model.module if isinstance(model, nn.DataParallel) else model
 
 
 def _first_call_of(
