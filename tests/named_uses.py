@@ -65,6 +65,26 @@ NAMED = {
         {"w": "used by conv_transpose1d"},
     ),
     "recurrent_cell": (lambda: module(lambda s, x: s.cell(x), cell=nn.GRUCell(8, 6)), (5, 8), {"cell": "recurrent"}),
+    "product_and_sum": (
+        lambda: module(lambda s, x: (x[:, None] * s.w).sum(-1), w=weight(6, 8)),
+        (5, 8),
+        {"w": "used by mul and sum"},
+    ),
+    "product_and_sum_over_the_middle": (
+        lambda: module(lambda s, x: torch.mul(x[:, :, None], s.w).float().sum(axis=1), w=weight(8, 6)),  # type: ignore[call-overload]
+        (5, 8),
+        {"w": "used by mul and sum"},
+    ),
+    "rows_and_sums": (
+        lambda: module(lambda s, x: torch.stack([(x * row).mean(-1) for row in s.w], -1), w=weight(6, 8)),
+        (5, 8),
+        {"w": "used by mul and mean"},
+    ),
+    "masked_product_and_sum": (
+        lambda: module(lambda s, x: (x[:, None] * (s.w * 2)).sum(-1), w=weight(6, 8)),
+        (5, 8),
+        {"w": "the weight of mul and sum is computed"},
+    ),
     "foreign_operator": (
         lambda: module(lambda s, x: torch.ops.forms.linear(x, s.w), w=weight(6, 8)),
         (5, 8),

@@ -90,6 +90,9 @@ def _candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[
                 result[aliases[0]] = Candidate(module, aliases, own, why)
             for parameter, why in inside.get(module, ()):
                 result[vector_key(aliases[0], parameter)] = Candidate(module, [], None, why)
+    for (module, place), why in uses.others.items():
+        if called[module] == (None, ""):
+            result.setdefault(f"{names[module][0]}.{place}".removeprefix("."), Candidate(module, [], None, why))
     embedded = {id(one.module.weight) for one in result.values() if one.reason == TIED_EMBEDDING}
     for key, candidate in result.items():
         if candidate.target is not None:

@@ -9,6 +9,7 @@ what it misses is found, and named in a warning, when a graph of the model is ca
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Collection, Iterator, Sequence
@@ -24,6 +25,7 @@ from onelora_compile.weight_uses.count_uses import UseCounter
 from onelora_compile.weight_uses.entries import Entry, entries, hooks_of
 from onelora_compile.weight_uses.follow_forward import Followed, follow
 from onelora_compile.weight_uses.holders import Holders, References, held_in, of_torch
+from onelora_compile.weight_uses.other_weights import OtherWeights
 from onelora_compile.weight_uses.reachable_names import Known, modules_elsewhere, names_in_reach
 from onelora_compile.weight_uses.tracer import both_branches, not_entered
 from onelora_compile.weight_uses.weight_reads import (
@@ -66,11 +68,14 @@ class WeightUses:
         times: how often one forward of the model uses a weight, by a call of the linear or a read, where that is not
             once: at least, and with other arguments; by module and parameter.  Zero at most: never seen to.
         called: the linears that it calls.
+        others: weights of linear ops that are no parameters of the model, by the module that holds them and their
+            place there; with the reason why they have no vector.
     """
 
     reads: list[DirectRead]
     times: dict[tuple[nn.Module, str], tuple[int, int]]
     called: set[nn.Module]
+    others: dict[tuple[nn.Module, str], str]
 
 
 def weight_uses(model: nn.Module, called: Collection[nn.Module] = ()) -> WeightUses:
@@ -99,7 +104,7 @@ def weight_uses(model: nn.Module, called: Collection[nn.Module] = ()) -> WeightU
             elif None not in (known.dims, read.dims) and known.dims != read.dims:
                 found[key] = dataclasses.replace(known, dims=None, why=BOTH_WAYS)
     reads = [*found.values(), *_by_other_names(model, found)]
-    return WeightUses(reads, code.times(), code.calls())
+    return WeightUses(reads, code.times(), code.calls(), code.others)
 
 
 def _by_other_names(model: nn.Module, found: dict[tuple[nn.Module, str], DirectRead]) -> Iterator[DirectRead]:
@@ -129,6 +134,8 @@ class _Code:
         self._counted: dict[Any, list[tuple[Bounds, bool, bool]]] = {}
         self._counter = UseCounter(model)
         self._writing: dict[type[nn.Module], bool] = {}
+        self._elsewhere = OtherWeights(model)
+        self.others: dict[tuple[nn.Module, str], str] = {}
 
     def reads(self, module: nn.Module) -> Iterator[DirectRead]:
         """What the code of one module reads, without that of its children."""
@@ -149,6 +156,8 @@ class _Code:
             self._counter.add(module, Bounds(once, once, (), ()), known=True)
         elif not of_torch(module) and any(one in self._called for one in module.modules()):
             yield from self._count_calls(module)
+        elif not of_torch(module) and self._elsewhere.held_by(module):
+            collections.deque(self._ways(module, (False,)), maxlen=0)  # notes the others
 
     def times(self) -> dict[tuple[nn.Module, str], tuple[int, int]]:
         """How often one forward uses each weight, at least and at most, where that is not once."""
@@ -213,10 +222,12 @@ class _Code:
         key = (type(module), *fields, *((name, type(child)) for child, name in names.items()))
         if key not in self._counted:
             self._counted[key] = []
+            before = len(self.others)
             for _, ways in self._ways(module, (False,)):
                 found = bounds([way for _, way in ways]).renamed(names.get)
                 known = any(not way.error for _, way in ways)
-                self._counted[key].append((found, known, any(True for _, way in ways for _ in reads_of(way))))
+                reads = len(self.others) > before or any(True for _, way in ways for _ in reads_of(way))
+                self._counted[key].append((found, known, reads))
         if any(reads for *_, reads in self._counted[key]):  # through what it gives to others
             yield from self._followed(module)
             return
@@ -250,6 +261,8 @@ class _Code:
                         with kept:
                             way = silently(follow, module, one, *how)
                         ways.append((training, way))
+                        if module not in self._called:
+                            self.others |= self._elsewhere.used(way)
                         asked = max(asked, way.asked)
             yield entry, ways
 

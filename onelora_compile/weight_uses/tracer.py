@@ -120,8 +120,11 @@ class Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Some value: a submodule is followed on its own, but for one that is given a weight, or code to run."""
-        if self._elsewhere() or m in self._entered:
+        """Some value: a submodule is followed on its own, but for one that is given a weight, or code to run.
+
+        A weight that went through an `nn.Identity` is that weight.
+        """
+        if self._elsewhere() or m in self._entered or type(m) is nn.Identity:
             return forward(*args, **kwargs)
         own = type(m) is nn.Sequential or not type(m).__module__.startswith("torch.")
         if own and any_of((args, kwargs), is_code):

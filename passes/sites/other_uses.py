@@ -4,6 +4,7 @@
     linear(x, W * mask)                a weight that is computed from parameters
     x @ (A @ B)                        a product of two parameters
     mylib::linear(x, W)                an operator of another library: nobody knows what it does
+    (x[:, None] * W).sum(-1)           a product and a sum, in two steps
 
 Only looks.  What `match_linear` finds is not listed, nor is a weight that is adapted where it is read, nor a parameter
 of fewer than two axes, which is no matrix.
@@ -20,6 +21,7 @@ from torch import fx
 from onelora_compile.ops import ADAPTED_WEIGHT, ADD_RANK1, RANK1_UPDATE
 from onelora_compile.passes.sites.contractions import CONTRACTIONS, use_of
 from onelora_compile.passes.sites.operators import is_known, op_name
+from onelora_compile.passes.sites.summed_products import summed_products
 from onelora_compile.passes.sites.weight_path import Chain, example, is_parameter, weight_chains
 
 NOT_UNDERSTOOD = "used by {op}, which this package does not know as a linear op"
@@ -66,7 +68,12 @@ def other_uses(gm: fx.GraphModule, parameters: Collection[fx.Node] = ()) -> list
     """
     chains = weight_chains(gm, parameters)
     made_of = made_of_parameters(gm, parameters)
-    return [use for node in gm.graph.nodes for use in _uses(gm, node, chains, made_of)]
+    found = [use for node in gm.graph.nodes for use in _uses(gm, node, chains, made_of)]
+    for node, weight in summed_products(gm, made_of):
+        reason = NOT_UNDERSTOOD if weight in chains else COMPUTED
+        roots = filter(_may_be_weight, made_of[weight])
+        found += [OtherUse(node, root, reason.format(op=f"mul and {op_name(node)}") + ASK) for root in roots]
+    return found
 
 
 def users(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:

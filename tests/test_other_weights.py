@@ -1,0 +1,124 @@
+"""Weights of linear ops that are no parameters of the model are named; what only resembles one is not."""
+
+import pytest
+import torch
+from forms import module, weight
+from torch import nn
+from torch.nn import functional as F
+
+import onelora_compile as onelora
+from onelora_compile.testing import fill_vectors, merged_copy
+
+
+class Holding(nn.Module):
+    """Holds something past its parameters and children."""
+
+    def __init__(self, hold, use):
+        super().__init__()
+        self.use = use
+        hold(self)
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+BUFFER, ELSEWHERE = "a buffer and no parameter", "registered nowhere"
+OTHERS = {
+    "buffer": (
+        lambda s: s.register_buffer("held", torch.randn(8, 8)),
+        lambda s, x: F.linear(x, s.held),
+        {"held": BUFFER},
+    ),
+    "slice_of_a_buffer": (
+        lambda s: s.register_buffer("held", torch.randn(16, 8)),
+        lambda s, x: x @ s.held[:8].T,
+        {"held": BUFFER},
+    ),
+    "tensor": (
+        lambda s: setattr(s, "held", torch.randn(8, 8)),
+        lambda s, x: F.linear(x, s.held),
+        {"held": ELSEWHERE},
+    ),
+    "tensors_in_one": (
+        lambda s: setattr(s, "held", torch.randn(2, 8, 8)),
+        lambda s, x: x @ s.held[1],
+        {"held": ELSEWHERE},
+    ),
+    "list_of_parameters": (
+        lambda s: setattr(s, "held", [weight(8, 8), weight(8, 8)]),
+        lambda s, x: F.linear(x, s.held[1]),
+        {"held[1]": ELSEWHERE},
+    ),
+    "dictionary_of_linears": (
+        lambda s: setattr(s, "held", {"up": nn.Linear(8, 8)}),
+        lambda s, x: s.held["up"](x),
+        {"held['up']": ELSEWHERE},
+    ),
+    "weight_of_a_linear_in_a_list": (
+        lambda s: setattr(s, "held", [nn.Linear(8, 8)]),
+        lambda s, x: F.linear(x, s.held[0].weight),
+        {"held[0]": ELSEWHERE},
+    ),
+}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_weight_that_is_no_parameter_is_named(name, beside):
+    hold, use, expected = OTHERS[name]
+    blocks = [Holding(hold, use), Holding(hold, use)]
+    for block in blocks if beside else ():
+        block.fc = nn.Linear(8, 8)
+    model, x = nn.Sequential(nn.Linear(8, 8), *blocks), torch.randn(5, 8)
+    base = model(x)
+    onelora.adapt(model)
+    assert list(onelora.vectors(model)) == ["0", *(["1.fc", "2.fc"] if beside else [])]
+    skipped = {place: why for place, why in onelora.summary(model).skipped.items() if not place.endswith(".fc")}
+    assert skipped.keys() == {f"{block}.{place}" for block in (1, 2) for place in expected}
+    assert all(expected[place.partition(".")[2]] in why for place, why in skipped.items())
+    assert torch.equal(model(x), base)
+
+
+def test_a_weight_alone_that_is_no_parameter_is_in_the_error():
+    hold, use, _ = OTHERS["buffer"]
+    with pytest.raises(onelora.TargetError, match="held"):
+        onelora.adapt(Holding(hold, use))
+
+
+def no_matrix(model):
+    model.register_buffer("mask", torch.ones(5, 5).tril() > 0)
+    model.register_buffer("bias", torch.zeros(5, 5))
+    model.register_buffer("frequencies", torch.rand(4))
+    model.places, model.scales, model.mixed = weight(5, 8), weight(1, 1, 8), weight(3)
+    model.heads, model.other, model.unused = [torch.rand(2, 8)], {"a": torch.zeros(5, 8)}, [nn.Linear(8, 8)]
+
+
+def gated(model, x):
+    angles = torch.ones(5, 1) @ model.frequencies[None]
+    x = x * torch.cat((angles.cos(), angles.sin()), -1) + model.places + model.other["a"]
+    x = F.scaled_dot_product_attention(x, x, x, attn_mask=model.bias.masked_fill(~model.mask, -1e4))
+    scores = (x @ x.transpose(1, 2)).masked_fill(~model.mask, 0.0) + model.bias
+    x = (scores @ x) * model.scales + (x * model.heads[0].sum(0)) * x.pow(2).mean(-1, keepdim=True)
+    mixed = (torch.stack([x, x, x]) * model.mixed.softmax(0)[:, None, None, None]).sum(0)
+    return (mixed * model.scales).mean(1) + (mixed * model.places).sum(0).sum(0) + (x * x).sum(1)
+
+
+def test_masks_gates_and_positions_are_not_named():
+    model = nn.Sequential(nn.Linear(8, 8), Holding(no_matrix, gated))
+    model(torch.randn(2, 5, 8))
+    onelora.adapt(model)
+    assert list(onelora.vectors(model)) == ["0"]
+    assert onelora.summary(model).skipped == onelora.summary(model).not_linear == {}
+    torch.compile(model, backend="onelora", options={"inner": "eager"}, fullgraph=True)(torch.randn(2, 5, 8))
+
+
+def test_a_weight_that_goes_through_an_identity_is_adapted():
+    form = module(lambda s, x: F.linear(x, s.same(s.w)), w=weight(6, 8), same=nn.Identity())
+    x = torch.randn(5, 8)
+    fill_vectors(onelora.adapt(form), 0.5)
+    assert list(onelora.vectors(form)) == ["w"]
+    vector = onelora.vectors(form)["w"].double()
+    expected = x.double() @ form._parameters["w"].double().T + x.double().sum(-1, keepdim=True) * vector
+    torch.testing.assert_close(form(x).double(), expected, rtol=1e-5, atol=1e-5)
+    fast = torch.compile(form, backend="onelora", options={"inner": "eager"}, fullgraph=True)
+    torch.testing.assert_close(fast(x), merged_copy(form)(x))
