@@ -56,8 +56,8 @@ class Fingerprint:
         dtype: in which it was stored when the fingerprint was taken.
         norm: Frobenius norm.
         sketch: float32 [16].
-        columns, rows: the levels of its columns and rows, float32 [16]; None where there are few, where the weight
-            can't be read, and in files of older versions.
+        columns, rows: the levels of its columns and rows, float32 [16], rounded to float16; None where there are few,
+            where the weight can't be read, and in files of older versions.
     """
 
     shape: tuple[int, int]
@@ -68,13 +68,10 @@ class Fingerprint:
     rows: np.ndarray | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; arrays are base64 of little-endian float32."""
-        arrays = {"sketch": self.sketch, "columns": self.columns, "rows": self.rows}
-        coded = {
-            name: base64.b64encode(one.astype("<f4").tobytes()).decode()
-            for name, one in arrays.items()
-            if one is not None
-        }
+        """Plain JSON values; arrays are base64, the sketch of little-endian float32, levels of float16."""
+        coded = {"sketch": _coded(self.sketch, "<f4")}
+        if self.columns is not None and self.rows is not None:
+            coded |= {"columns": _coded(self.columns, "<f2"), "rows": _coded(self.rows, "<f2")}
         return {"shape": list(self.shape), "dtype": self.dtype, "norm": self.norm, **coded}
 
     @classmethod
@@ -86,8 +83,11 @@ class Fingerprint:
         """
         try:
             out_features, in_features = (int(size) for size in fields["shape"])
-            sketch = _decoded(fields["sketch"], _WIDTH * _WIDTH)
-            columns, rows = (_decoded(fields[key], _LEVELS) if key in fields else None for key in ("columns", "rows"))
+            sketch = _decoded(fields["sketch"], "<f4", _WIDTH * _WIDTH)
+            columns, rows = (
+                _decoded(fields[key], "<f2", _LEVELS).astype(np.float32) if key in fields else None
+                for key in ("columns", "rows")
+            )
             norm = float(fields["norm"])
             dtype = str(fields["dtype"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -120,8 +120,12 @@ class Fingerprint:
         return self.distance(other) <= max(self.tolerance, other.tolerance)
 
 
-def _decoded(text: Any, count: int) -> np.ndarray:
-    numbers: np.ndarray = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+def _coded(numbers: np.ndarray, dtype: str) -> str:
+    return base64.b64encode(numbers.astype(dtype).tobytes()).decode()
+
+
+def _decoded(text: Any, dtype: str, count: int) -> np.ndarray:
+    numbers: np.ndarray = np.frombuffer(base64.b64decode(text, validate=True), dtype)
     if numbers.shape != (count,) or not np.isfinite(numbers).all():
         raise ValueError(f"not {count} numbers, or not finite")
     return numbers
@@ -193,11 +197,15 @@ def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerpri
 
 
 def levels(squares: np.ndarray, stream: int) -> np.ndarray:
-    """The levels of the columns (stream 2) or rows (stream 3) of a weight, of their squared norms [n]: float32 [16]."""
+    """The levels of the columns (stream 2) or rows (stream 3) of a weight, by their squared norms [n].
+
+    Returns:
+        float32 [16], rounded to float16 as files hold them; zeros of a weight of zeros, or one that is not finite.
+    """
     mean = squares.mean()
-    found = np.log(squares / mean + _FAINT) / 2 if mean > 0 else np.zeros(len(squares))
+    found = np.log(squares / mean + _FAINT) / 2 if 0 < mean < np.inf else np.zeros(len(squares))
     projected = signs(len(found) * _LEVELS // _WIDTH, stream).reshape(-1, _LEVELS).T @ (found - found.mean())
-    numbers: np.ndarray = (projected / len(found) ** 0.5).astype(np.float32)
+    numbers: np.ndarray = (projected / len(found) ** 0.5).astype(np.float16).astype(np.float32)
     return numbers
 
 
