@@ -7,6 +7,7 @@ from counted_graphs import Counter
 from torch import nn
 
 import onelora_compile as onelora
+from onelora_compile.dynamo.private_api import in_eager
 from onelora_compile.testing import fill_vectors, merged_copy, perturb_norms
 
 x = torch.randn(3, 8)
@@ -77,7 +78,7 @@ def test_six_blocks_are_one_graph(region, graphs, dynamic, monkeypatch):
 
 def eager(model, x):
     """The class of its blocks may be compiled."""
-    with torch.compiler.set_stance("force_eager"):
+    with in_eager():
         return model(x)
 
 

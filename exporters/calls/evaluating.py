@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from onelora_compile.dynamo.private_api import in_eager
 from onelora_compile.looking.untouched import Kept
 
 
@@ -15,7 +16,7 @@ from onelora_compile.looking.untouched import Kept
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradients and without compiled calls; whatever the model can reach is put back."""
     # Not for others: under this stance torch.cond, which compiles its branches, is captured with constants.
-    eager = torch.compiler.set_stance("force_eager") if _compiled(model) else contextlib.nullcontext()
+    eager = in_eager() if _compiled(model) else contextlib.nullcontext()
     with Kept(model, tensors=True), torch.no_grad(), eager:
         model.eval()
         yield

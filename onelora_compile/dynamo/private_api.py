@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any
@@ -112,6 +113,19 @@ def _framed(root: nn.Module) -> Callable[..., Any]:
         return root(*args, **kwargs)
 
     return FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+
+
+@contextlib.contextmanager
+def in_eager() -> Iterator[None]:
+    """Calls of what is compiled run as they are written.
+
+    Torch 2.12 warns here of `fullgraph=True`, that nothing was compiled.  Where warnings are errors, that one leaves
+    the settings of `dynamic=True` behind for whatever is compiled afterwards.
+    Source: `torch/_dynamo/eval_frame.py::compile_wrapper`, which from 2.13 on asks for the stance first.
+    """
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.compile with fullgraph=True found no compiled frames")
+        yield
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def test_an_output_is_right_or_named(name, to, tmp_path):
     torch.manual_seed(0)
     forward, said = OUTPUTS[name]
     said = None if (name, to) == ("tangent", "program") else said  # torch.onnx alone loses it
-    if torch.__version__ < "2.12" and name in ("tangent", "jvp", "vjp"):
+    if torch.__version__ < "2.13" and name in ("tangent", "jvp", "vjp"):  # torch.export can't before
         said = r"can't (capture|convert|be run)"
     model, x = fill_vectors(onelora.adapt(Outputs(forward)), 0.1), torch.randn(2, 4)
     before = copy.deepcopy(model.state_dict())

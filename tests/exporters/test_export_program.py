@@ -167,6 +167,17 @@ def test_trained_heads_and_norms_are_in_a_folded_program():
     assert torch.equal(program.state_dict["head.weight"], model.head.weight)
 
 
+@pytest.mark.parametrize("part", ["", "head"])
+def test_what_is_compiled_as_one_graph_is_exported_without_a_warning(part):
+    """Of torch 2.12: that one, an error here, left every size of later graphs dynamic."""
+    model, x = small(), torch.randn(4, 6)
+    with torch.no_grad():
+        out = model(x)
+    model.get_submodule(part).compile(backend="onelora", options={"inner": "eager"}, fullgraph=True, dynamic=True)
+    torch.testing.assert_close(export_program(model, (x,)).module()(x), out)
+    assert torch._dynamo.config.assume_static_by_default
+
+
 def test_states_of_a_model():
     x = torch.randn(4, 6)
     model = small()
