@@ -42,7 +42,7 @@ def save_model(
 
     A link at `path` is replaced, not followed: weights stand beside the name that the model is opened by.  Of several
     that write to one path at a time the last one wins, whole.  The old model's weights are removed if this package
-    wrote them and no other file beside them, nor a model in a folder around theirs, names them.
+    wrote them and no other file beside them names them.
 
     Args:
         model: the model; its initializers may point into the file that is replaced.
@@ -164,28 +164,17 @@ def _weights_of(path: Path) -> list[Path]:
 
 
 def _remove_unnamed(path: Path, stale: set[Path]) -> None:
-    """Remove weights of the model that was there, unless a file that can name them does: a copy, another model.
+    """Remove weights of the model that was there, unless a file beside them names them: a copy, another model.
 
     The model that is there by now may be another process's, and is such a file too.
     """
     if not stale:
         return
     with contextlib.suppress(OSError), alone(path.parent):  # the new model is there: no reason to fail
-        readers = list(_may_name(path))
+        beside = [file for file in path.parent.iterdir() if file.is_file() and file.suffix not in _WEIGHTS]
         for file in stale:
-            if not any(_holds(one, file.name) for one in readers):
+            if not any(_holds(one, file.name) for one in beside):
                 remove(file)
-
-
-def _may_name(path: Path) -> Iterator[Path]:
-    """The files that may name weights beside `path`: those beside it, and models in the folders around that one.
-
-    A model names files in its own folder and below, never above.
-    """
-    yield from (file for file in path.parent.iterdir() if file.is_file() and file.suffix not in _WEIGHTS)
-    for folder in path.parent.resolve().parents:
-        with contextlib.suppress(OSError):  # one that may not be listed
-            yield from (file for file in folder.iterdir() if file.suffix.lower() == ".onnx" and file.is_file())
 
 
 def bytes_of(files: Sequence[Path]) -> int:

@@ -221,25 +221,6 @@ def test_weights_of_another_exporter_stay_and_our_own_are_removed_when_nobody_na
         assert len(weights(here, "out.onnx")) == 1
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_weights_that_a_model_in_a_folder_around_names_stay(here, depth):
-    inner = Path(*["sub"] * depth)
-    (here / inner).mkdir(parents=True)
-    fold(here, "a", "base.onnx", inner / "o.onnx")
-    around = onnx.load(here / inner / "o.onnx", load_external_data=False)
-    for one in (entry for tensor in around.graph.initializer for entry in tensor.external_data):
-        one.value = str(inner / one.value) if one.key == "location" else one.value
-    onnx.save(around, here / "around.onnx")
-    for name in "bab":
-        fold(here, name, "base.onnx", inner / "o.onnx")
-        assert right(here, name, inner / "o.onnx")
-    assert right(here, "a", "around.onnx")
-    assert len(weights(here / inner, "o.onnx")) == 2
-    (here / "around.onnx").unlink()
-    fold(here, "a", "base.onnx", inner / "o.onnx")
-    assert right(here, "a", inner / "o.onnx")
-
-
 def test_a_copy_that_is_folded_over_its_original_keeps_its_weights(here):
     fold(here, "a", "base.onnx", "model.onnx")
     shutil.copy(here / "model.onnx", here / "copy.onnx")
