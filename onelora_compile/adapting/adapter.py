@@ -21,7 +21,6 @@ from onelora_compile.adapting.base_checkpoints import forget_base_checkpoints, t
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import watch
 from onelora_compile.adapting.dispatched import is_offloaded
-from onelora_compile.adapting.exact_class_warning import warn_of_exact_classes
 from onelora_compile.adapting.module_names import clean_name, named_modules
 from onelora_compile.adapting.pool import DEFAULT, check_name
 from onelora_compile.adapting.select_targets import Selection, select
@@ -77,7 +76,6 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
     tensors = parameters | {clean_name(name): buffer for name, buffer in root.named_buffers()}
     travelling = [*selection.saved, *running_statistics(root, selection)]
     _refuse_offloaded(root, travelling)
-    warn_of_exact_classes(root, [target.module for target in selection.targets.values()])
     # inference_mode(False): tensors made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         originals = {name: whole(tensors[name].detach()).clone() for name in travelling}

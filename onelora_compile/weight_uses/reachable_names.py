@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import dis
 import functools
 import itertools
@@ -31,24 +30,11 @@ _FLAGGED = sys.version_info >= (3, 12)
 _MOST = 10_000  # entries of a container; data beyond
 
 
-@dataclasses.dataclass(frozen=True)
-class Reach:
-    """What a forward can reach: the attributes, globals and strings in the code, and the functions that this is."""
-
-    names: frozenset[str]
-    functions: tuple[types.FunctionType, ...]
-
-
-Known = dict[Any, Reach]
+Known = dict[Any, frozenset[str]]
 
 
 def names_in_reach(module: nn.Module, known: Known) -> frozenset[str]:
-    """The attributes, globals and strings in the code that the module's forward can reach; the rest as in `reach`."""
-    return reach(module, known).names
-
-
-def reach(module: nn.Module, known: Known) -> Reach:
-    """What the module's forward can reach.
+    """The attributes, globals and strings in the code that the module's forward can reach.
 
     Args:
         module: not changed.
@@ -62,16 +48,16 @@ def reach(module: nn.Module, known: Known) -> Reach:
     children = {type(one) for one in others if not of_library(type(one).__module__)}
     key = type(module), frozenset(parts), frozenset(children)
     if key not in known:
-        known[key] = _reach(*key)
+        known[key] = _names(*key)
     return known[key]
 
 
-def _reach(kind: type, parts: frozenset[Any], children: frozenset[type]) -> Reach:
+def _names(kind: type, parts: frozenset[Any], children: frozenset[type]) -> frozenset[str]:
     walk = _Walk()
     for child in children:  # their calls are looked at on their own
         walk.space_of(child, called=False)
     walk.enter(kind, *parts)
-    return Reach(frozenset(walk.found), tuple(walk.functions))
+    return frozenset(walk.found)
 
 
 class _Walk:
@@ -80,7 +66,6 @@ class _Walk:
     def __init__(self) -> None:
         self.names = set(_UNNAMED)  # what of a class is looked at
         self.found: set[str] = set()  # what stands in the code
-        self.functions: list[types.FunctionType] = []  # whose code it is
         self._spaces: dict[int, Any] = {}
         self._seen: set[int] = set()
         self._left: list[Any] = []
@@ -119,7 +104,6 @@ class _Walk:
                 self._left += _code_in(cell.cell_contents, set())
         if of_library(function.__globals__.get("__name__")):
             return
-        self.functions.append(function)
         named = _named(function.__code__)
         for name in named.intersection(function.__globals__):
             self._left += _code_in(function.__globals__[name], set())
