@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.errors import ConfigError, one_of
+from onelora_compile.exporters.half.ranges import INFINITE
 from onelora_compile.exporters.jetson.device.core.build import can_be_strong
 from onelora_compile.exporters.onnx_file.load import read_tensor
 from onelora_compile.exporters.tensorrt.library import Api
@@ -21,7 +22,6 @@ from onelora_compile.exporters.tensorrt.library import Api
 if TYPE_CHECKING:
     import onnx_ir
 
-FLOAT16_INFINITE = 65520.0  # what rounds to infinity
 _WEAK = ("fp16", "bf16", "int8", "fp8")
 _NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8", "FP4": "float4", "INT4": "int4"}
 
@@ -124,7 +124,7 @@ def precision_notes(model: onnx_ir.Model, typing: Typing) -> list[str]:
     halved = {"FLOAT16"} | ({"FLOAT"} if "FP16" in typing.flags else set())
     halves = [value for value in weights if _dtype(value) in halved]
     largest, name = max(((_largest(value), str(value.name)) for value in halves), default=(0.0, ""))
-    if largest >= FLOAT16_INFINITE:
+    if largest >= INFINITE:
         notes.append(f"{name} has {largest:.0f}, beyond float16 (65504): it becomes infinity in float16 layers")
     elif largest:
         notes.append(f"float16 range: the largest weight is {largest:.3g} of 65504")

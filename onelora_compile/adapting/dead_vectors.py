@@ -14,16 +14,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from onelora_compile.dynamo.frames import callers
 from onelora_compile.errors import OneLoRAWarning
 from onelora_compile.passes.sites.linear_site import LinearSite, example
 from onelora_compile.passes.sites.operators import arguments, op_name
@@ -166,26 +165,18 @@ def _inside_another_backward() -> bool:
 
     What has no gradient yet may still get one; if the backward around it is a `torch.autograd.grad`, elsewhere.
     """
-    return any(frame.f_code is _FUNCTION for frame in _frames())
+    return any(frame.f_code is _FUNCTION for frame in callers())
 
 
 def _leaves_out(vectors: Iterable[nn.Parameter | None]) -> bool:
     """Whether the backward that runs was asked for gradients of some `inputs` alone, and a vector is none of these."""
-    for frame in _frames():
+    for frame in callers():
         if frame.f_code is _BACKWARD:
             if (inputs := frame.f_locals.get("inputs")) is None:
                 return False
             asked = {id(one) for one in ([inputs] if isinstance(inputs, Tensor) else inputs)}
             return any(id(vector) not in asked for vector in vectors if vector is not None)
     return False
-
-
-def _frames() -> Iterator[FrameType]:
-    """The calls around this one, from the innermost on; on a GPU those of its thread, which ends at the engine."""
-    frame = sys._getframe().f_back
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _is_constant(seen: _Seen) -> bool:

@@ -15,7 +15,6 @@ from types import FrameType
 from typing import Any
 
 from torch import fx, nn
-from torch._dynamo import convert_frame
 
 from onelora_compile.errors import StateError
 
@@ -63,11 +62,13 @@ def is_part_of_a_call() -> bool:
 
     After a graph break Dynamo compiles what is left of a frame, or the frames that it calls, one by one.
     """
+    from torch._dynamo import convert_frame
+
     tx = _frame()
     if tx is not None and tx.f_code.co_name.startswith("torch_dynamo_resume_in_"):
         return True
     between: list[str] = []  # the call and Dynamo
-    for frame in _callers():
+    for frame in callers():
         if frame.f_code.co_name == _ENTRY:
             return any(file != nn.modules.module.__file__ for file in between)
         if (file := frame.f_code.co_filename) == convert_frame.__file__:
@@ -84,7 +85,7 @@ def compiled_module(module: nn.Module) -> nn.Module:
     still on Python's stack.
     """
     outermost, inside = module, True
-    for frame in _callers():
+    for frame in callers():
         if frame.f_code.co_name == _ENTRY:
             inside = False
         called = frame.f_locals.get("self") if frame.f_code.co_name in ("__call__", "_wrapped_call_impl") else None
@@ -143,7 +144,7 @@ def valid_without(source: Any, attribute: str) -> Callable[[], nn.Module] | None
 
     def find() -> nn.Module:
         # Dynamo's code of the frame has the name and the arguments of the user's.
-        for frame in _callers():
+        for frame in callers():
             code = frame.f_code
             if (code.co_filename, code.co_firstlineno, code.co_name) == captured and name in frame.f_locals:
                 return frame.f_locals[name]
@@ -169,12 +170,12 @@ def own_attribute(source: Any, name: str) -> Any:
     return DictGetItemSource(AttrSource(source, "__dict__"), name)
 
 
-def _callers() -> Iterator[FrameType]:
-    """The calls around the one that asks, from the innermost on."""
-    frame = sys._getframe(1)
-    while (caller := frame.f_back) is not None:
-        frame = caller
+def callers() -> Iterator[FrameType]:
+    """The call that asks and those around it, from the innermost on; in a backward on a GPU they end at the engine."""
+    frame = sys._getframe().f_back
+    while frame is not None:
         yield frame
+        frame = frame.f_back
 
 
 def _value(source: Any, names: dict[str, Any], scope: dict[str, Any]) -> Any:

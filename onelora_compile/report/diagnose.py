@@ -169,8 +169,7 @@ def _refuse_meta(weights: Mapping[str, Tensor], inputs: Any) -> None:
     if (name := next((name for name, weight in weights.items() if weight.is_meta), None)) is not None:
         raise StateError(
             f"can't diagnose: the weight of {name!r} is not in memory (on the meta device, or offloaded by "
-            "accelerate): "
-            "load the model into memory first, as the gradient of each weight is what is looked at"
+            "accelerate): load the model into memory first, as the gradient of each weight is what is looked at"
         )
     if any(isinstance(one, Tensor) and one.is_meta for one in pytree.tree_leaves(inputs)):
         raise ConfigError("can't diagnose: an input is on the meta device and holds no numbers: give a batch of data")

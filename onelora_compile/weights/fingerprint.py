@@ -35,7 +35,7 @@ _WIDTH = 4  # columns of L and of R
 _CHUNK = 1 << 22  # entries of W that are converted at a time
 _LEVELS = 16  # numbers that tell the levels of the columns, and as many those of the rows
 _FAINT = 0.1  # columns with less than this share of the mean square count little: rounding makes them anything
-LEAST = 32  # rows and columns: with fewer, rounding moves norms as factors do
+_LEAST = 32  # rows and columns: with fewer, rounding moves norms as factors do
 
 # Relative Frobenius distance that storing a weight in a dtype can cause, with a margin of about 5: measured
 # 2e-4 for float16 and 1.7e-3 for bfloat16 on transformers' weights; float64 and float32 differ by rounding alone.
@@ -191,7 +191,7 @@ def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerpri
                 done += len(chunk)
     name = str(stored.dtype).removeprefix("torch.")
     known = Fingerprint((rows, columns), name, square**0.5, sketch.flatten().numpy().astype(np.float32))
-    if min(rows, columns) < LEAST:
+    if min(rows, columns) < _LEAST:
         return known
     return dataclasses.replace(known, columns=levels(by_column.numpy(), 2), rows=levels(by_row.numpy(), 3))
 
