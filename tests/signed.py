@@ -8,9 +8,12 @@ import tempfile
 from pathlib import Path
 
 import bundles
+import pytest
 from bundles import active, call
 
 from onelora_compile.exporters import bundle, sign_adapter
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs OpenSSL's command")
 
 
 def openssl(*words):

@@ -38,7 +38,7 @@ def test_levels_never_change_and_are_those_of_the_formula():
         )
         expected = (logarithms - logarithms.mean()) @ drawn / len(squares) ** 0.5
         assert found is not None
-        np.testing.assert_allclose(found, expected, rtol=2**-10, atol=1e-6)  # float16
+        np.testing.assert_allclose(found, expected, rtol=2**-11, atol=2**-25)  # rounded to float16
     for few in (weight[:31], weight[:, :31], torch.randn(64)[:, None]):
         assert set(fingerprint(few).to_json()) == {"shape", "dtype", "norm", "sketch"}
     zeros = fingerprint(torch.zeros(40, 40))

@@ -12,7 +12,7 @@ from bundles import ORT, active, call
 from killer import KILLER
 from signed import arrived, refused, taken
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs OpenSSL's command")
+pytestmark = signed.needs_openssl
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -16,7 +16,7 @@ from signed import arrived, kept, openssl, own_keys, refused, taken
 import onelora_compile as onelora
 from onelora_compile.exporters import sign_adapter
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs OpenSSL's command")
+pytestmark = signed.needs_openssl
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from signed import kept, openssl, own_keys, pair, refused
 import onelora_compile as onelora
 from onelora_compile.exporters import bundle, sign_adapter
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs OpenSSL's command")
+pytestmark = signed.needs_openssl
 
 
 @pytest.fixture
