@@ -5,6 +5,7 @@ optimum-onnx is not among them: it needs an older transformers than the rest of 
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.testing import fill_vectors
+from onelora_compile.weights.adapter_file import read_adapter
 
 
 class Main(nn.Module):
@@ -208,3 +210,9 @@ def adapter(folder, weight, **config):
     model = fill_vectors(onelora.adapt(module, onelora.OneLoRAConfig(**config)), 0.5)
     onelora.save_adapter(model, folder / "a.safetensors")
     return folder / "a.safetensors", onelora.vectors(model)["lin"].detach().double().numpy()
+
+
+def used(path, least, most):
+    """An adapter file as of a model whose forward uses each weight so often."""
+    file = read_adapter(path)
+    return dataclasses.replace(file, uses=dict.fromkeys(file.vectors, (least, most)))

@@ -81,7 +81,7 @@ def missing_uses(matches: Matches, file: AdapterFile, base: Path, on_missing_use
             "a file that was written without constant folding"
         )
     found = {name: sum(len(place.uses) for place in places) for name, places in matches.places.items()}
-    fewer = {name: (found[name], most) for name, (_, most) in uses.items() if found[name] < most}
+    fewer = {name: (found[name], abs(most)) for name, (_, most) in uses.items() if found[name] < abs(most)}
     sure = {name: times for name, times in fewer.items() if times[0] < uses[name][0]}
     if sure and on_missing_uses == "error":
         listed = shortened([f"{name!r} {there} of {times}" for name, (there, times) in sure.items()], 8)

@@ -82,6 +82,11 @@ class WeightUse:
         return any(node.op_type in _PICKS for node in self.nodes)
 
     @property
+    def cut(self) -> bool:
+        """Whether it passes an op that cuts the weight up."""
+        return any(node.op_type in _CUTS for node in self.nodes)
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """Where exporters say that the op comes from: module paths, innermost last; empty if they do not."""
         scopes = self.op.metadata_props.get("pkg.torch.onnx.name_scopes")

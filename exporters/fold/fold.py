@@ -15,6 +15,7 @@ from onelora_compile.exporters.fold.checks import check_places, check_trained, l
 from onelora_compile.exporters.fold.find_weights import names_of, weights_of
 from onelora_compile.exporters.fold.match_fingerprints import match_weights
 from onelora_compile.exporters.fold.match_trained import match_trained
+from onelora_compile.exporters.fold.often import bodies_of
 from onelora_compile.exporters.fold.one_thread import one_thread
 from onelora_compile.exporters.fold.owners import Known
 from onelora_compile.exporters.fold.place_trained import fold_trained
@@ -111,7 +112,7 @@ def fold_onnx(
         with counting(f"fold {base.name}", progress) as count, one_thread():
             _prepare(model)
             folder = Folder(model, file)
-            known = Known(file.config, frozenset(names_of(model)), file.uses)
+            known = Known(file.config, frozenset(names_of(model)), file.uses, bodies_of(model))
             matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints, known)
             folder.refuse(matches)
             zeros = leave_zeros(matches, file)

@@ -1,10 +1,13 @@
 """Decide which uses of equal numbers in an ONNX file are one vector's: all that can only be its layer's, or none.
 
 A layer that is called twice, or stands in both branches of an If, may be written as two copies of its weight; two
-layers with equal weights may share one.  What a file says of an op is a module path, at times, and its bias.
+layers with equal weights may share one; a frozen copy of a weight may be shared with it.  What a file says of an op is
+a module path, at times, and its bias.  How often a forward of the model uses the weight is known too.
 
     the op's path                                 bias, adapter's config                           the use is
-    the vector's module, or ends as it            -                                                the vector's
+    the vector's module                           -                                                the vector's
+    another one that ends as it, with it there    config leaves it out                             as of another module
+    only ends as it                               -                                                the vector's
     another vector's, with the same numbers       -                                                that vector's
     `module_1`, as TorchScript numbers calls      no parameters of its own; config adapts it, or   the vector's
                                                   the vector's own bias
@@ -15,6 +18,9 @@ layers with equal weights may share one.  What a file says of an op is a module 
     anything else                                 no second vector has these numbers; as many      the vector's
                                                   uses as its model has of the weight
     anything else                                 -                                                refused, by name
+
+Where one run of the file has more uses than the model, all but those of the vector's own module are another layer's,
+if the config leaves their modules out, and else refused.
 """
 
 from __future__ import annotations
@@ -22,11 +28,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.module_names import matches
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
+from onelora_compile.exporters.fold.often import times_of
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -34,6 +41,8 @@ if TYPE_CHECKING:
     from onelora_compile.exporters.fold.places import Place
 
 _ELSEWHERE, _UNNAMED, _AGAIN, _UNCLEAR = "an op of another name", "an op without a name", "called again?", "unclear"
+# Whose third input is a bias: MatMulInteger's is a zero point.
+_BIASED = ("Gemm", "Conv", "ConvTranspose", "FusedGemm", "FusedConv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +53,24 @@ class Known:
         config: with which the model was adapted.
         parameters: names of the file's values.
         uses: as in `AdapterFile`.
+        bodies: the node that each body in the file belongs to.
     """
 
     config: OneLoRAConfig = dataclasses.field(default_factory=OneLoRAConfig)
     parameters: Collection[str] = ()
     uses: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    bodies: Mapping[Any, onnx_ir.Node] = dataclasses.field(default_factory=dict)
+
+    def too_many(self, name: str, uses: Sequence[WeightUse]) -> bool:
+        """Whether one run of the file has more of these uses than a forward of the model has of the vector's weight."""
+        most = self.uses.get(name, (1, 1))[1]
+        return most > 0 and times_of(_distinct(uses), self.bodies) > most
+
+    def often(self, name: str, uses: Sequence[WeightUse]) -> str:
+        """Of a message: how often the model uses the weight, where the file has more."""
+        most = self.uses.get(name, (1, 1))[1]
+        times = "once" if most == 1 else f"{most} times"
+        return f" (one forward of the model uses it {times})" if self.too_many(name, uses) else ""
 
     def adapts(self, path: str) -> bool:
         """Whether a linear of this path would have a vector, if it were a module of its own."""
@@ -73,6 +95,29 @@ class Known:
         return any(path and f".{name}".rpartition(".")[0].endswith(f".{path}") for name in self.parameters)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Renaming:
+    """How a file's paths relate to the adapter's names.
+
+    Attributes:
+        own: the path of a vector's module.
+        added: what tools put before paths.
+        cut: what they cut off.
+    """
+
+    own: str
+    added: str
+    cut: str
+
+    def plain(self, path: str) -> str:
+        """A path as the adapter would name it."""
+        return self.cut + path.removeprefix(self.added)
+
+    def leaves_out(self, path: str, known: Known) -> bool:
+        """Whether a path that ends as the vector's module is that of another, which the config leaves out."""
+        return path != self.own and not _numbered(path, self.own) and not known.adapts(self.plain(path))
+
+
 def decided(name: str, places: Sequence[Place], twins: Sequence[str], known: Known) -> list[Place] | str:
     """The places and uses that are the vector's; or why that can't be told.
 
@@ -84,18 +129,31 @@ def decided(name: str, places: Sequence[Place], twins: Sequence[str], known: Kno
     """
     names = (name, *twins)
     owners = {use: _owner(use, place.weight, names, known) for place in places for use in place.uses}
+    parts = any(place.first for place in places) or any(use.picked or use.cut for use in owners)
+    if parts and name not in known.uses:  # they may be all of one use: attention cuts its packed weight up
+        known = dataclasses.replace(known, uses={name: (1, 0)})
+    renaming = _renaming(owners, name)
+    for use, owner in owners.items():  # `teacher.fc` ends as `fc` does
+        if owner == name and _of_module(use, name) and renaming.leaves_out(use.modules[-1], known):
+            owners[use] = _ELSEWHERE
     if name in owners.values():
         own = [use for use, owner in owners.items() if owner == name]
         for use, owner in owners.items():
             if owner == _ELSEWHERE:
-                owners[use] = _elsewhere(use, own, name, known)
+                owners[use] = _elsewhere(use, own, name, known, renaming)
             elif owner == _AGAIN:
-                owners[use] = name if _same_bias(use, own) else _UNCLEAR
+                owners[use] = name if _same_bias(use, own) and not known.too_many(name, [*own, use]) else _UNCLEAR
             elif owner == _UNNAMED and not twins and known.adapts_all:
                 owners[use] = name
     # Where not every linear has a vector, a second use may be another layer's, tied or equal, that has none.
     elif not twins and (len(owners) == 1 or known.adapts_all) and _one_layer(owners):
-        return list(places)
+        if not known.too_many(name, [*owners]):
+            return list(places)
+    if known.too_many(name, [use for use, owner in owners.items() if owner == name]):
+        # There is a frozen copy of the weight, and only the path of the vector's own module tells it.
+        for use, owner in owners.items():
+            told = _of_module(use, name) and not _numbered(use.modules[-1], renaming.own)
+            owners[use] = _UNCLEAR if owner == name and not told else owner
     unclear = [use for use, owner in owners.items() if owner in (_UNNAMED, _AGAIN, _UNCLEAR)]
     if (unclear or name not in owners.values()) and not twins and known.uses.get(name, (0, 0))[0] == len(owners):
         return list(places)
@@ -103,11 +161,37 @@ def decided(name: str, places: Sequence[Place], twins: Sequence[str], known: Kno
         where = ", ".join(dict.fromkeys(place.weight.name for place in places))
         which = f", used by {_listed(unclear)}" if unclear else ""
         others = f", as of {', '.join(twins)}" if twins else ""
-        return f"the same numbers are at {where}{which}{others}, and no names tell them apart"
+        often = known.often(name, [*owners])
+        return f"the same numbers are at {where}{which}{others}, and no names tell them apart{often}"
     kept = [
         dataclasses.replace(place, uses=tuple(use for use in place.uses if owners[use] == name)) for place in places
     ]
     return [place for place in kept if place.uses]
+
+
+def _renaming(owners: Mapping[WeightUse, str], name: str) -> _Renaming:
+    """What the path of a vector's module tells: of several, the nearest is it (`fc`, not `teacher.fc`)."""
+    paths = [use.modules[-1] for use, owner in owners.items() if owner == name and _of_module(use, name)]
+    nearest = min(paths, key=lambda path: abs(len(path) - len(name)), default=name)
+    longer = len(nearest) >= len(name)
+    return _Renaming(
+        nearest, nearest.removesuffix(name) if longer else "", "" if longer else name.removesuffix(nearest)
+    )
+
+
+def _of_module(use: WeightUse, name: str) -> bool:
+    """Whether an op bears the path of a vector's module, or that of a later call of it."""
+    path = use.modules[-1] if use.modules else ""
+    return bool(path) and (_ends(path, name) or _calls_again(path, name))
+
+
+def _distinct(uses: Sequence[WeightUse]) -> list[WeightUse]:
+    """The uses without those that compute the same again: of the same input, with the same bias."""
+    found: dict[Any, WeightUse] = {}
+    for use in uses:
+        others = tuple(one for place, one in enumerate(use.op.inputs) if place != use.position)
+        found.setdefault(use if (bias := _bias(use.op)) is None else (bias, others), use)
+    return list(found.values())
 
 
 def _one_layer(owners: dict[WeightUse, str]) -> bool:
@@ -155,15 +239,22 @@ def _calls_again(path: str, name: str) -> bool:
     return all(part == one or re.fullmatch(re.escape(one) + r"_\d+", part) for part, one in pairs)
 
 
-def _elsewhere(use: WeightUse, own: Sequence[WeightUse], name: str, known: Known) -> str:
+def _numbered(path: str, name: str) -> bool:
+    """Whether a path has TorchScript's numbers of later calls."""
+    return _calls_again(path, name) and not _ends(path, name)
+
+
+def _elsewhere(use: WeightUse, own: Sequence[WeightUse], name: str, known: Known, renaming: _Renaming) -> str:
     """Whose an op with the name of another module is, which no vector has: that module's, the vector's, or unclear.
 
     Another name may be the same module's (`self.b = self.a`), or that of code which reads the adapted weight.
     """
     path = use.modules[-1] if use.modules else ""
-    same_bias = _same_bias(use, own)
-    if known.adapts(path):
-        return name if same_bias else _UNCLEAR
+    same_bias, more = _same_bias(use, own), known.too_many(name, [*own, use])
+    if known.adapts(renaming.plain(path)):
+        return name if same_bias and not more else _UNCLEAR
+    if more and path and all(_of_module(one, name) for one in own) and not _numbered(path, name):
+        return _ELSEWHERE  # the config leaves it out, and the model has no further use of the weight
     classes = use.op.metadata_props.get("pkg.torch.onnx.class_hierarchy", "")
     if classes and "Linear" not in classes:
         return _UNCLEAR
@@ -188,8 +279,10 @@ def _named_by_first(use: WeightUse) -> bool:
 
 def _bias(op: onnx_ir.Node) -> onnx_ir.Value | None:
     """The constant that an op adds to its product, itself or by the Add that follows."""
-    if op.op_type != "MatMul":
+    if op.op_type in _BIASED:
         return op.inputs[2] if len(op.inputs) > 2 else None
+    if op.op_type != "MatMul":
+        return None
     users = [use.node for use in op.outputs[0].uses()]
     if len(users) != 1 or users[0].op_type != "Add":
         return None

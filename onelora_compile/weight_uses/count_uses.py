@@ -31,6 +31,7 @@ class UseCounter:
         self._most: dict[nn.Module, Counts] = {}
         self._constant: set[tuple[nn.Module, Any]] = set()  # who uses what
         self._sized: set[tuple[nn.Module, Any]] = set()
+        self._unbounded: set[tuple[nn.Module, Any]] = set()
         self._known: set[nn.Module] = set()  # whose code was followed to its end
 
     def add(self, module: nn.Module, bounds: Bounds, known: bool) -> None:
@@ -57,6 +58,11 @@ class UseCounter:
             marks = {(module, one), *((module, (one, name)) for name in one._parameters)}
             self._constant |= marks
             self._sized |= marks
+
+    def add_unbounded(self, module: nn.Module) -> None:
+        """Note that the code of a module may use what is inside it more often than the ways that were followed."""
+        for one in module.modules():
+            self._unbounded |= {(module, one), *((module, (one, name)) for name in one._parameters)}
 
     def shared(self) -> Iterator[Shared]:
         """Modules that several others call, where following these together tells whether with the same."""
@@ -87,7 +93,8 @@ class UseCounter:
     def times(self, called: Collection[nn.Module], weights: Collection[Weight]) -> dict[Weight, tuple[int, int]]:
         """The uses of the weights, at least and at most, where that is not once; of what nothing uses (0, 0).
 
-        Of one that has no count the most is 0, and the least 1 or more.
+        Of one that has no count the most is 0, and the least 1 or more.  The most is negative where it bounds nothing:
+        in a loop whose length only values tell, and in code that was not followed to its end.
 
         Args:
             called: linears whose calls are uses of their `weight`.
@@ -96,6 +103,9 @@ class UseCounter:
         least, most = self._times(self._least, called, weights), self._times(self._most, called, weights)
         constant, sized = self._marked(self._constant, called), self._marked(self._sized, called)
         found = {weight: (max(1, least[weight]), times) for weight, times in most.items() if times > 1}
+        unbounded = self._marked(self._sized | self._unbounded, called)
+        loose = ((weight, times) for weight, times in most.items() if times and unbounded(weight))
+        found |= {weight: (max(1, least[weight]), -times) for weight, times in loose}
         found |= {weight: (0, 0) for weight, times in most.items() if not times}
         return found | {
             weight: (max(1, least[weight]), 0)

@@ -166,6 +166,8 @@ class _Code:
             # Functions of torch.func take no stand-ins for values, so that their names alone tell nothing.
             if _DUAL in named or not (known or _DERIVATIVES.isdisjoint(named)):
                 self._counter.add_uncounted(module)
+            elif not known:
+                self._counter.add_unbounded(module)
         for shared in self._counter.shared():
             ways = [way for _, own in self._ways(shared.root, (False,), shared.between) for _, way in own]
             if any(not way.error for way in ways):

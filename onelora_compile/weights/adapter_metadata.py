@@ -4,7 +4,8 @@ Keys, with JSON values
     fingerprints        JSON, by the name of each vector; null where the base is not known
     saved_fingerprints  of the base values of what is stored as trained
     saved_aliases       of trained parameters that are tied, their other names
-    uses                how often one forward uses a weight, [at least, at most], where that may be more than once
+    uses                how often one forward uses a weight, [at least, at most], where that may be more than once;
+                        0 at most is no count, a negative number no bound
     layers              what each vector is on, [kind, inputs], but for a linear of the inputs that its fingerprint has
     base_model          [name or path, PEFT's task type]
     parts               of a sum of adapters, [weight, file name, digest of the vectors, whether its base was compared]
@@ -81,7 +82,8 @@ def parsed_base(metadata: Mapping[str, str]) -> Base:
     prints = {name: Fingerprint.from_json(fields) for name, fields in raw.items() if fields is not None}
     bases = json.loads(metadata.get("saved_fingerprints", "{}")).items()
     aliases = json.loads(metadata.get("saved_aliases", "{}")).items()
-    uses = json.loads(metadata.get("uses", "{}")).items()
+    # A file without counts, as the first versions wrote them, says nothing of any.
+    uses = (json.loads(metadata["uses"]) if "uses" in metadata else dict.fromkeys(raw, (1, -1))).items()
     name, task = json.loads(metadata.get("base_model", '["", ""]'))
     return Base(
         names=list(raw),

@@ -135,12 +135,16 @@ def layers_together(files: Sequence[AdapterFile]) -> dict[str, Layer]:
 
 
 def uses_together(files: Iterable[AdapterFile]) -> dict[str, tuple[int, int]]:
-    """How often a weight is used, as the strictest file says; 0 at most, which is no count, is the strictest."""
+    """How often a weight is used, as the strictest file says.
+
+    The strictest is 0 at most, which is no count, then a negative number, which is no bound.
+    """
     found: dict[str, tuple[int, int]] = {}
     for file in files:
         for name, (least, most) in file.uses.items():
             a, b = found.get(name, (least, most))
-            found[name] = (min(a, least), max(b, most) if b and most else 0)
+            larger = max(abs(b), abs(most)) if b and most else 0
+            found[name] = (min(a, least), larger if min(b, most) > 0 else -larger)
     return found
 
 

@@ -114,8 +114,9 @@ def test_ops_that_disagree_are_refused_where_numbers_do_not_tell(weight, tmp_pat
     model = nn.Sequential(nn.Linear(N, N))
     model[0].weight.data = torch.from_numpy(WEIGHTS[weight].copy())
     onelora.save_adapter(fill_vectors(onelora.adapt(model, onelora.OneLoRAConfig()), 0.5), tmp_path / "a.safetensors")
+    file = tools.used(tmp_path / "a.safetensors", 1, 2)
     if weight == "random":  # its numbers tell, and then both uses can only be this layer's
-        fold_onnx(tmp_path / "m.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx")
+        fold_onnx(tmp_path / "m.onnx", file, tmp_path / "out.onnx")
         x = np.random.default_rng(4).normal(size=(2, N)).astype(np.float32)
         merged = merged_copy(model).get_parameter("0.weight").detach()  # W.T is what the second reads
         (y,) = session(tmp_path / "out.onnx").run(None, {"x": x})
@@ -127,7 +128,7 @@ def test_ops_that_disagree_are_refused_where_numbers_do_not_tell(weight, tmp_pat
         assert_parity(torch.from_numpy(y), exact, plain)
         return
     with pytest.raises(ExportError, match=r"0: its numbers are .* 'w' \(rows from 0, columns from 0\)"):
-        fold_onnx(tmp_path / "m.onnx", tmp_path / "a.safetensors", tmp_path / "out.onnx")
+        fold_onnx(tmp_path / "m.onnx", file, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
 
 

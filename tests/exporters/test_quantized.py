@@ -107,7 +107,7 @@ def test_a_tied_weight_is_one_function_whether_quantised_or_not(kind, square, fi
     g.nodes.append(helper.make_node("Identity", [y], ["o"]))
     x = rng.normal(size=(3, weight.shape[first == "W"])).astype(np.float32)
     onnx.save(graphs.wrapped(g, x, "main", 13), tmp_path / "m.onnx")
-    fold_onnx(tmp_path / "m.onnx", path, tmp_path / "out.onnx", progress=False)
+    fold_onnx(tmp_path / "m.onnx", tools.used(path, 2, 2), tmp_path / "out.onnx", progress=False)
     new = exact + vector[:, None]
     new = new if first == "W" else new.T
     expected = np.tanh(x.astype(np.float64) @ new.T) @ new
