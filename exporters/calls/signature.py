@@ -37,7 +37,7 @@ class Call:
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Call:
+    def of(cls, model: nn.Module, args: Sequence[Any] | Tensor, kwargs: Mapping[str, Any] | None = None) -> Call:
         """The call of a model with these arguments.
 
         Raises:

@@ -57,7 +57,7 @@ class Verification(Printable):
 def verify(
     artifact: str | os.PathLike[str] | OnnxRunner,
     reference: str | os.PathLike[str] | OnnxRunner | nn.Module,
-    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
     sizes: Mapping[str, int | Sequence[int]] | None = None,
@@ -103,7 +103,7 @@ def verify(
     return Verification(compare_all(expected, actual, runner.output_names), shapes)
 
 
-def _call(reference: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Call:
+def _call(reference: Any, inputs: Sequence[Any] | Tensor, kwargs: Mapping[str, Any] | None) -> Call:
     """The inputs as a call of the reference; of a file's, which has no arguments, only their order counts."""
     model = unwrap(reference) if isinstance(reference, nn.Module) else nn.Identity()
     given = (as_args(inputs), dict(kwargs or {}))

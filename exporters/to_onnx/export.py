@@ -51,7 +51,7 @@ _PLACES: dict[str, Place] = {"fold": "folded", "load": "weight", "input": "activ
 
 def export_onnx(
     model: nn.Module,
-    args: Sequence[Any],
+    args: Sequence[Any] | Tensor,
     path: str | os.PathLike[str],
     kwargs: Mapping[str, Any] | None = None,
     adapters: str = "fold",

@@ -56,7 +56,7 @@ class Exported:
 
 def export_program(
     model: nn.Module,
-    args: Sequence[Any],
+    args: Sequence[Any] | Tensor,
     kwargs: Mapping[str, Any] | None = None,
     adapters: str = "fold",
     dynamic_shapes: Any = None,
@@ -99,7 +99,7 @@ def export_program(
 
 
 def program_of(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, adapters: str, dynamic_shapes: Any
+    model: nn.Module, args: Sequence[Any] | Tensor, kwargs: Mapping[str, Any] | None, adapters: str, dynamic_shapes: Any
 ) -> Exported:
     """`export_program` without the comparison, with all that is known."""
     one_of("adapters", adapters, PROGRAM_MODES)

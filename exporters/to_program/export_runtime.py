@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from onelora_compile.errors import ConfigError, ExportError, OneLoRAError, one_of
 from onelora_compile.exporters.calls.compare import Parity
@@ -27,7 +27,7 @@ from onelora_compile.weights.file_kinds import refuse_other_kinds
 
 def export_runtime(
     model: nn.Module,
-    args: Sequence[Any],
+    args: Sequence[Any] | Tensor,
     path: str | os.PathLike[str],
     kwargs: Mapping[str, Any] | None = None,
     runtime: str = "pt2",

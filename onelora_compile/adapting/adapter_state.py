@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ def refuse_flattened(root: nn.Module, purpose: str) -> None:
     Raises:
         StateError: FullyShardedDataParallel has split the model.
     """
-    adapted = (module for module in root.modules() if is_adapted(module))
+    adapted: Iterator[Any] = (module for module in root.modules() if is_adapted(module))
     if any(is_piece(module._parameters.get(name)) for module in adapted for name in module._onelora_weights):
         raise StateError(
             f"can't {purpose}: FullyShardedDataParallel has split the vectors over processes; do it to the wrapper's "

@@ -69,7 +69,7 @@ class BenchReport(Printable):
 
 def bench(
     model: nn.Module,
-    args: Sequence[Any],
+    args: Sequence[Any] | Tensor,
     kwargs: Mapping[str, Any] | None = None,
     *,
     rounds: int = 11,
@@ -101,7 +101,7 @@ def bench(
 
 def _measured(
     root: nn.Module,
-    args: Sequence[Any],
+    args: Sequence[Any] | Tensor,
     kwargs: Mapping[str, Any] | None,
     rounds: int,
     compiled: bool,

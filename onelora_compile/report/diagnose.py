@@ -122,7 +122,7 @@ class LayerReport(Printable):
 
 def diagnose(
     model: nn.Module,
-    args: Sequence[Any] = (),
+    args: Sequence[Any] | Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
     loss: Callable[[Any], Tensor] | None = None,
     config: OneLoRAConfig | None = None,
