@@ -1,7 +1,8 @@
 """Vectors and weights that torch.distributed has split over processes; the file that touches its private API.
 
 Read in torch 2.11 to 2.13: `torch/distributed/_composable_state.py` (which module has which FSDP state) and
-`torch/distributed/fsdp/_fully_shard/_fsdp_param.py` (`reset_sharded_param` reads a parameter by `getattr`).
+`torch/distributed/fsdp/_fully_shard/_fsdp_param.py` (`reset_sharded_param` reads a parameter by `getattr`), and
+`torch/distributed/fsdp/_common_utils.py` (`FSDP_FLATTENED`, which marks the parameters of FullyShardedDataParallel).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_FULLY_SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 
 
 def is_fsdp_shard(module: nn.Module, parameter: str) -> bool:
@@ -52,8 +55,18 @@ def reduced_once(tensor: Any) -> Any:
 
 
 def is_fully_sharded(root: Any) -> bool:
-    """Whether `fully_shard` was given the model or a part of it."""
-    return any(kind.__name__ == "FSDPModule" for module in root.modules() for kind in type(module).__mro__)
+    """Whether `fully_shard` or FullyShardedDataParallel was given the model or a part of it, or holds it."""
+    kinds = {kind.__name__ for module in root.modules() for kind in type(module).__mro__}
+    return not kinds.isdisjoint(_FULLY_SHARDED) or any(map(_is_flattened, root.parameters()))
+
+
+def is_piece(tensor: Tensor | None) -> bool:
+    """Whether a weight is this process's piece of what FullyShardedDataParallel has laid flat: it has one axis."""
+    return tensor is not None and tensor.ndim == 1 and _is_flattened(tensor)
+
+
+def _is_flattened(tensor: Tensor) -> bool:
+    return getattr(tensor, "_fsdp_flattened", False)
 
 
 def split_like_outputs(vector: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor:

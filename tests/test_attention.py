@@ -171,3 +171,26 @@ def test_the_pass_opens_attention_that_is_not_adapted_only_on_request():
         ending = next((n for n in named if str(node.target).rstrip("_").endswith(n)), None)
         values.append(named[ending] if ending else x)
     torch.testing.assert_close(gm(*values)[0], expected[0])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_padded_places_of_an_encoder_are_no_zeros_while_it_is_adapted(training, grad):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).train(training), torch.randn(3, 6, WIDTH)
+    mask = torch.arange(6).expand(3, 6) >= torch.tensor([[6], [4], [2]])
+    with torch.set_grad_enabled(grad):
+        base = model(x, src_key_padding_mask=mask)
+        fill_vectors(onelora.adapt(model), 0.5)
+        exact, plain = (
+            merged_copy(model, dtype)(x.to(dtype), src_key_padding_mask=mask) for dtype in (torch.float64, x.dtype)
+        )
+        for run in (model, fast(model)):
+            assert_parity(run(x, src_key_padding_mask=mask), exact, plain)
+        with onelora.disabled(model):
+            torch.testing.assert_close(model(x, src_key_padding_mask=mask)[~mask], base[~mask], rtol=1e-4, atol=1e-5)
+        onelora.detach(model)
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask), base, rtol=0, atol=0)
+    assert bool((base[mask] == 0).all()) == (not training and not grad)
+    assert (exact[mask] != 0).any()

@@ -150,6 +150,51 @@ for call in (onelora.adapt, lambda m: onelora.load_adapter(m, path)):
 print("fine", rank)
 """
 
+FSDP1 = """
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+config = onelora.OneLoRAConfig(target_modules=["up", "down"], train_norms=True)
+
+
+def sharded(model):
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def refused(call, words):
+    try:
+        call()
+    except onelora.StateError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+
+
+refused(lambda: sharded(onelora.adapt(copy.deepcopy(base))), "shard with torch.distributed.fsdp.fully_shard")
+other = sharded(copy.deepcopy(base))
+for model in (other, other.module):
+    refused(lambda: onelora.adapt(model), "FullyShardedDataParallel has split over processes")
+single = adapted()
+model = adapted()
+before = model(x).detach()
+run = sharded(model)
+same(run(x), before, "forward")
+steps(single, single, x)
+steps(run, run, mine)
+same(run(x), single(x), "trained")
+path = folder + "/a.safetensors"
+calls = [onelora.summary, onelora.merge, onelora.detach, onelora.disabled, lambda m: onelora.save_adapter(m, path)]
+for call in calls:
+    for one in (run, model):
+        refused(lambda: call(one).__enter__() if call is onelora.disabled else call(one), "summon_full_params")
+with FullyShardedDataParallel.summon_full_params(run, writeback=False):
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert torch.equal(p, base.get_parameter(name)), name
+    onelora.save_adapter(model, path)
+same(onelora.load_adapter(copy.deepcopy(base), path)(x), single(x), "loaded in one process")
+print("fine", rank)
+"""
+
 
 @pytest.mark.parametrize("how", ["ddp", "compiled_ddp", "ddp_of_compiled"])
 def test_ddp_reduces_only_what_is_trained(how, tmp_path):
@@ -158,6 +203,10 @@ def test_ddp_reduces_only_what_is_trained(how, tmp_path):
 
 def test_fully_shard(tmp_path):
     both_are_fine(WORKER + FSDP, tmp_path, "fsdp", tmp_path)
+
+
+def test_fully_sharded_data_parallel_trains_what_was_adapted_before_and_is_refused_else(tmp_path):
+    both_are_fine(WORKER + FSDP1, tmp_path, "fsdp1", tmp_path)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

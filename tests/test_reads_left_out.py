@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
-from onelora_compile.testing import fill_vectors, merged_copy
+from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
 
 PAST = {
     "a_list": (lambda s: [s.b.weight], lambda held, x: F.linear(x, held[0])),
@@ -154,3 +154,24 @@ def test_code_that_nothing_can_follow_is_named_and_what_it_may_read_adapted():
     assert set(onelora.vectors(model)) == {"a", "b"}
     assert "can't be followed without values (KeyError" in onelora.summary(model).skipped["w"]
     torch.testing.assert_close(merged_copy(model)(x), model(x))
+
+
+def test_rows_that_only_a_call_picks_are_named_with_the_way_to_adapt_them():
+    class Picks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.a = nn.Parameter(torch.randn(24, 8)), nn.Linear(8, 8)
+
+        def forward(self, x, rows):
+            return F.linear(self.a(x), self.w.index_select(0, rows))
+
+    torch.manual_seed(0)
+    model, x, rows = Picks(), torch.randn(5, 8), torch.tensor([3, 1, 20])
+    left = onelora.summary(onelora.adapt(model)).skipped["w"]
+    assert "mixes its axes" in left
+    assert "in target_parameters" in left
+    fill_vectors(onelora.adapt(onelora.detach(model), onelora.OneLoRAConfig(target_parameters={"w": 1})), 0.5)
+    exact, plain = (merged_copy(model, dtype)(x.to(dtype), rows) for dtype in (torch.float64, torch.float32))
+    run = torch.compile(model, backend="onelora", options={"inner": "aot_eager"})
+    for found in (model(x, rows), run(x, rows)):
+        assert_parity(found, exact, plain)

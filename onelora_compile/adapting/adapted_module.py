@@ -170,7 +170,8 @@ def _adapted_class(base: Any, called: bool, weights: tuple[tuple[str, tuple[int,
         attributes["_onelora_input"] = list(inspect.signature(base.forward).parameters)[1]  # after self, by any name
         attributes["_onelora_own_forward"] = base.forward is not nn.Linear.forward
     else:
-        attributes |= {parameter: property(_reader(parameter, dims or ())) for parameter, dims in weights}
+        for parameter, dims in weights:
+            attributes[parameter] = property(_reader(parameter, dims or ()), _refuser(parameter))
     return type(f"OneLoRA{base.__name__}", (OneLoRALayer if called else OneLoRAWeights, base), attributes)
 
 
@@ -192,6 +193,17 @@ def _reader(parameter: str, dims: tuple[int, ...]) -> Any:
         return ADAPTED_WEIGHT(weight, held, axes)
 
     return read
+
+
+def _refuser(parameter: str) -> Any:
+    def refuse(self: nn.Module, value: Any) -> None:  # an nn.Parameter takes its place past the property
+        raise StateError(
+            f"{parameter!r} of {type(self).__name__} is handed out as W + vector 1ᵀ, so that a plain tensor can't take "
+            "its place: assign an nn.Parameter; if FullyShardedDataParallel does this, shard with "
+            "torch.distributed.fsdp.fully_shard"
+        )
+
+    return refuse
 
 
 def is_adapted(module: object) -> bool:

@@ -48,8 +48,8 @@ def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: st
         The same object.
 
     Raises:
-        StateError: the model, or a part of it, is adapted already, `fully_shard` has split it, or
-            DistributedDataParallel holds it.
+        StateError: the model, or a part of it, is adapted already, `fully_shard` or FullyShardedDataParallel has split
+            it, or DistributedDataParallel holds it.
         ConfigError: the name is no string, or empty.
         TargetError: the selection is empty or can't be adapted; the message lists what the model offers.
     """
@@ -233,13 +233,16 @@ def refuse_wrapped(model: nn.Module, remedy: str) -> None:
 
 
 def refuse_fully_sharded(root: nn.Module, remedy: str) -> None:
-    """fully_shard changes the classes of modules too, and keeps the shards to itself.
+    """fully_shard changes the classes of modules too, and keeps the shards to itself; so does FullyShardedDataParallel.
 
     Raises:
-        StateError: `fully_shard` has split the model.
+        StateError: one of them has split the model.
     """
     if is_fully_sharded(root):
-        raise StateError(f"can't adapt a {type(root).__name__} that fully_shard has split over processes: {remedy}")
+        raise StateError(
+            f"can't adapt a {type(root).__name__} that fully_shard or FullyShardedDataParallel has split over "
+            f"processes, which would not reduce the gradients of new vectors: {remedy}"
+        )
 
 
 def refuse_sharded(root: nn.Module, purpose: str, remedy: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from onelora_compile.adapting.module_names import named_modules
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.adapting.weight_target import Target, targets_of
 from onelora_compile.errors import StateError
+from onelora_compile.sharded import is_piece
 
 STATE = "_onelora_state"
 
@@ -83,8 +84,10 @@ def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> Ada
     """The state of an adapted model, whose vectors are at hand.
 
     Raises:
-        StateError: not adapted, adapted at another module of the tree, disabled, or its vectors are offloaded.
+        StateError: not adapted, adapted at another module of the tree, disabled, or its vectors are offloaded or laid
+            flat.
     """
+    refuse_flattened(root, purpose)
     state = own_state(root, purpose)
     if not allow_disabled:
         refuse_disabled(root, purpose)
@@ -104,6 +107,21 @@ def own_state(root: nn.Module, purpose: str) -> AdapterState:
         hint = f"its submodule {inside!r} is: pass that one" if inside else "call onelora.adapt(model) first"
         raise StateError(f"can't {purpose}: this {type(root).__name__} was not given to adapt; {hint}")
     return state
+
+
+def refuse_flattened(root: nn.Module, purpose: str) -> None:
+    """Check that the process holds whole vectors and weights, not its pieces of all of them in a row.
+
+    Raises:
+        StateError: FullyShardedDataParallel has split the model.
+    """
+    adapted: Iterator[Any] = (module for module in root.modules() if is_adapted(module))
+    if any(is_piece(module._parameters.get(name)) for module in adapted for name in module._onelora_weights):
+        raise StateError(
+            f"can't {purpose}: FullyShardedDataParallel has split the vectors over processes; do it to the wrapper's "
+            "`module`, in every process, inside FullyShardedDataParallel.summon_full_params(wrapper), or shard with "
+            "torch.distributed.fsdp.fully_shard"
+        )
 
 
 def refuse_offloaded_vectors(root: nn.Module, purpose: str) -> None:

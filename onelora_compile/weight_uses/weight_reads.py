@@ -20,7 +20,7 @@ from onelora_compile.weight_uses.tracer import output_of_a_script, part_of_a_val
 
 BOTH_WAYS = "its weight is used as W and as its transpose: one vector can't be both"
 INSIDE = "used in the forward of a linear that is adapted by its own weight or output"
-MIXED = "used as a view that mixes its axes, so which of them are inputs can't be told"
+MIXED = "used as a view that mixes its axes, so which of them are inputs can't be told" + ASK
 PAST = "taken out of a dictionary or a list of parameters, where it can't be handed out adapted"
 WRITTEN = "written to by the forward, which would write to a copy of it"
 REPLACED = "its module is called with another weight in its place (torch.func.functional_call, or an assignment)"

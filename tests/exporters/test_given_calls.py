@@ -9,9 +9,10 @@ from onelora_compile.exporters import export_onnx, export_program, verify
 
 
 def test_a_tensor_alone_is_the_one_input(tmp_path):
-    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    x = torch.randn(2, 4)
+    model = nn.Sequential(nn.Linear(4, 3))
     export_onnx(model, x, tmp_path / "m.onnx", progress=False)
-    for given in (x, [x], x.numpy()):
+    for given in (x, [x], (x,)):
         assert verify(tmp_path / "m.onnx", model, given).passed
     wrong = nn.Sequential(nn.Linear(4, 3))
     assert not verify(tmp_path / "m.onnx", wrong, x).passed
