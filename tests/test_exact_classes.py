@@ -105,6 +105,14 @@ def test_the_first_compiled_call_says_so_too():
     assert any("exact class Linear" in message for message in _warned(lambda: compiled(torch.randn(2, 8))))
 
 
+def test_one_more_adapter_on_more_layers_says_so_too():
+    model = type("Form", (Model,), {"factor": EXACT["is"]})()
+    model.c = type("Other", (nn.Linear,), {})(8, 8)
+    onelora.adapt(model, onelora.OneLoRAConfig(target_modules=["c"]))
+    (message,) = _warned(lambda: onelora.add_adapter(model, "b", onelora.OneLoRAConfig(target_modules=["a"])))
+    assert "exact class Linear" in message
+
+
 @pytest.mark.parametrize("form", FINE)
 def test_other_questions_are_none_and_zero_vectors_are_the_base(form):
     model, x = type("Form", (Model,), {"factor": FINE[form]})(), torch.randn(2, 8)
@@ -114,8 +122,7 @@ def test_other_questions_are_none_and_zero_vectors_are_the_base(form):
 
 
 def test_layers_that_are_left_out_keep_their_class():
-    model = type("Form", (Model,), {"factor": EXACT["is"], "b": None})()
-    model.b = nn.Sequential(nn.Bilinear(2, 2, 2))
+    model = type("Form", (Model,), {"factor": EXACT["is"]})()
     model.c = type("Other", (nn.Linear,), {})(8, 8)
     assert _warned(lambda: onelora.adapt(model, onelora.OneLoRAConfig(exclude_modules=["a"]))) == []
 

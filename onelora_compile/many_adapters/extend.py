@@ -12,6 +12,7 @@ from onelora_compile.adapting.adapted_module import is_adapted, remove, vector_n
 from onelora_compile.adapting.adapter import is_replicated, running_statistics, unwrap
 from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights
 from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.exact_class_warning import warn_of_exact_classes
 from onelora_compile.adapting.module_names import clean_name
 from onelora_compile.adapting.select_targets import Selection, select
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
@@ -34,6 +35,7 @@ def extend(root: nn.Module, state: AdapterState, selection: Selection) -> None:
     """Give a model the vectors of a selection that it does not have yet, zeros; those that it has stay."""
     present = {(id(target.module), target.parameter) for target in adapted_weights(root).values()}
     new = {name: t for name, t in selection.targets.items() if (id(t.module), t.parameter) not in present}
+    warn_of_exact_classes(root, [target.module for target in new.values()])
     named = named_tensors(root)
     with torch.inference_mode(False), torch.no_grad():
         for name in [*selection.saved, *running_statistics(root, selection)]:
