@@ -137,10 +137,10 @@ def diagnose(
         config: which linears; None is all of them.
 
     Raises:
-        ConfigError: the output holds no floating tensor, or no weight has a gradient.
+        ConfigError: the output holds no floating tensor, no weight has a gradient, or `config` is no `OneLoRAConfig`.
         TargetError: the config selects nothing.
     """
-    selection = select(model, config or OneLoRAConfig())
+    selection = select(model, OneLoRAConfig() if config is None else config)
     weights = {name: weight for name, target in selection.targets.items() if (weight := target.weight) is not None}
     sums = _Sums(selection.targets)
     with _differentiable(model, list(weights.values())), sums.watched():
