@@ -26,6 +26,7 @@ from onelora_compile.adapting.batch_rows import ROWS, chosen_rows, vector_of_row
 from onelora_compile.adapting.dead_vectors import observe
 from onelora_compile.adapting.dispatched import hide_from_hook, rebind, show_to_hook
 from onelora_compile.errors import StateError
+from onelora_compile.looking.unannounced import subclass
 from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
 from onelora_compile.sharded import is_fsdp_shard
 
@@ -171,7 +172,7 @@ def _adapted_class(base: Any, called: bool, weights: tuple[tuple[str, tuple[int,
         attributes["_onelora_own_forward"] = base.forward is not nn.Linear.forward
     else:
         attributes |= {parameter: property(_reader(parameter, dims or ())) for parameter, dims in weights}
-    return type(f"OneLoRA{base.__name__}", (OneLoRALayer if called else OneLoRAWeights, base), attributes)
+    return subclass(f"OneLoRA{base.__name__}", (OneLoRALayer if called else OneLoRAWeights, base), attributes)
 
 
 def _reader(parameter: str, dims: tuple[int, ...]) -> Any:
