@@ -127,7 +127,7 @@ class OneLoRALayer(Adapted):
                 "can't be adapted: leave it out with exclude_modules"
             )
         x = args[0] if args else self._given(kwargs)
-        if self._onelora_own_forward and isinstance(y, Tensor):
+        if self._onelora_own_forward and isinstance(y, Tensor) and not y.is_nested:
             self._check(x, y)
         if isinstance(x, Tensor) and not torch.compiler.is_compiling():  # torch.fx traces with proxies
             observe(self, x)
