@@ -42,7 +42,16 @@ def feature_sum(x: Tensor) -> Tensor:
     Dtype: float32 (float64 for float64 x): a half-precision sum of thousands of features drifts or overflows.
     Source: arXiv 2503.08333, section 3.2.
     """
-    return torch.sum(x, dim=-1, keepdim=True, dtype=accumulation_dtype(x.dtype))
+    dtype = accumulation_dtype(x.dtype)
+    if x.layout == torch.jagged:  # whose sum has no backward
+        ones = torch.ones(1, x.shape[-1], dtype=dtype, device=x.device)
+        return torch.nn.functional.linear(x.to(dtype), ones)
+    return torch.sum(x, dim=-1, keepdim=True, dtype=dtype)
+
+
+def has_feature_sum(x: Tensor) -> bool:
+    """Whether x can be summed over its last axis: no sparse or MKL-DNN tensor; of nested ones a jagged one alone."""
+    return x.layout == torch.jagged or (x.layout == torch.strided and not x.is_nested)
 
 
 def add_rank1(y: Tensor, s: Tensor, vector: Tensor) -> Tensor:
@@ -58,6 +67,8 @@ def add_rank1(y: Tensor, s: Tensor, vector: Tensor) -> Tensor:
             vector.shape[-1] == y.shape[-1],
             lambda: f"the vector has {vector.shape[-1]} entries; the linear has out_features={y.shape[-1]}",
         )
+    if y.layout == torch.jagged:
+        return (y + s * vector).to(y.dtype)  # nested tensors have no addcmul
     if is_sharded(y):
         vector = reduced_once(vector)
         if is_partial(y):
@@ -69,10 +80,13 @@ def add_rank1(y: Tensor, s: Tensor, vector: Tensor) -> Tensor:
 def rank1_update(y: Tensor, x: Tensor, vector: Tensor) -> Tensor:
     """The output of a frozen linear, adapted: y + sum(x) * vector, which is (W + vector 1ᵀ) x + c.
 
+    Of an input that PyTorch can't sum it is a linear by vector 1ᵀ, in the input's dtype, which keeps the input.
     Shapes: y [*, out_features], x [*, in_features], vector [out_features] -> [*, out_features].
     Dtype: that of y.
     Source: arXiv 2503.08333, section 3.2.
     """
+    if not has_feature_sum(x):
+        return y + torch.nn.functional.linear(x, vector.to(x.dtype).unsqueeze(1).expand(-1, x.size(-1)))
     return add_rank1(y, feature_sum(x), vector)
 
 

@@ -5,11 +5,13 @@
 
 Every update is rewritten, a lone one too, so that the passes after this one meet one spelling.  It also adds the
 gradients of the siblings while they are [*, 1], before they are spread over x.  Does not share across a node that
-may write to a tensor in place: the input may be another one after it.
+may write to a tensor in place: the input may be another one after it.  Leaves alone updates by nested and
+sparse inputs, where the composite operator knows which operators these have.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from onelora_compile.dynamo.private_api import is_of_a_transform, on_examples
@@ -17,6 +19,8 @@ from onelora_compile.ops import ADD_RANK1, FEATURE_SUM, RANK1_UPDATE, feature_su
 from onelora_compile.passes.graph.writes import mutates
 from onelora_compile.passes.result import PassResult
 from onelora_compile.passes.sites.linear_site import example, module_path, operands
+
+LAYOUT = "its input is no plain tensor (nested, sparse)"
 
 
 def share_feature_sum(gm: fx.GraphModule) -> PassResult:
@@ -34,11 +38,14 @@ def share_feature_sum(gm: fx.GraphModule) -> PassResult:
             else:
                 sums[x] = node
         elif node.op == "call_function" and node.target is RANK1_UPDATE:
-            x = operands(node)[1]
+            x, name = operands(node)[1], module_path(node) or node.name
+            if (value := example(x)) is not None and value.layout != torch.strided:
+                result.skips[name] = LAYOUT
+                continue
             if x not in sums:
                 sums[x] = _insert_sum(gm.graph, node, x)
             _rewrite(gm.graph, node, sums[x])
-            result.rewrites.append(module_path(node) or node.name)
+            result.rewrites.append(name)
     return result
 
 

@@ -1,6 +1,8 @@
 """Selection: PEFT's rules, and a clear word about everything that is not meant."""
 
 import functools
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -167,3 +169,26 @@ def test_a_linear_itself_can_be_the_model():
     assert list(onelora.vectors(model)) == [""]
     x = torch.randn(2, 4)
     assert torch.equal(onelora.detach(model)(x), model(x))
+
+
+NO_CONFIG: dict[str, tuple[Any, str]] = {
+    "a_string": ("all-linear", "got 'all-linear' (a str): pass onelora.OneLoRAConfig(target_modules='all-linear')"),
+    "names": (["a"], "got ['a'] (a list): pass onelora.OneLoRAConfig(target_modules=['a'])"),
+    "a_file": ("b.safetensors", "(a str): an adapter file goes into onelora.load_adapter(model, path)"),
+    "a_dict": ({"target_modules": ["a"]}, "(a dict): pass onelora.OneLoRAConfig(**it), with keys of target_modules, "),
+    "an_empty_dict": ({}, "got {} (a dict): pass onelora.OneLoRAConfig(**it)"),
+    "a_number": (8, "got 8 (a int): pass onelora.OneLoRAConfig(target_modules=...), or None"),
+}
+
+
+@pytest.mark.parametrize("form", NO_CONFIG)
+def test_what_is_no_config_is_one_error_and_the_model_stays(form):
+    given, message = NO_CONFIG[form]
+    model = zoo.MLP()
+    with pytest.raises(onelora.ConfigError, match=re.escape(message)):
+        onelora.adapt(model, given)
+    assert onelora.vectors(model) == {}
+    onelora.adapt(model)
+    with pytest.raises(onelora.ConfigError, match=re.escape(message)):
+        onelora.add_adapter(model, "b", given)
+    assert list(onelora.adapters(model)) == ["default"]

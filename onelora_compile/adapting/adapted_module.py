@@ -26,6 +26,7 @@ from onelora_compile.adapting.batch_rows import ROWS, chosen_rows, vector_of_row
 from onelora_compile.adapting.dead_vectors import observe
 from onelora_compile.adapting.dispatched import hide_from_hook, rebind, show_to_hook
 from onelora_compile.errors import StateError
+from onelora_compile.looking.unannounced import subclass
 from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
 from onelora_compile.sharded import is_fsdp_shard
 
@@ -126,7 +127,7 @@ class OneLoRALayer(Adapted):
                 "can't be adapted: leave it out with exclude_modules"
             )
         x = args[0] if args else self._given(kwargs)
-        if self._onelora_own_forward and isinstance(y, Tensor):
+        if self._onelora_own_forward and isinstance(y, Tensor) and not y.is_nested:
             self._check(x, y)
         if isinstance(x, Tensor) and not torch.compiler.is_compiling():  # torch.fx traces with proxies
             observe(self, x)
@@ -170,9 +171,8 @@ def _adapted_class(base: Any, called: bool, weights: tuple[tuple[str, tuple[int,
         attributes["_onelora_input"] = list(inspect.signature(base.forward).parameters)[1]  # after self, by any name
         attributes["_onelora_own_forward"] = base.forward is not nn.Linear.forward
     else:
-        for parameter, dims in weights:
-            attributes[parameter] = property(_reader(parameter, dims or ()), _refuser(parameter))
-    return type(f"OneLoRA{base.__name__}", (OneLoRALayer if called else OneLoRAWeights, base), attributes)
+        attributes |= {name: property(_reader(name, dims or ()), _refuser(name)) for name, dims in weights}
+    return subclass(f"OneLoRA{base.__name__}", (OneLoRALayer if called else OneLoRAWeights, base), attributes)
 
 
 def _reader(parameter: str, dims: tuple[int, ...]) -> Any:

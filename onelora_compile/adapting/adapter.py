@@ -50,7 +50,7 @@ def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: st
     Raises:
         StateError: the model, or a part of it, is adapted already, `fully_shard` or FullyShardedDataParallel has split
             it, or DistributedDataParallel holds it.
-        ConfigError: the name is no string, or empty.
+        ConfigError: the name is no string, or empty, or `config` is no `OneLoRAConfig`.
         TargetError: the selection is empty or can't be adapted; the message lists what the model offers.
     """
     root = unwrap(model)
@@ -64,7 +64,7 @@ def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: st
     check_name(adapter_name)
     refuse_fully_sharded(root, "call onelora.adapt before fully_shard")
     refuse_wrapped(model, "call onelora.adapt on the model before you wrap it")
-    config = config or OneLoRAConfig()
+    config = OneLoRAConfig() if config is None else config
     attach_vectors(root, select(root, config), config)
     state_of(root, "name").pool.active = adapter_name
     return model

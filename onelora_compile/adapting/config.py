@@ -89,6 +89,26 @@ class OneLoRAConfig:
         return cls(**fields)
 
 
+def check_config(given: Any) -> None:
+    """Check that what is given as a configuration is one.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(given, OneLoRAConfig):
+        return
+    fields = dataclasses.fields(OneLoRAConfig)
+    if isinstance(given, str) and given.endswith(".safetensors"):
+        remedy = "an adapter file goes into onelora.load_adapter(model, path)"
+    elif isinstance(given, Mapping):
+        remedy = f"pass onelora.OneLoRAConfig(**it), with keys of {', '.join(field.name for field in fields)}"
+    elif isinstance(given, (str, list, tuple, set)):
+        remedy = f"pass onelora.OneLoRAConfig(target_modules={given!r})"
+    else:
+        remedy = "pass onelora.OneLoRAConfig(target_modules=...), or None for every linear but the output head"
+    raise ConfigError(f"config must be a OneLoRAConfig, got {given!r} (a {type(given).__name__}): {remedy}")
+
+
 def _patterns(field: str, value: Any) -> str | tuple[str, ...]:
     """A regular expression as it is, a list of names as a tuple."""
     if isinstance(value, str):

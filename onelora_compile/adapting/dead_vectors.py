@@ -59,6 +59,8 @@ def observe(module: nn.Module, x: Tensor) -> None:
         return  # what vmap and its kind hand in must not outlive them
     if torch._C._len_torch_dispatch_stack():
         return  # selective checkpointing records operators, and has to meet the same ones when it runs again
+    if x.layout != torch.strided or x.is_nested:
+        return  # sparse and nested tensors have few operators
     if not x.numel():
         _empty.add(module)
         return

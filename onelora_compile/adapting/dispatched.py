@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onelora_compile.looking.unannounced import subclass
+
 _HOOK, _OLD = "_hf_hook", "_old_forward"
 # What it puts on instances besides: calls of these would move the model.
 _ADDED = ("forward", _OLD, _HOOK, "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
@@ -132,4 +134,4 @@ def _hiding(base: Any, hidden: Callable[[str], bool]) -> Any:
         return torch.compiler.disable(run)  # as the base's own methods are
 
     methods = {name: without(getattr(base, name)) for name in ("pre_forward", "post_forward", "detach_hook")}
-    return type(f"OneLoRA{base.__name__}", (base,), {"__module__": __name__, "_onelora_base": base, **methods})
+    return subclass(f"OneLoRA{base.__name__}", (base,), {"__module__": __name__, "_onelora_base": base, **methods})

@@ -45,7 +45,7 @@ def takes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], vect
         return False
     tensors = (weight, vector) if bias is None else (weight, vector, bias)
     same = all(type(one) in _PLAIN and one.dtype == x.dtype and one.device == x.device for one in tensors)
-    if not same or x.dtype not in _DTYPES or x.layout != torch.strided:
+    if not same or x.dtype not in _DTYPES or x.layout != torch.strided or x.is_nested:
         return False
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return False

@@ -11,7 +11,7 @@ from torch import nn
 from onelora_compile.adapting.adapted_module import is_vector
 from onelora_compile.adapting.candidates import NOT_LINEAR, Candidate, candidates_of
 from onelora_compile.adapting.check_selection import check_adaptable, check_names_match, nothing_selected
-from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.config import OneLoRAConfig, check_config
 from onelora_compile.adapting.dispatched import offloaded_from_above
 from onelora_compile.adapting.module_names import any_match, clean_name, named_modules, names_of
 from onelora_compile.adapting.peft_parts import PEFT_PART, peft_parts
@@ -63,8 +63,10 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     """Apply the rules of `config` to the linear ops of `model`.
 
     Raises:
+        ConfigError: `config` is something else.
         TargetError: nothing is selected, a name in a list matches nothing, or a selected module can't be adapted.
     """
+    check_config(config)
     names = names_of(model)
     candidates = candidates_of(names, model)
     asked = _asked_for(config, names)

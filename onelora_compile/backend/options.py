@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.config import OneLoRAConfig, check_config
 from onelora_compile.errors import ConfigError
 from onelora_compile.passes.lowerings import LOWERINGS
 
@@ -43,8 +43,7 @@ class BackendOptions:
                 "Options of Inductor go into inner_options={...}"
             )
         parsed = cls(**options)
-        if not isinstance(parsed.config, OneLoRAConfig):
-            raise ConfigError(f"option config must be a OneLoRAConfig, got {parsed.config!r}")
+        check_config(parsed.config)
         if not isinstance(parsed.inner, str) and not callable(parsed.inner):
             raise ConfigError(f"option inner must be the name of a backend or a callable, got {parsed.inner!r}")
         if parsed.inner == "onelora":

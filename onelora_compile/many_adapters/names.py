@@ -94,7 +94,7 @@ def add_adapter(model: Model, adapter_name: str, config: OneLoRAConfig | None = 
     Raises:
         StateError: the model is not adapted, or has an adapter of that name; a `disabled` block is open; it would have
             more to train, and DistributedDataParallel holds it.
-        ConfigError: the name is no string, or empty.
+        ConfigError: the name is no string, or empty, or `config` is no `OneLoRAConfig`.
         TargetError: as `adapt`.
     """
     root = unwrap(model)

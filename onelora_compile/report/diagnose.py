@@ -138,11 +138,12 @@ def diagnose(
         config: which linears; None is all of them.
 
     Raises:
-        ConfigError: the output holds no floating tensor, no weight has a gradient, or an input is on the meta device.
+        ConfigError: the output holds no floating tensor, no weight has a gradient, an input is on the meta device, or
+            `config` is no `OneLoRAConfig`.
         StateError: a weight is on the meta device, or accelerate has offloaded it.
         TargetError: the config selects nothing.
     """
-    selection = select(model, config or OneLoRAConfig())
+    selection = select(model, OneLoRAConfig() if config is None else config)
     weights = {name: weight for name, target in selection.targets.items() if (weight := target.weight) is not None}
     args, kwargs = as_args(args), dict(kwargs or {})
     _refuse_meta(weights, (args, kwargs))

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from onelora_compile.dynamo.fx_trace import following
 from onelora_compile.looking.one_at_a_time import seen_here, silent
+from onelora_compile.looking.unannounced import subclass
 from onelora_compile.weight_uses.entries import Entry
 from onelora_compile.weight_uses.followed_values import Uses
 from onelora_compile.weight_uses.holders import Holders
@@ -72,7 +73,7 @@ def follow(
     # A module of its own, as the class is another; what the code changes elsewhere is put back by `Kept`.
     names = "".join(f", value_{i}" for i in range(values))
     forward = eval(f"lambda self{names}: run(self{names})", {"run": entry.run})  # torch.fx reads the code object
-    kind: Any = type(type(module).__name__, (type(module),), {"forward": forward})
+    kind: Any = subclass(type(module).__name__, (type(module),), {"forward": forward})
     shadow = object.__new__(kind)
     shadow.__dict__.update(module.__dict__)
     shadow.__dict__["training"] = training
