@@ -1,8 +1,8 @@
 """Call a module without a trace of the call: on a twin with tensors and side data of its own.
 
-Put back besides: the random state (PyTorch's, Python's, NumPy's), the environment, and what the code of its classes
-keeps on the classes and in its modules (counters, caches).  Hooks are not called; what the code prints or warns of is
-dropped.
+Put back besides: the random state (PyTorch's, Python's, NumPy's), the environment, settings of the process, and what
+the code of its classes keeps on the classes and in its modules (counters, caches).  Hooks are not called; what the code
+prints or warns of is dropped, and so is what it does to files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.looking.one_at_a_time import LOOKING, silent
+from onelora_compile.looking.outside import kept_outside
+from onelora_compile.looking.process_flags import process_flags
 from onelora_compile.looking.undo import environment
 
 _OWN = ("torch", "builtins", "onelora_compile")
@@ -76,6 +78,8 @@ def no_trace(module: nn.Module) -> Iterator[None]:
                 torch.compiler.set_stance("force_eager"),
                 silent("stdout", "stderr"),
                 environment(),
+                process_flags(),
+                kept_outside(),
             ):
                 yield
         finally:

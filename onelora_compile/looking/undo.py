@@ -5,6 +5,7 @@ Each function returns what undoes later changes, in place, and writes to nothing
 
 from __future__ import annotations
 
+import array
 import collections
 import contextlib
 import operator
@@ -157,13 +158,15 @@ def of_class(kind: type) -> Undo:
 
 
 def of_state(value: Any) -> Undo | None:
-    """Of random generators, numpy arrays and byte arrays; None for anything else."""
+    """Of random generators, numpy arrays, arrays and byte arrays; None for anything else."""
     if isinstance(value, random.Random):
         return partial(value.setstate, value.getstate())
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
     if isinstance(value, bytearray):
         return partial(value.__setitem__, slice(None), bytes(value))
+    if isinstance(value, array.array):
+        return partial(value.__setitem__, slice(None), value[:])
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None

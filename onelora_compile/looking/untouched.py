@@ -8,7 +8,8 @@ a name that some reached code mentions.  Each container is copied one level deep
 that nothing large is copied and nothing has to be copyable.  A tensor is copied when an operator is about to write to
 it.  Functions with a cache run without it (warnings given once, tables by shape).
 
-Not covered: C extensions with a state of their own, generators, files.
+Settings of the process and of PyTorch are put back too.  Not covered: C extensions with a state of their own,
+generators, files (`outside.py`), attributes of modules of the standard library.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import functools
 import itertools
 import logging
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 from onelora_compile.looking import undo
 from onelora_compile.looking.one_at_a_time import LOOKING
+from onelora_compile.looking.process_flags import process_flags
 
 # Code of these is not looked into: a forward changes none of its state, but for what is kept by name below.
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "onelora_compile"}
@@ -77,6 +80,7 @@ class Kept:
             stack.callback(self.restore)
             stack.enter_context(undo.random_states())
             stack.enter_context(undo.environment())
+            stack.enter_context(process_flags())
             stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             for holder, name, stand_in in self._instead:
@@ -201,7 +205,9 @@ class Kept:
         if kind in _PLAIN:
             return
         self._left.append(kind)
-        if not issubclass(kind, _NOT_ENTERED):
+        if issubclass(kind, threading.local):
+            self._left.append(value.__dict__)  # of this thread; object's is of none
+        elif not issubclass(kind, _NOT_ENTERED):
             with contextlib.suppress(AttributeError, TypeError):
                 self._left.append(object.__getattribute__(value, "__dict__"))
             for slot in _slots(kind):  # type: ignore[arg-type]  # classes are hashable

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from onelora_compile.dynamo.fx_trace import following
 from onelora_compile.looking.one_at_a_time import seen_here, silent
+from onelora_compile.looking.outside import kept_outside
 from onelora_compile.looking.unannounced import subclass
 from onelora_compile.weight_uses.entries import Entry
 from onelora_compile.weight_uses.followed_values import Uses
@@ -86,6 +87,7 @@ def follow(
             silent("stdout", "stderr"),
             following(tracer.call_with, tracer.vmap),
             seen_here(torch, tracer.of_torch()),
+            kept_outside(),
             Uses(tracer),
         ):
             graph = tracer.trace(shadow)

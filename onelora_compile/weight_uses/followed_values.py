@@ -60,7 +60,7 @@ class Value(fx.Proxy):
         return self.tracer.guess()  # type: ignore[attr-defined]
 
     def __float__(self) -> float:
-        return 1.0
+        return self.tracer.number()  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(1000)

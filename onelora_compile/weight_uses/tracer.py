@@ -17,13 +17,13 @@ from torch.utils import _pytree as pytree
 
 from onelora_compile.dynamo.fx_trace import trace_here
 from onelora_compile.passes.sites.weight_path import run_of_shapes
+from onelora_compile.weight_uses.endless_loops import Loops
 from onelora_compile.weight_uses.followed_values import Value, any_of, is_code
 from onelora_compile.weight_uses.holders import Holders
 
 PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
 CALLED = "onelora_called"  # key in node.meta: the module whose output a node is
 Inside = dict[int, tuple[nn.Module, str]]
-_MOST_ANSWERS = 1000  # then a loop on values is taken for endless
 _MADE_OF_SIZES = ("ones", "zeros", "empty", "rand", "randn")
 _ABOUT = {"finfo": torch.float32, "iinfo": torch.int64}  # of a dtype that is not known
 
@@ -72,6 +72,7 @@ class Tracer(fx.Tracer):
         self._proxies: dict[tuple[int, bool], fx.Proxy] = {}
         self._entered = set(entered)
         self._thread = threading.get_ident()
+        self._loops = Loops(CALLED)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of the forward of a module."""
@@ -226,9 +227,8 @@ class Tracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """What an `if` on a value goes by."""
+        self._loops.asks(self.graph)
         self.asked += 1
-        if self.asked > _MOST_ANSWERS:
-            raise fx.proxy.TraceError("a loop that depends on values")
         return self._answers[min(self.asked, len(self._answers)) - 1]
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
@@ -252,8 +252,14 @@ class Tracer(fx.Tracer):
 
     def guess(self) -> int:
         """A number that only values could tell."""
+        self._loops.asks(self.graph)
         self.guessed = True
         return self._size
+
+    def number(self) -> float:
+        """The same, where it is none of sizes."""
+        self._loops.asks(self.graph)
+        return 1.0
 
     def note(self, node: fx.Node) -> None:
         """Leave on a node that is a parameter, or a view of one, what it would be, without memory."""
