@@ -38,6 +38,7 @@ THINNED = {
     "test_fold_matches.py": 5,
     "test_fold_onnx.py": 5,
     "test_fold_parts.py": 12,
+    "test_frozen_copies.py": 9,
     "test_higher_order.py": 4,
     "test_insert_rank1.py": 8,
     "test_jetson.py": 5,

@@ -12,6 +12,7 @@ ROOMS = [ROOT / name for name in ("onelora_compile", "passes", "exporters")]
 # File and exception -> why no caller sees it.
 INNER = {
     ("onelora_compile/__init__.py", "AttributeError"): "Python's own word for a name that a module lacks",
+    ("onelora_compile/looking/outside.py", "RuntimeError"): "what the looked-at code is stopped with",
     ("onelora_compile/looking/undo.py", "RuntimeError"): "what the looked-at code is stopped with",
     ("onelora_compile/printable.py", "NotImplementedError"): "an abstract method",
     ("onelora_compile/weights/fingerprint.py", "ValueError"): "an AdapterFileError, once the file is known",

@@ -31,6 +31,7 @@ def subclass(name: str, bases: tuple[Any, ...], namespace: dict[str, Any]) -> An
         namespace: its attributes.
     """
     meta = type(bases[-1])
+    first = () if issubclass(bases[-1], Unannounced) else (Unannounced,)  # once for all that is made of a class
     # ABCMeta keeps a table for each class that it makes; what stands before it in the metaclass is the user's.
     make: Any = next(one for one in meta.__mro__ if of_library(one.__module__))
-    return make.__new__(meta, name, (Unannounced, *bases), namespace)
+    return make.__new__(meta, name, (*first, *bases), namespace)
