@@ -170,6 +170,24 @@ FORMS = {
         (5, 8),
         {"ws.0": (4,), "ws.1": (6,)},
     ),
+    "parameter_of_a_child": (
+        lambda: module(lambda s, x: F.linear(x, s.child.kernel), child=module(None, kernel=weight(6, 8))),
+        (5, 8),
+        {"child.kernel": (6,)},
+    ),
+    "given_to_the_child_that_holds_it": (
+        lambda: module(lambda s, x: s.child(x, s.child.w1), child=module(lambda s, x, w: x @ w.T, w1=weight(6, 8))),
+        (5, 8),
+        {"child.w1": (6,)},
+    ),
+    "list_in_a_list": (
+        lambda: module(
+            lambda s, x: x @ s.tables[0][0] @ s.tables[0][1],
+            tables=nn.ModuleList([nn.ParameterList([weight(8, 4), weight(4, 6)])]),
+        ),
+        (5, 8),
+        {"tables.0.0": (4,), "tables.0.1": (6,)},
+    ),
     "one_row": (lambda: module(lambda s, x: F.linear(x, s.w), w=weight(1, 8)), (5, 8), {"w": (1,)}),
     "one_column": (lambda: module(lambda s, x: F.linear(x[:, :1], s.w), w=weight(6, 1)), (5, 8), {"w": (6,)}),
 }

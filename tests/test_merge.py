@@ -9,7 +9,7 @@ import zoo
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.testing import fill_vectors, merged_copy
+from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
 from onelora_compile.weights.merge import fold_weight
 
 
@@ -127,3 +127,55 @@ def test_merged_compiled_model_is_captured_again():
     expected = compiled(x).detach()
     onelora.merge(compiled)
     torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+
+
+class _Views(nn.Module):
+    """Weights in one memory, though no parameter is another: each layer keeps its own vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc, self.dec, self.q, self.out = nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+        self.dec.weight = nn.Parameter(self.enc.weight.detach().t())
+        self.q.weight = nn.Parameter(self.enc.weight.detach()[:3])
+        self.out.weight = nn.Parameter(torch.randn(8).expand(2, 8))  # its rows are one memory
+        self.register_buffer("seen", self.enc.weight.detach()[3])
+
+    def forward(self, x):
+        hidden = self.dec(torch.relu(self.enc(x)))
+        return self.out(hidden) + self.q(x).sum(-1, keepdim=True) + x @ self.seen[:, None]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_views_of_a_weight_stay_the_bases(mode):
+    torch.manual_seed(0)
+    x, rng = torch.randn(5, 8), torch.Generator().manual_seed(1)
+    with mode():
+        model = _Views()
+    onelora.adapt(model)
+    added = {name: torch.randn(v.shape, generator=rng) for name, v in onelora.vectors(model).items()}
+    with torch.inference_mode(False), torch.no_grad():
+        for name, vector in onelora.vectors(model).items():
+            vector.copy_(added[name])
+    weights = {n: (m.weight.detach().double(), m.bias.detach().double()) for n, m in model.named_children()}
+    seen = model.seen.double()
+
+    def layer(name, x):
+        weight, bias = weights[name]
+        return x @ weight.T + bias + x.sum(-1, keepdim=True) * added[name].double()
+
+    hidden = layer("dec", torch.relu(layer("enc", x.double())))
+    exact = layer("out", hidden) + layer("q", x.double()).sum(-1, keepdim=True) + x.double() @ seen[:, None]
+    with torch.no_grad():
+        plain = model(x)
+        onelora.merge(model)
+        assert_parity(model(x), exact, plain)
+
+
+def test_what_is_outside_of_the_adapted_part_stays_the_bases():
+    model = nn.ModuleDict({"enc": nn.Sequential(nn.Linear(8, 8)), "dec": nn.Linear(8, 8)})
+    model["dec"].weight = model["enc"][0].weight
+    before = model["dec"].weight.detach().clone()
+    fill_vectors(onelora.adapt(model["enc"]), 0.5)
+    onelora.merge(model["enc"])
+    assert torch.equal(model["dec"].weight, before)
+    assert not torch.equal(model["enc"][0].weight, before)

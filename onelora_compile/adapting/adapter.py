@@ -145,7 +145,8 @@ def release(root: nn.Module, state: AdapterState) -> None:
         setattr(module, attribute, value)
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if (flag := state.requires_grad.get(clean_name(name))) is not None:
-            parameter.requires_grad_(flag)
+            with torch.inference_mode(parameter.is_inference()):  # what was made there can be set to True there alone
+                parameter.requires_grad_(flag)
     # The mark stays: a model whose vectors were removed on purpose is not adapted again by its next compiled call.
     # On the model and not in a set of this package: copies and pickles of the model have it too.
     setattr(root, STATE, None)

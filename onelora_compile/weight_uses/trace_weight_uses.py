@@ -129,6 +129,7 @@ class _Code:
         self._model = model
         self._called = called
         self._names: Known = {}
+        self._leading = _OF_PARAMETERS | _names_of_weights(model)
         self._holders = Holders(model)
         self._references = References(self._holders)
         self._counted: dict[Any, list[tuple[Bounds, bool, bool]]] = {}
@@ -192,7 +193,7 @@ class _Code:
         alone = next(module.children(), None) is None and kind.__call__ is nn.Module.__call__
         if holds or (alone and not refers):
             return holds
-        return not _OF_PARAMETERS.isdisjoint(names_in_reach(module, self._names))
+        return not self._leading.isdisjoint(names_in_reach(module, self._names))
 
     def _followed(self, module: nn.Module) -> Iterator[DirectRead]:
         modes = (False, True) if "training" in names_in_reach(module, self._names) else (False,)
@@ -271,10 +272,16 @@ class _Code:
     def _not_followed(self, module: nn.Module, error: str) -> Iterator[DirectRead]:
         """Whatever the code may read: parameters of the module, which are named, and weights of its linears."""
         why = NOT_FOLLOWED.format(kind=type(module).__name__, error=error)
-        for holder in _with_lists(module):
-            yield from (DirectRead(holder, name, None, why=why) for name in _matrices(holder))
         named = names_in_reach(module, self._names)
-        if _OF_PARAMETERS.isdisjoint(named):
+        for path, holder in module.named_modules():
+            if isinstance(holder, _CONTAINERS):
+                all_of_it = holder in module.children() or not named.isdisjoint(_naming(path))
+            else:
+                all_of_it = holder is module
+            if not of_torch(holder) or all_of_it:
+                names = (name for name in _matrices(holder) if all_of_it or name in named)
+                yield from (DirectRead(holder, name, None, why=why) for name in names)
+        if self._leading.isdisjoint(named):
             return
         calls_with = not _CALLS_WITH.isdisjoint(named)
         for name, child in module.named_modules():
@@ -294,6 +301,21 @@ def _holds_weights(module: nn.Module) -> bool:
 
 def _with_lists(module: nn.Module) -> list[nn.Module]:
     return [module, *(child for child in module.children() if isinstance(child, _CONTAINERS))]
+
+
+def _names_of_weights(model: nn.Module) -> set[str]:
+    """What code says to read a weight: `self.mlp.w1`, and `self.tables` for `self.tables[0][1]`."""
+    names: set[str] = set()
+    for path, module in model.named_modules():
+        names.update(_matrices(module))
+        if isinstance(module, _CONTAINERS):
+            names.update(_naming(path))
+    return names
+
+
+def _naming(path: str) -> list[str]:
+    """The last part of a path that is no index."""
+    return [one for one in path.split(".") if one and not one.isdecimal()][-1:]
 
 
 def _matrices(module: nn.Module) -> list[str]:

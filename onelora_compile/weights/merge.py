@@ -73,12 +73,13 @@ class MergeReport(Printable):
 
 
 def merge(model: nn.Module) -> MergeReport:
-    """Write W + b 1ᵀ into the weights and remove the vectors.
+    """Put weights W + b 1ᵀ in the places of W and remove the vectors.
 
-    In place and final. Computed in float32 from the weight as it is (float64 for float64) and rounded once to its
-    dtype. A weight that something else reads too (a tied embedding, another module) is untied first, so that only
-    the adapted use changes. What modules_to_save and train_norms trained stays, and so does a mark, see `detach`. All
-    weights are computed before the first is written, so a failure leaves the model as it was.
+    Final. Computed in float32 from the weight as it is (float64 for float64) and rounded once to its dtype. Each
+    weight is a new parameter, so that whatever else reads the old one, or its memory, stays the base's: a tied
+    embedding, another module, a view, a part of the model outside of `model`. What modules_to_save and train_norms
+    trained stays, and so does a mark, see `detach`. All weights are computed before the first gets its place, so a
+    failure leaves the model as it was.
 
     Raises:
         StateError: the model is not adapted or sharded over processes, or a `disabled` block is open.
@@ -90,16 +91,13 @@ def merge(model: nn.Module) -> MergeReport:
     refuse_sharded(root, "merge", "save the adapter, load it into the whole model, and merge there")
     targets = adapted_weights(root)
     folded = {name: _folded(name, target) for name, target in over_weights("merge", targets)}
-    readers = _readers(root)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False):
         for name, target in targets.items():
             weight = target.weight
             assert weight is not None
-            if readers[id(weight)] > 1:
-                own = nn.Parameter(folded[name][0], requires_grad=weight.requires_grad)
-                target.module._parameters[target.parameter] = own
-            else:
-                weight.copy_(folded[name][0])
+            own = nn.Parameter(folded[name][0], requires_grad=weight.requires_grad)
+            vars(own).update(vars(weight))
+            target.module._parameters[target.parameter] = own
     release(root, state)
     return MergeReport({name: loss for name, (_, loss) in folded.items()})
 
@@ -254,13 +252,3 @@ def output_only(target: Target) -> str:
         "so the vector, which adds to its output, can't go into its weight; keep the vectors beside the model (an "
         "adapter file, export with adapters='input' or 'bank'), or leave it out with exclude_modules"
     )
-
-
-def _readers(root: nn.Module) -> dict[int, int]:
-    """How many places of the module tree register each parameter."""
-    counts: dict[int, int] = {}
-    for module in root.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    return counts
