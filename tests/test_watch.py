@@ -11,6 +11,7 @@ import zoo
 from torch import nn
 
 import onelora_compile as onelora
+from onelora_compile.adapting import dead_vectors
 from onelora_compile.testing import perturb_norms
 
 
@@ -90,8 +91,6 @@ def test_copies_and_pickles_are_free_of_it():
 def test_a_check_that_is_over_costs_no_compilation_and_keeps_nothing():
     from counted_graphs import Counter
 
-    from onelora_compile.adapting import dead_vectors
-
     model = onelora.adapt(zoo.MLP())
     counter = Counter()
     compiled = torch.compile(model, backend="onelora", options={"inner": counter})
@@ -102,6 +101,31 @@ def test_a_check_that_is_over_costs_no_compilation_and_keeps_nothing():
     assert len(counter.graphs) == 1
     assert not any(module in dead_vectors._watched for module in model.modules())
     assert not any(vector._post_accumulate_grad_hooks for vector in onelora.vectors(model).values())
+
+
+@pytest.mark.parametrize("seen", ["adapted", "called", "trained", "disabled", "named"])
+def test_a_conversion_that_swaps_tensors_finds_no_weak_reference(seen):
+    model, x = onelora.adapt(Normed()), torch.randn(5, 8)
+    if seen == "called":
+        model(x)
+    if seen == "trained":
+        assert len(first_backward(model, x)) == 1
+    if seen == "disabled":
+        with onelora.disabled(model):
+            model(x)
+    if seen == "named":
+        onelora.add_adapter(model, "b")
+        onelora.set_adapter(model, "b")
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert {vector.dtype for vector in onelora.vectors(model).values()} == {torch.float64}
+    # The hooks went with the old tensors, as any user's do.
+    assert first_backward(model, x.double()) == []
+    assert not any(module in dead_vectors._watched for module in model.modules())
 
 
 def test_one_row_is_not_taken_for_a_constant():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -91,7 +92,12 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
     take_base_checkpoints(root)
     state.fast_paths = close_fast_paths(root)
     callers = {name: target.module for name, target in selection.targets.items() if target.called}
-    watch(vectors(root), callers, lambda: state.constant, not config.train_norms, lambda: state.pool.block.mixed)
+    model = weakref.ref(root)  # the hooks that this sets are the model's own
+
+    def present() -> dict[str, nn.Parameter]:
+        return {} if (alive := model()) is None else vectors(alive)
+
+    watch(present, callers, lambda: state.constant, not config.train_norms, lambda: state.pool.block.mixed)
 
 
 def _refuse_offloaded(root: nn.Module, trained: Iterable[str]) -> None:

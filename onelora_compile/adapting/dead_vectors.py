@@ -75,7 +75,7 @@ def observe(module: nn.Module, x: Tensor) -> None:
 
 
 def watch(
-    vectors: dict[str, nn.Parameter],
+    vectors: Callable[[], dict[str, nn.Parameter]],
     callers: dict[str, nn.Module],
     known_constant: Callable[[], Iterable[str]],
     frozen_norms: bool,
@@ -84,7 +84,7 @@ def watch(
     """Look at the gradients after the first backward, and warn of vectors that learn nothing.
 
     Args:
-        vectors: by name.
+        vectors: gives them by name, as they are now.
         callers: the modules whose input is the linear's, by the name of their vector.
         known_constant: names of vectors whose input a compiled graph showed to sum to one number; asked at the end.
         mixed: whether rows of a batch had adapters of their own, so that a gradient of zeros tells nothing.
@@ -92,44 +92,51 @@ def watch(
     """
     handles: list[Any] = []
     modules = {name: weakref.ref(module) for name, module in callers.items()}
-    # A hook goes with its vector: what shards a model over processes puts other parameters in their places.
-    held = {
-        name: weakref.ref(vector, functools.partial(_unwatch, modules.get(name))) for name, vector in vectors.items()
-    }
+    hooks: dict[str, weakref.ref[Any]] = {}
+    queued: list[bool] = []
+
+    def alive() -> dict[str, nn.Parameter]:
+        """The vectors of now that hold their hook: no weak references to them, which `swap_tensors` refuses."""
+        held = {name: hook for name, ref in hooks.items() if (hook := ref()) is not None}
+        return {name: vector for name, vector in vectors().items() if _holds(vector, held.get(name))}
 
     def finish() -> None:
-        for handle in handles:
-            handle.remove()
-        alive = {name: vector for name, ref in held.items() if (vector := ref()) is not None and vector.requires_grad}
+        trained = {name: vector for name, vector in alive().items() if vector.requires_grad}
         if _inside_another_backward():
-            alive = {name: vector for name, vector in alive.items() if vector.grad is not None}
+            trained = {name: vector for name, vector in trained.items() if vector.grad is not None}
         called = {name: module for name, ref in modules.items() if (module := ref()) is not None}
         seen = {name: _watched.pop(module, None) for name, module in called.items()}
+        for handle in handles:
+            handle.remove()
         if mixed():
             return
         constant = set(known_constant()) | {name for name, one in seen.items() if one is not None and _is_constant(one)}
         idle = {name for name, module in called.items() if module in _empty}
         _empty.difference_update(called.values())
-        _warn({name: vector for name, vector in alive.items() if name not in idle}, constant if frozen_norms else set())
+        _warn({name: vector for name, vector in trained.items() if name not in idle}, constant if frozen_norms else set())
 
     def first(vector: Tensor) -> None:
         del vector
-        if _leaves_out(ref() for ref in held.values()):
-            return
-        if len(handles) == len(held):
+        if not queued and not _leaves_out(alive().values()):
             # Runs when this backward is over; what DistributedDataParallel and FSDP use. torch/autograd/variable.py
             torch.autograd.Variable._execution_engine.queue_callback(finish)
-            for handle in handles[1:]:
-                handle.remove()
-            del handles[1:]
+            queued.append(True)
 
-    handles += [vector.register_post_accumulate_grad_hook(first) for vector in vectors.values()]
+    for name, vector in vectors().items():
+        hook = functools.partial(first)
+        # It goes with its vector: what shards a model over processes puts other parameters in their places.
+        hooks[name] = weakref.ref(hook, functools.partial(_unwatch, modules.get(name)))
+        handles.append(vector.register_post_accumulate_grad_hook(hook))
     for module in callers.values():
         _watched[module] = None
 
 
-def _unwatch(caller: weakref.ref[nn.Module] | None, vector: weakref.ref[nn.Parameter]) -> None:
-    del vector
+def _holds(vector: nn.Parameter, hook: Any) -> bool:
+    return hook is not None and any(hook is one for one in (vector._post_accumulate_grad_hooks or {}).values())
+
+
+def _unwatch(caller: weakref.ref[nn.Module] | None, hook: weakref.ref[Any]) -> None:
+    del hook
     if caller is not None and (module := caller()) is not None:
         _watched.pop(module, None)
 
@@ -170,14 +177,14 @@ def _inside_another_backward() -> bool:
     return any(frame.f_code is _FUNCTION for frame in callers())
 
 
-def _leaves_out(vectors: Iterable[nn.Parameter | None]) -> bool:
+def _leaves_out(vectors: Iterable[nn.Parameter]) -> bool:
     """Whether the backward that runs was asked for gradients of some `inputs` alone, and a vector is none of these."""
     for frame in callers():
         if frame.f_code is _BACKWARD:
             if (inputs := frame.f_locals.get("inputs")) is None:
                 return False
             asked = {id(one) for one in ([inputs] if isinstance(inputs, Tensor) else inputs)}
-            return any(id(vector) not in asked for vector in vectors if vector is not None)
+            return any(id(vector) not in asked for vector in vectors)
     return False
 
 

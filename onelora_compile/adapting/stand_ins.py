@@ -24,11 +24,6 @@ from onelora_compile.errors import StateError
 from onelora_compile.sharded import is_sharded, write_whole
 
 Any_Tensor = TypeVar("Any_Tensor", bound=Tensor)
-# Weak on both sides, and no attributes of tensors: these would be pickled.
-_kept = WeakTensorKeyDictionary()  # by the tensor in whose place each is
-_meant = WeakTensorKeyDictionary()  # by the stand-in
-
-
 @dataclasses.dataclass(frozen=True)
 class _Kept:
     """A stand-in, the values that it was made of (None: zeros), and what tells that it still has them."""
@@ -43,6 +38,12 @@ class _Kept:
         other = self.other
         alike = (other.shape, other.dtype, other.device) == (tensor.shape, tensor.dtype, tensor.device)
         return alike and source is self.source and (other._version, other.data_ptr()) == (self.version, self.address)
+
+
+# No attributes of modules and tensors: these would be pickled.  After a block no weak reference to a tensor of the
+# model is left either: `torch.utils.swap_tensors`, with which PyTorch can convert modules, refuses those.
+_kept: weakref.WeakKeyDictionary[nn.Module, dict[str, _Kept]] = weakref.WeakKeyDictionary()  # by place
+_meant = WeakTensorKeyDictionary()  # by the stand-in, inside of a block
 
 
 def meant(tensor: Any_Tensor) -> Any_Tensor:
@@ -62,14 +63,18 @@ def stand_in(root: nn.Module, values: Mapping[Tensor, Tensor | None]) -> Callabl
         root: the model.
         values: of each of its parameters or buffers that is exchanged; None for zeros.
     """
-    others = {id(one): _of(one, value) for one, value in values.items() if not is_sharded(one)}
+    exchanged = {id(one): value for one, value in values.items() if not is_sharded(one)}
     sharded = [(one, one.detach().clone(), value) for one, value in values.items() if is_sharded(one)]
     held = [
         (module, name, tensor)
         for module in root.modules()
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]
-        if tensor is not None and id(tensor) in others
+        if tensor is not None and id(tensor) in exchanged
     ]
+    others: dict[int, Tensor] = {}
+    for module, name, tensor in held:
+        if id(tensor) not in others:
+            others[id(tensor)] = _of(module, name, tensor, exchanged[id(tensor)])
     for one, _, value in sharded:
         _write(one, value)
     for module, name, tensor in held:
@@ -88,19 +93,23 @@ def stand_in(root: nn.Module, values: Mapping[Tensor, Tensor | None]) -> Callabl
             if (now.dtype, now.device) != (tensor.dtype, tensor.device):  # the model was moved meanwhile
                 tensor.data = tensor.data.to(now.device, now.dtype)
             setattr(module, name, tensor)
+        for other in others.values():
+            _meant.pop(other, None)
         for one, own, _ in sharded:
             _write(one, own)
 
     return put_back
 
 
-def _of(tensor: Tensor, source: Tensor | None) -> Tensor:
+def _of(module: nn.Module, name: str, tensor: Tensor, source: Tensor | None) -> Tensor:
     """Of the same kind, so that no guard of a compiled graph sees a difference; that of the last block if it serves."""
-    kept = _kept.get(tensor)
+    here = _kept.setdefault(module, {})
+    kept = here.get(name)
     if kept is None or not kept.serves(tensor, source):
         other = _made(tensor, source)
-        kept = _kept[tensor] = _Kept(other, source, other._version, other.data_ptr())
+        kept = here[name] = _Kept(other, source, other._version, other.data_ptr())
     other = kept.other
+    _meant[other] = weakref.ref(tensor)
     if source is not None and not isinstance(tensor, nn.Parameter):
         other.data.copy_(source)  # batch norms write to their statistics, which `_version` does not count
     other.requires_grad_(tensor.requires_grad)
@@ -112,7 +121,6 @@ def _made(tensor: Tensor, source: Tensor | None) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         value = torch.zeros_like(tensor) if source is None else source.to(tensor, copy=True)
         other = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    _meant[other] = weakref.ref(tensor)
     return other
 
 
