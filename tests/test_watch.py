@@ -123,9 +123,16 @@ def test_a_conversion_that_swaps_tensors_finds_no_weak_reference(seen):
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
     assert {vector.dtype for vector in onelora.vectors(model).values()} == {torch.float64}
-    # The hooks went with the old tensors, as any user's do.
-    assert first_backward(model, x.double()) == []
-    assert not any(module in dead_vectors._watched for module in model.modules())
+    assert first_backward(model, x.double()) == []  # hooks go with the old tensors, as any user's do
+
+
+def test_a_model_that_is_never_trained_is_not_looked_at_for_ever():
+    model, x = onelora.adapt(zoo.MLP()), torch.randn(5, 8)
+    for _ in range(100):
+        model(x)
+    seen = dict(dead_vectors._watched)
+    model(x)
+    assert all(dead_vectors._watched[module] is seen[module] for module in model.modules() if module in seen)
 
 
 def test_one_row_is_not_taken_for_a_constant():

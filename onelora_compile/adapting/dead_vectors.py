@@ -30,6 +30,9 @@ from onelora_compile.printable import shortened
 
 # Spread of the sums over the size of what is summed, below which they count as one number: rounding of the dtype.
 _CONSTANT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 3e-3}
+_MOST = (
+    100  # calls of a module that are looked at: there may be no backward, or its hook has gone with a swapped tensor
+)
 # What calls the backward of an autograd function; what `Tensor.backward` calls.
 _FUNCTION = torch.autograd.function.BackwardCFunction.apply.__code__
 _BACKWARD = torch.autograd.backward.__code__
@@ -45,6 +48,7 @@ class _Seen:
     size: Tensor
     differ: Tensor
     tolerance: float
+    calls: int
 
 
 _watched: weakref.WeakKeyDictionary[nn.Module, _Seen | None] = weakref.WeakKeyDictionary()
@@ -64,14 +68,19 @@ def observe(module: nn.Module, x: Tensor) -> None:
     if not x.numel():
         _empty.add(module)
         return
+    seen = _watched[module]
+    if seen is not None and seen.calls == _MOST:
+        return
     with torch.no_grad():
         wide = x.detach().reshape(-1, x.shape[-1]).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         sums, size = wide.sum(-1), wide.abs().sum(-1).mean()
         # A DTensor of PyTorch 2.11 has no `!=`.
         low, high, differ = sums.min(), sums.max(), (wide == wide[:1]).logical_not().any()
-        if (seen := _watched[module]) is not None:
+        if seen is not None:
             low, high, differ = torch.minimum(low, seen.low), torch.maximum(high, seen.high), differ | seen.differ
-    _watched[module] = _Seen(low, high, size, differ, _CONSTANT.get(x.dtype, 3e-3))
+    _watched[module] = _Seen(
+        low, high, size, differ, _CONSTANT.get(x.dtype, 3e-3), 1 + (seen.calls if seen is not None else 0)
+    )
 
 
 def watch(
@@ -113,7 +122,8 @@ def watch(
         constant = set(known_constant()) | {name for name, one in seen.items() if one is not None and _is_constant(one)}
         idle = {name for name, module in called.items() if module in _empty}
         _empty.difference_update(called.values())
-        _warn({name: vector for name, vector in trained.items() if name not in idle}, constant if frozen_norms else set())
+        trained = {name: vector for name, vector in trained.items() if name not in idle}
+        _warn(trained, constant if frozen_norms else set())
 
     def first(vector: Tensor) -> None:
         del vector

@@ -24,6 +24,8 @@ from onelora_compile.errors import StateError
 from onelora_compile.sharded import is_sharded, write_whole
 
 Any_Tensor = TypeVar("Any_Tensor", bound=Tensor)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Kept:
     """A stand-in, the values that it was made of (None: zeros), and what tells that it still has them."""

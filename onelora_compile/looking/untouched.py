@@ -162,7 +162,7 @@ class Kept:
     def _space(self, holder: Any, bindings: Mapping[str, Any]) -> None:
         """Something whose names code mentions: what is mentioned already, or called without a mention, is visited."""
         self._spaces[id(holder)] = (holder, bindings)
-        # Not what Dynamo puts among a module's globals, `__compiled_fn_1` and `__resume_at_8_2`: with all of its graphs.
+        # Not what Dynamo puts among a module's globals, `__compiled_fn_1` and `__resume_at_8_2`: all of its graphs.
         dunder = [name for name in dict(bindings) if name.startswith("__") and name.endswith("__")]
         special = [name for name in dunder if isinstance(bindings[name], types.FunctionType)]
         for name in self._names.intersection(bindings).union(special):
