@@ -12,13 +12,15 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted
+from onelora_compile.adapting.adapter import saved_tensors, vectors
 from onelora_compile.adapting.adapter_state import STATE, AdapterState, state_or_none, was_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import constant_inputs
 from onelora_compile.backend.first_call import FirstCall
+from onelora_compile.backend.frozen_weights import lift
 from onelora_compile.backend.name_the_rest import warn_about_the_rest
 from onelora_compile.backend.options import BackendOptions
 from onelora_compile.dynamo import frames, private_api
@@ -59,8 +61,21 @@ def onelora_backend(
     gm = private_api.copy_graph(gm)
     if (first := _first_call(gm, example_inputs, checked.config)) is not None:
         return first.run
+    changing = lift(gm, _travelling(gm, example_inputs))
     _check_forced(run_passes(gm, pipeline(checked.lowering)), checked.lowering)
-    return compiler(gm, example_inputs)
+    compiled = compiler(gm, [*example_inputs, *changing])
+    return (lambda *args: compiled(*args, *changing)) if changing else compiled
+
+
+def _travelling(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> set[int]:
+    """What another adapter has other values of, by identity: of the models whose tensors the graph holds itself."""
+    if not any(isinstance(getattr(gm, str(node.target), None), Tensor) for node in gm.graph.find_nodes(op="get_attr")):
+        return set()
+    found: list[Tensor] = []
+    for model in map(frames.compiled_module, frames.frame_roots(gm, example_inputs)):
+        if (state := state_or_none(model)) is not None:
+            found += [*vectors(model).values(), *saved_tensors(model, state).values()]
+    return {id(one) for one in found}
 
 
 def _check_forced(results: Sequence[PassResult], lowering: str | None) -> None:

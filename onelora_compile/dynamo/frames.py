@@ -31,14 +31,22 @@ def frame_roots(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[nn.Mo
         return {}
     scope = {"L": frame.f_locals, "G": frame.f_globals}
     roots: dict[nn.Module, Any] = {}
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        if isinstance(value, nn.Parameter):
-            for source in reversed(list(_bases(getattr(node, "_dynamo_source", None)))):
-                module = _value(source, frame.f_globals, scope)
-                if isinstance(module, nn.Module):
-                    roots.setdefault(module, source)
-                    break
+    inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+    given = [(getattr(node, "_dynamo_source", None), value) for node, value in inputs]
+    for read in [source for source, value in [*given, *_held(gm)] if isinstance(value, nn.Parameter)]:
+        for source in reversed(list(_bases(read))):
+            module = _value(source, frame.f_globals, scope)
+            if isinstance(module, nn.Module):
+                roots.setdefault(module, source)
+                break
     return roots
+
+
+def _held(gm: fx.GraphModule) -> list[tuple[Any, Any]]:
+    """What Dynamo left in the graph's module, where Inductor is to freeze it, with sources."""
+    sources = getattr(gm, "_param_name_to_source", None) or {}
+    names = [str(node.target) for node in gm.graph.find_nodes(op="get_attr")]
+    return [(sources.get(name), getattr(gm, name, None)) for name in names]
 
 
 def is_ahead_of_time(gm: fx.GraphModule) -> bool:
