@@ -15,6 +15,7 @@ import torch
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
 from onelora_compile.exporters.fold.layout import is_own_transpose, lies_turned
 from onelora_compile.exporters.onnx_file.load import as_torch
+from onelora_compile.exporters.quantized.later_scales import as_stored
 from onelora_compile.weights.fingerprint import OUTPUT, TOLERANCE, Fingerprint, signs
 
 _PARTS = 4096  # of a weight that are tried
@@ -104,6 +105,7 @@ def places_in(weight: Weight, groups: Sequence[Group]) -> Iterable[tuple[str, Pl
     """Each vector whose fingerprint fits the weight, at every place where it does."""
     square, found = weight.shape[0] == weight.shape[1], False
     told = lies_turned(use for use in weight.ways if use.linear)
+    multiples = [one for use in weight.uses if use.product is not None for one in use.product.multiples]
     for transposed in (bool(told), not told):
         if square and found and (told is not None or not is_own_transpose(weight)):
             break  # it can't be its transpose too, or the ops say which it is
@@ -115,6 +117,7 @@ def places_in(weight: Weight, groups: Sequence[Group]) -> Iterable[tuple[str, Pl
         for group in fitting:
             for index, start, factor, distance in _fits(rows, group, weight.dtype):
                 found = True
+                factor = as_stored(factor, multiples)
                 place = Place(weight, transposed, start, group.shape, factor, (), distance=distance)
                 yield group.names[index], place
 
