@@ -14,6 +14,11 @@ from onelora_compile.errors import OneLoRAError
 from onelora_compile.testing import fill_vectors
 
 
+def shown_of(folder):
+    """What is printed, on one line: a long path wraps titles."""
+    return " ".join(run("inspect", folder).output.split())
+
+
 def refused(folder):
     """The message of this package's error."""
     done = run("inspect", folder)
@@ -32,11 +37,11 @@ def test_a_bundle(mode, tmp_path):
     assert shown["device"]["jetpack"] == manifest["device"]["jetpack"]
     assert shown["source_sha256"] == manifest["model"]["source_sha256"]
     assert shown["damaged"] == shown["engines"] == []
-    text = run("inspect", folder).output
+    text = shown_of(folder)
     assert "bundle for a Jetson" in text
     assert "all as they were packed" in text
     (folder / "model.onnx").unlink()
-    assert "model.onnx: missing" in run("inspect", folder).output
+    assert "model.onnx: missing" in shown_of(folder)
 
 
 def test_a_bundle_with_a_damaged_manifest(tmp_path):
@@ -53,7 +58,7 @@ def test_folders_with_an_adapter(tmp_path):
     (tmp_path / "own").mkdir()
     onelora.save_adapter(model, tmp_path / "own" / "onelora.safetensors")
     for name in ("peft", "own"):
-        assert "1LoRA adapter" in run("inspect", tmp_path / name).output
+        assert "1LoRA adapter" in shown_of(tmp_path / name)
 
 
 @pytest.mark.parametrize("held", [["m.onnx", "genai_config.json"], ["a.safetensors", "b.safetensors"], ["m.engine"]])

@@ -9,7 +9,7 @@ from onelora_compile.errors import AdapterFileError, ExportError
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.table import Table
 from onelora_compile.weights.file_kinds import IN_FOLDERS
-from onelora_compile.weights.peft_folder import CONFIG
+from onelora_compile.weights.peft_config import CONFIG
 
 _SHOWN = (".onnx", ".safetensors", ".engine", ".plan", ".trt")
 
