@@ -115,7 +115,7 @@ def places_in(weight: Weight, groups: Sequence[Group]) -> Iterable[tuple[str, Pl
             continue
         rows = projected(weight, transposed)
         for group in fitting:
-            for index, start, factor, distance in _fits(rows, group, weight.dtype):
+            for index, start, factor, distance in _fits(rows, group, weight.dtype, multiples):
                 found = True
                 factor = as_stored(factor, multiples)
                 place = Place(weight, transposed, start, group.shape, factor, (), distance=distance)
@@ -136,7 +136,9 @@ def projected(weight: Weight, transposed: bool) -> np.ndarray:
     return np.ascontiguousarray((sum(parts[1:], parts[0]) if transposed else torch.cat(parts)).numpy())
 
 
-def _fits(projected: np.ndarray, known: Group, dtype: str) -> Iterator[tuple[int, int, float, float]]:
+def _fits(
+    projected: np.ndarray, known: Group, dtype: str, multiples: Sequence[float]
+) -> Iterator[tuple[int, int, float, float]]:
     """Where the sketches fit: which, from which row on, with which factor, how far from it."""
     rows = known.shape[0]
     step = int(np.gcd(len(projected), rows))  # q, k and v of a packed weight start at multiples of it
@@ -163,5 +165,8 @@ def _fits(projected: np.ndarray, known: Group, dtype: str) -> Iterator[tuple[int
         if whole:
             np.minimum(known.nearest, distance, out=known.nearest)
         exact = np.abs(factor - 1) <= np.maximum(allowed, 1e-4)
-        for index in np.flatnonzero((distance <= allowed) & (exact | many) & (whole | enough)):
+        told = exact.copy()  # a factor that the file holds is no chance
+        for one in multiples:
+            told |= np.abs(factor - one) <= allowed * abs(one)
+        for index in np.flatnonzero((distance <= allowed) & (told | many) & (whole | enough)):
             yield int(index), start, 1.0 if exact[index] else float(factor[index]), float(distance[index])
