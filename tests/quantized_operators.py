@@ -26,6 +26,8 @@ def quantized_input(g, how):
     if how == "dynamic":
         return g.add("DynamicQuantizeLinear", "x", outputs=3)
     zero, scale = g.hold(np.uint8(128), "xz"), g.hold(STEP, "xs")
+    if how == "unnamed":  # as of a table of integers: no op says what its scale is
+        return g.add("Cast", g.add("Add", g.add("Div", "x", scale), g.hold(np.float32(128))), to=2), scale, zero
     return g.add("QuantizeLinear", "x", scale, zero), scale, zero
 
 
@@ -156,7 +158,7 @@ def blocks(bits, zero, grouped):
 
 
 OPERATORS = {}
-for _how in ("dynamic", "static"):
+for _how in ("dynamic", "static", "unnamed"):
     for _axis in (False, True):
         _name = f"{_how}{', by axis' * _axis}"
         for _first in (False, True):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onelora_compile.exporters.fold.body_outputs import is_returned, reads_of_bodies
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
 from onelora_compile.exporters.fold.owners import Known, decided
 from onelora_compile.exporters.fold.parts import places_in_parts
@@ -54,6 +55,7 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
         prints: of the vectors' base weights.
         known: what tells equal weights apart besides names; None is the default config's.
     """
+    known = known or Known()
     groups = grouped(prints)
     found: dict[str, list[Place]] = {name: [] for name in prints}
     every = []
@@ -78,10 +80,10 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
         for place in places:
             at.setdefault((id(place.weight), place.start), set()).add(name)
     for name, places in found.items():
-        times = (known or Known()).uses.get(name, (1, 1))
+        times = known.uses.get(name, (1, 1))
         own = list(_each_once(dataclasses.replace(place, uses=_linear(place, times)) for place in places))
         if not own:
-            unmatched[name] = OUTPUT_ONLY if prints[name].dtype == OUTPUT else _reason(name, places, nearest)
+            unmatched[name] = OUTPUT_ONLY if prints[name].dtype == OUTPUT else _reason(name, places, nearest, known)
             continue
         # Zeros are equal by chance, the numbers of a trained weight only as its copy.
         theirs = places if prints[name].norm else own
@@ -89,9 +91,12 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
         if strange := [use for place in theirs for use in place.weight.uses if _strange(use, place, served)]:
             unmatched[name] = f"its weight {own[0].weight.name!r} also goes into {_ops(strange)}, which is not followed"
             continue
+        if behind := _behind_bodies(theirs, known):
+            unmatched[name] = f"its weight {own[0].weight.name!r} also goes into {behind}, which is not followed"
+            continue
         there = set[str]().union(*(at[id(place.weight), place.start] for place in own))
         twins = [other for other in found if other in there and other != name] if len(there) > 1 else []
-        chosen_or_why = decided(name, own, twins, known or Known())
+        chosen_or_why = decided(name, own, twins, known)
         if isinstance(chosen_or_why, str):
             unmatched[name] = chosen_or_why
         elif again := _again(chosen_or_why, places):
@@ -159,10 +164,18 @@ def _ops(uses: Sequence[WeightUse]) -> str:
     return ", ".join(sorted({use.op.op_type for use in uses}))
 
 
-def _reason(name: str, places: Sequence[Place], nearest: Mapping[str, float]) -> str:
+def _behind_bodies(places: Iterable[Place], known: Known) -> str:
+    found = [read for place in places for read in reads_of_bodies(place.weight.value, known.bodies)]
+    return "; ".join(dict.fromkeys(found))
+
+
+def _reason(name: str, places: Sequence[Place], nearest: Mapping[str, float], known: Known) -> str:
     if places:
-        ops = _ops([use for place in places for use in place.weight.uses]) or "nothing"
-        return f"its weight is {places[0].weight.name!r}, which is not used by a linear op but by {ops}"
+        by = [_ops([use for place in places for use in place.weight.uses]), _behind_bodies(places, known)]
+        if any(is_returned(place.weight.value, known.bodies) for place in places):
+            by.append("the output of the file that it is")
+        read = "; ".join(one for one in by if one) or "nothing"
+        return f"its weight is {places[0].weight.name!r}, which is not used by a linear op but by {read}"
     if name in nearest:
         return f"no weight is its base's; the nearest of its shape differs by {nearest[name]:.1%}"
     return "no weight of its shape"

@@ -15,6 +15,7 @@ import torch
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
 from onelora_compile.exporters.fold.layout import is_own_transpose, lies_turned
 from onelora_compile.exporters.onnx_file.load import as_torch
+from onelora_compile.exporters.quantized.later_scales import as_stored
 from onelora_compile.weights.fingerprint import OUTPUT, TOLERANCE, Fingerprint, signs
 
 _PARTS = 4096  # of a weight that are tried
@@ -104,6 +105,7 @@ def places_in(weight: Weight, groups: Sequence[Group]) -> Iterable[tuple[str, Pl
     """Each vector whose fingerprint fits the weight, at every place where it does."""
     square, found = weight.shape[0] == weight.shape[1], False
     told = lies_turned(use for use in weight.ways if use.linear)
+    multiples = [one for use in weight.uses if use.product is not None for one in use.product.multiples]
     for transposed in (bool(told), not told):
         if square and found and (told is not None or not is_own_transpose(weight)):
             break  # it can't be its transpose too, or the ops say which it is
@@ -113,8 +115,9 @@ def places_in(weight: Weight, groups: Sequence[Group]) -> Iterable[tuple[str, Pl
             continue
         rows = projected(weight, transposed)
         for group in fitting:
-            for index, start, factor, distance in _fits(rows, group, weight.dtype):
+            for index, start, factor, distance in _fits(rows, group, weight.dtype, multiples):
                 found = True
+                factor = as_stored(factor, multiples)
                 place = Place(weight, transposed, start, group.shape, factor, (), distance=distance)
                 yield group.names[index], place
 
@@ -133,7 +136,9 @@ def projected(weight: Weight, transposed: bool) -> np.ndarray:
     return np.ascontiguousarray((sum(parts[1:], parts[0]) if transposed else torch.cat(parts)).numpy())
 
 
-def _fits(projected: np.ndarray, known: Group, dtype: str) -> Iterator[tuple[int, int, float, float]]:
+def _fits(
+    projected: np.ndarray, known: Group, dtype: str, multiples: Sequence[float]
+) -> Iterator[tuple[int, int, float, float]]:
     """Where the sketches fit: which, from which row on, with which factor, how far from it."""
     rows = known.shape[0]
     step = int(np.gcd(len(projected), rows))  # q, k and v of a packed weight start at multiples of it
@@ -160,5 +165,8 @@ def _fits(projected: np.ndarray, known: Group, dtype: str) -> Iterator[tuple[int
         if whole:
             np.minimum(known.nearest, distance, out=known.nearest)
         exact = np.abs(factor - 1) <= np.maximum(allowed, 1e-4)
-        for index in np.flatnonzero((distance <= allowed) & (exact | many) & (whole | enough)):
+        told = exact.copy()  # a factor that the file holds is no chance
+        for one in multiples:
+            told |= np.abs(factor - one) <= allowed * abs(one)
+        for index in np.flatnonzero((distance <= allowed) & (told | many) & (whole | enough)):
             yield int(index), start, 1.0 if exact[index] else float(factor[index]), float(distance[index])

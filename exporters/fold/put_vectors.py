@@ -117,9 +117,8 @@ class Folder:
         turned = placed[0][1].transposed
         vector = np.zeros(weight.shape[1] if turned else weight.shape[0], dtype=np.float32)
         for name, place in placed:
-            vector[place.start : place.start + place.rows] += (
-                place.factor * float32(self.file.vectors[name]).flatten()[place.entries]
-            )
+            part = slice(place.start, place.start + place.rows)
+            vector[part] += place.factor * float32(self.file.vectors[name]).flatten()[place.entries]
         alone = len(weight.uses) == len(uses) == 1 and not turned
         how = "zero points" if alone and into_zero_points(uses[0].op, vector, self.ir) else "branch"
         if how == "zero points":

@@ -7,7 +7,7 @@ the modes want their adapters in different places.  This is one interface to all
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata, bank_id
 from onelora_compile.exporters.onnx_runtime.bank_tables import BankTables
 from onelora_compile.file_names import as_path
+from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ Adapter = str | os.PathLike[str] | AdapterFile | None
 
 _REWRITTEN = (
     "A tool that rewrote the file took the vectors into it, or renamed them, so they can't be given any more (plain "
-    "onnx.save does, of a file of mode 'load'): take the file as export_onnx wrote it, or fold the adapter into it"
+    "onnx.save does, of a file of mode 'load'; simplifiers do, of inputs with a default): take the file as export_onnx "
+    "wrote it, or fold the adapter into that and rewrite the result"
 )
 
 
@@ -47,7 +49,7 @@ class OnnxRunner:
             wherever the system gives memory at the first write, as Linux does.
 
     Raises:
-        ExportError: not an ONNX model, or ONNX Runtime refuses it.
+        ExportError: not an ONNX model, or ONNX Runtime refuses it; or a tool removed inputs that the adapter needs.
         StateError: room in a model that is no bank, or in one that does not say how its tables are filled.
         ConfigError: room for something else than CPUExecutionProvider alone, or a room that is no count.
         MissingExtraError: onnxruntime is not installed.
@@ -69,6 +71,8 @@ class OnnxRunner:
         self._tables = BankTables(self.path, room, self._providers) if room else None
         self.session = self._open({})
         self._metadata = Metadata.from_props(self.session.get_modelmeta().custom_metadata_map, str(path))
+        if self._metadata.traits.feeds_ids:
+            self._require([IDS])
         if adapter is not None:
             self.use(adapter)
 
@@ -228,12 +232,23 @@ class OnnxRunner:
 
     def _defaults(self) -> dict[str, np.ndarray]:
         """The vectors that a model of mode "input" was exported with."""
+        self._require(self.metadata.vectors)
         held = load_model(self.path).graph.initializers
         return {name: read_tensor(held[name].const_value) for name in self.metadata.vectors}
+
+    def _require(self, names: Iterable[str]) -> None:
+        """Check that the file has the inputs that an adapter comes in by; without them it still runs as exported."""
+        held = {node.name for node in (*self.session.get_inputs(), *self.session.get_overridable_initializers())}
+        if gone := [name for name in names if name not in held]:
+            raise ExportError(
+                f"{self.path} is of mode {self.mode!r}, and has no inputs any more for {shortened(gone)}. {_REWRITTEN}"
+            )
 
     def _set(self, vectors: dict[str, np.ndarray]) -> None:
         if self.metadata.traits.rebuilds:
             self.session = self._open(vectors)
+        elif self.metadata.traits.feeds_vectors:
+            self._require(vectors)
         self._vectors = vectors
 
     def _checked_ids(self, adapter_ids: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ import numpy as np
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.onnx_file.constants import Constants, attribute, real
 from onelora_compile.exporters.onnx_file.node_writer import Writer
-from onelora_compile.exporters.quantized.products import INTEGER, Product, later_scales
+from onelora_compile.exporters.quantized.later_scales import later_scales, scale_of
+from onelora_compile.exporters.quantized.products import INTEGER, Product
 from onelora_compile.exporters.quantized.quantizers import behind_pairs
 from onelora_compile.exporters.quantized.rank1_nodes import Kind, feature_sum, kind_of, spread
 
@@ -49,7 +50,7 @@ class _Ends:
     """Where a branch begins and ends.
 
     Attributes:
-        x: the floating input; or the quantised one, its scale and its zero point.
+        x: the floating input; or the quantised one, its scale (None for 1) and its zero point.
         y: the floating output.
         dtype: of both.
         factor: what the op multiplies its product by.
@@ -71,7 +72,7 @@ class Branches:
         self.sums: dict[tuple[onnx_ir.Graph, onnx_ir.Value, Kind], onnx_ir.Value] = {}
         self.vectors: list[onnx_ir.Value] = []  # the constants that hold vectors
         self.totals: list[onnx_ir.Value] = []  # what vectors were added to
-        self.opened: dict[tuple[onnx_ir.Graph, onnx_ir.Value], onnx_ir.Value] = {}
+        self.opened: dict[tuple[Any, ...], onnx_ir.Value] = {}  # by graph, input, and what opens it
 
     def why_not(self, product: Product) -> str | None:
         """Why no branch can stand beside a product; None where one can."""
@@ -130,14 +131,28 @@ class Branches:
             if x.dtype is None:
                 x.dtype = wide
             return x
-        if (graph, x) not in self.opened:
+        key = (graph, x, *how)
+        if key not in self.opened:
             new, writer = x, self.writer
             if how:
-                new = writer.add(writer.behind(x, graph), "DequantizeLinear", x, *how, dtype=ends.dtype)
+                scale, zero = self._constants(graph, *how)
+                new = writer.add(writer.behind(x, graph), "DequantizeLinear", x, scale, zero, dtype=ends.dtype)
             if ends.dtype != wide:
                 new = writer.add(writer.behind(new, graph), "Cast", new, dtype=wide, to=wide.value)
-            self.opened[graph, x] = new
-        return self.opened[graph, x]
+            self.opened[key] = new
+        return self.opened[key]
+
+    def _constants(
+        self, graph: onnx_ir.Graph, scale: onnx_ir.Value | None, zero: onnx_ir.Value | None = None
+    ) -> tuple[onnx_ir.Value, onnx_ir.Value | None]:
+        """The scale and the zero point of an input; without a scale its numbers are taken as they are."""
+        if scale is not None:
+            return scale, zero
+        shape: tuple[int, ...] = ()
+        if zero is not None and self.constants.known(zero):  # it may be made further down than the input
+            point = self.constants.numbers(zero)
+            shape, zero = point.shape, self.writer.constant(graph, point, "onelora_zero_point")
+        return self.writer.constant(graph, np.ones(shape, np.float32), "onelora_scale"), zero
 
     def _ends(self, product: Product) -> _Ends:
         """The floating input and output of a product, and what it multiplies by."""
@@ -159,13 +174,13 @@ class Branches:
             x_parts = self._source(op, side)
             if kind == "MatMulIntegerToFloat":
                 return _Ends(x_parts, y, self._scale_dtype(op, 3 if side == 1 else 2))
-            floating, _ = later_scales(op, self.constants)
-            if floating is None:
+            later = later_scales(op, self.constants)
+            if later is None:
                 raise ExportError(
                     f"{where} is not followed by Cast and Mul with the scale of its input, so its product has no "
                     "floating form that a vector could be added to"
                 )
-            return _Ends(x_parts, floating, plain)
+            return _Ends(x_parts, later.y, plain)
         raise ExportError(
             f"{where} computes more than a product inside, so no vector can be added to that: quantise a model whose "
             "attention and activations are not fused, or fold before quantising"
@@ -179,12 +194,12 @@ class Branches:
         maker = q.producer()
         if maker is not None and maker.op_type == "DynamicQuantizeLinear":
             return (maker.inputs[0],)
+        zero = op.inputs[zero_at] if zero_at is not None and zero_at < len(op.inputs) else None
         if scale_at is not None:
-            zero = op.inputs[zero_at] if zero_at is not None and zero_at < len(op.inputs) else None
             return (q, op.inputs[scale_at], zero)
         if maker is not None and maker.op_type == "QuantizeLinear":
             return (q, *maker.inputs[1:3])
-        raise ExportError(f"the scale of the quantised input of {op.op_type} {op.name!r} can't be found")
+        return (q, scale_of(q), zero)
 
     def _scale_dtype(self, op: onnx_ir.Node, index: int) -> onnx_ir.DataType:
         scale = op.inputs[index]

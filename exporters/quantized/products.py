@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onelora_compile.exporters.onnx_file.constants import Constants, attribute
+from onelora_compile.exporters.quantized.later_scales import later_scales
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -61,6 +62,7 @@ class Product:
         shape: (out_features, in_features).
         dtype: of storage: "int8", "int4", "float8e5m2", …
         matrix: computes the matrix, float32 [out_features, in_features].
+        multiples: where that is the base's times the scale of the input, which numbers of the file that scale may be.
     """
 
     op: onnx_ir.Node
@@ -71,6 +73,7 @@ class Product:
     shape: tuple[int, int]
     dtype: str
     matrix: Callable[[], np.ndarray]
+    multiples: tuple[float, ...] = ()
 
 
 def products_of(model: onnx_ir.Model, constants: Constants) -> Iterator[Product]:
@@ -171,73 +174,34 @@ def _of_integers(node: onnx_ir.Node, constants: Constants) -> Iterator[Product]:
             continue
         shape, oriented = order
         where = sides[position][0]
+        later = later_scales(node, constants) if scale is None else None
+        factors = later.factors if later else []
 
-        def matrix(position: int = position, q: onnx_ir.Value = q, oriented: Callable = oriented) -> np.ndarray:
+        def matrix(
+            position: int = position,
+            q: onnx_ir.Value = q,
+            oriented: Callable = oriented,
+            factors: list[np.ndarray] = factors,
+        ) -> np.ndarray:
             scale, zero = (_given(node, index) for index in sides[position][1:])
             numbers = oriented(constants.numbers(q).astype(np.float32))
             if zero is not None:
                 numbers = numbers - _by_rows(constants.numbers(zero))
-            factors = later_scales(node, constants)[1] if scale is None else [constants.numbers(scale)]
-            for factor in factors:
+            for factor in [constants.numbers(scale)] if scale is not None else factors:
                 numbers = numbers * _by_rows(factor)
             return numbers
 
         leaves, _ = constants.leaves(q)
         stored = max(leaves, key=lambda leaf: leaf.const_value.size)  # type: ignore[union-attr]
         assert stored.const_value is not None
-        yield Product(node, position, where, window, stored, shape, _name(stored.const_value.dtype), matrix)
+        multiples = later.multiples if later else ()
+        yield Product(node, position, where, window, stored, shape, _name(stored.const_value.dtype), matrix, multiples)
 
 
 def _by_rows(numbers: np.ndarray) -> np.ndarray:
     """Scales or zero points for a weight [out_features, in_features]: one for all, or one for each row."""
     numbers = numbers.astype(np.float32)
     return numbers.reshape(()) if numbers.size == 1 else numbers.reshape(-1, 1)
-
-
-def later_scales(node: onnx_ir.Node, constants: Constants) -> tuple[onnx_ir.Value | None, list[np.ndarray]]:
-    """Where the product of an integer op is in floating point, and the constant factors that make it so.
-
-    It is behind a Cast and multiplications with the scales of the input and of the weight, in any order; a factor that
-    is a multiple of the weight's scale makes the matrix that multiple.  None where there is no such place.
-    """
-    q = node.inputs[0 if constants.known(node.inputs[1]) else 1]
-    maker = q.producer() if q is not None else None
-    if maker is None or maker.op_type not in ("DynamicQuantizeLinear", "QuantizeLinear"):
-        return None, []
-    own = maker.outputs[1] if maker.op_type == "DynamicQuantizeLinear" else maker.inputs[1]
-    y = _only_user(node.outputs[0], "Cast")
-    factors: list[np.ndarray] = []
-    seen = False
-    while y is not None and (following := _only_user(y, "Mul")) is not None:
-        mul = following.producer()
-        assert mul is not None
-        leaves = list(_factors(next((one for one in mul.inputs if one is not y), None)))
-        if not all(leaf is own or constants.known(leaf) for leaf in leaves):
-            break
-        y = following
-        seen = seen or any(leaf is own for leaf in leaves)
-        factors += [constants.numbers(leaf) for leaf in leaves if leaf is not None and leaf is not own]
-    if constants.known(own) and not seen and factors and own is not None:
-        factors.append(1 / constants.numbers(own))  # a constant scale of the input, multiplied into another one
-        seen = True
-    return (y, factors) if seen else (None, [])
-
-
-def _only_user(value: onnx_ir.Value, op_type: str) -> onnx_ir.Value | None:
-    users = [use.node for use in value.uses()]
-    return users[0].outputs[0] if len(users) == 1 and users[0].op_type == op_type else None
-
-
-def _factors(value: onnx_ir.Value | None) -> Iterator[onnx_ir.Value | None]:
-    """What a product of scales is made of."""
-    node = value.producer() if value is not None else None
-    if node is not None and node.op_type == "Mul":
-        for one in node.inputs:
-            yield from _factors(one)
-    elif node is not None and node.op_type in ("Unsqueeze", "Reshape", "Identity"):
-        yield from _factors(node.inputs[0])
-    else:
-        yield value
 
 
 def _of_blocks(node: onnx_ir.Node, constants: Constants) -> Iterator[Product]:

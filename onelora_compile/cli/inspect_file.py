@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
+from onelora_compile.cli.inspect_folder import BundleContent, bundle_content, is_bundle, refuse_unknown
 from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.table import Table, grouped, spread
 from onelora_compile.weights.adapter_content import Part
@@ -184,19 +185,22 @@ class EngineContent(Printable):
         return table
 
 
-Content = AdapterContent | ModelContent | EngineContent
+Content = AdapterContent | ModelContent | EngineContent | BundleContent
 
 
 def inspect_file(path: Path) -> Content:
-    """What an adapter (a file, a folder of PEFT, or an id on the Hub), an ONNX model or an engine holds.
+    """What an adapter (a file, a folder of PEFT, or an id on the Hub), an ONNX model, an engine or a bundle holds.
 
     Raises:
-        AdapterFileError: no adapter file, or damaged.
-        ExportError: no ONNX model or manifest of an engine, or damaged, or of another engine.
+        AdapterFileError: no adapter file, or damaged; a folder of something else.
+        ExportError: no ONNX model or manifest of an engine or bundle, or damaged, or of another engine.
         FileNotFoundError: there is no such file.
     """
+    if path.is_dir() and is_bundle(path):
+        return bundle_content(path)
     path = fetched(path)
     if path.is_dir():
+        refuse_unknown(path)
         return _adapter(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 @command("onelora inspect a.safetensors", "onelora inspect model.onnx --json")
 def inspect(
     file: Annotated[
-        Path, typer.Argument(help="An adapter (owner/name: on the Hub), an ONNX model, or an engine with its manifest.")
+        Path,
+        typer.Argument(help="An adapter (owner/name: on the Hub), an ONNX model, an engine, or a bundle."),
     ],
 ) -> Content:
     """Show what is in a file: vectors and base of an adapter; mode and sizes of a model; what an engine is for."""
