@@ -5,6 +5,8 @@ import torch
 from forms import module, weight
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.mkldnn import to_mkldnn
 
 import onelora_compile as onelora
 from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
@@ -22,7 +24,7 @@ class Holding(nn.Module):
         return self.use(self, x)
 
 
-BUFFER, ELSEWHERE = "a buffer and no parameter", "registered nowhere"
+BUFFER, ELSEWHERE, COMPUTED = "a buffer and no parameter", "registered nowhere", "remove_parametrizations"
 OTHERS = {
     "buffer": (
         lambda s: s.register_buffer("held", torch.randn(8, 8)),
@@ -59,6 +61,16 @@ OTHERS = {
         lambda s, x: F.linear(x, s.held[0].weight),
         {"held[0]": ELSEWHERE},
     ),
+    "parametrized": (
+        lambda s: (s.register_parameter("held", weight(8, 8)), weight_norm(s, "held")),
+        lambda s, x: F.linear(x, s.held),
+        {"held": COMPUTED},
+    ),
+    "packed_and_parametrized": (
+        lambda s: setattr(s, "held", weight_norm(nn.MultiheadAttention(8, 2, batch_first=True), "in_proj_weight")),
+        lambda s, x: s.held(x, x, x)[0],
+        {"held.in_proj_weight": COMPUTED},
+    ),
 }
 
 
@@ -72,7 +84,9 @@ def test_a_weight_that_is_no_parameter_is_named(name, beside):
     model, x = nn.Sequential(nn.Linear(8, 8), *blocks), torch.randn(5, 8)
     base = model(x)
     onelora.adapt(model)
-    assert list(onelora.vectors(model)) == ["0", *(["1.fc", "2.fc"] if beside else [])]
+    inside = [f"{block}.{one}" for block in (1, 2) for one in (["held.out_proj"] if name.startswith("packed") else [])]
+    inside += ["1.fc", "2.fc"] if beside else []
+    assert {*onelora.vectors(model)} == {"0", *inside}
     skipped = {place: why for place, why in onelora.summary(model).skipped.items() if not place.endswith(".fc")}
     assert skipped.keys() == {f"{block}.{place}" for block in (1, 2) for place in expected}
     assert all(expected[place.partition(".")[2]] in why for place, why in skipped.items())
@@ -122,3 +136,13 @@ def test_a_weight_that_goes_through_an_identity_is_adapted():
     assert_parity(form(x), expected, merged_copy(form)(x))
     fast = torch.compile(form, backend="onelora", options={"inner": "eager"}, fullgraph=True)
     torch.testing.assert_close(fast(x), merged_copy(form)(x))
+
+
+def test_layers_that_a_conversion_put_in_the_places_of_all_adapted_ones_are_told(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    converted = to_mkldnn(onelora.adapt(model))  # takes weight and bias, which are the base's
+    for use in (onelora.summary, onelora.merge, lambda m: onelora.save_adapter(m, tmp_path / "a.safetensors")):
+        with pytest.raises(onelora.StateError, match=r"no layer .* has its vector any more.* convert first"):
+            use(converted)
+    assert not (tmp_path / "a.safetensors").exists()
+    onelora.detach(converted)

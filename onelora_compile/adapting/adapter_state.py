@@ -84,14 +84,20 @@ def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> Ada
     """The state of an adapted model, whose vectors are at hand.
 
     Raises:
-        StateError: not adapted, adapted at another module of the tree, disabled, or its vectors are offloaded or laid
-            flat.
+        StateError: not adapted, adapted at another module of the tree, disabled, its vectors are offloaded or laid
+            flat, or all of them are gone.
     """
     refuse_flattened(root, purpose)
     state = own_state(root, purpose)
     if not allow_disabled:
         refuse_disabled(root, purpose)
     refuse_offloaded_vectors(root, purpose)
+    if purpose != "detach" and not adapted_weights(root):
+        raise StateError(
+            f"can't {purpose}: no layer of this {type(root).__name__} has its vector any more. Something put layers of "
+            "other classes in their places after adapt (to_mkldnn, a float8 conversion), which compute the base: "
+            "convert first, adapt afterwards"
+        )
     return state
 
 

@@ -1,8 +1,8 @@
 """Weights that Inductor is asked to freeze, without those that an adapter changes.
 
-With `torch._inductor.config.freezing` and without gradients Dynamo leaves parameters in the graph's module, and Inductor
-makes constants of them: of the vectors too, and of what is trained besides, so that another adapter would never be
-seen.  Those become inputs of the graph.  Source: torch/_dynamo/variables/builder.py, `is_parameter_freezing`.
+With `torch._inductor.config.freezing` and without gradients Dynamo leaves parameters in the graph's module, and
+Inductor makes constants of them: of the vectors too, and of what is trained besides, so that another adapter would
+never be seen.  Those become inputs of the graph.  Source: torch/_dynamo/variables/builder.py, `is_parameter_freezing`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def lift(gm: fx.GraphModule, changing: Collection[int]) -> list[Tensor]:
             added = gm.graph.placeholder(name)
         added.meta = dict(nodes[0].meta)
         if name in sources:
-            added._dynamo_source = sources.pop(name)  # type: ignore[attr-defined]
+            added._dynamo_source = sources.pop(name)
         for node in nodes:
             node.replace_all_uses_with(added)
             gm.graph.erase_node(node)

@@ -87,7 +87,8 @@ class References:
 
 def of_torch(module: nn.Module) -> bool:
     """Whether it is PyTorch's own, whose code is known."""
-    return type(module).__module__.startswith("torch.nn.")
+    kinds = (kind for kind in type(module).__mro__ if kind.__module__ != torch.nn.utils.parametrize.__name__)
+    return next(kinds).__module__.startswith("torch.nn.")
 
 
 def _bound(function: Any) -> Iterable[Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from onelora_compile.kinds import is_linear, is_plain
 from onelora_compile.passes.sites.linear_site import match_linear
@@ -21,6 +22,10 @@ from onelora_compile.weight_uses.tracer import CALLED
 BUFFER = "the weight of a linear op, but a buffer and no parameter"
 UNREGISTERED = (
     "the weight of a linear op, but registered nowhere in the model: it is in a plain attribute, a list or a dictionary"
+)
+COMPUTED = (
+    "a weight that is computed from parameters (a parametrization); to adapt it, "
+    "torch.nn.utils.parametrize.remove_parametrizations first"
 )
 _MOST, _DEEPEST = 1000, 4  # of a container: data beyond
 
@@ -87,6 +92,14 @@ class OtherWeights:
         if not isinstance(value, Tensor) or not is_plain(value) or id(value) in self._known:
             return False
         return value.ndim > 1 and value.is_floating_point()
+
+
+def parametrized(module: nn.Module) -> dict[tuple[nn.Module, str], str]:
+    """The matrices that a module computes when they are read, with the reason why they have no vector."""
+    if not is_parametrized(module):
+        return {}
+    lists: Any = module.parametrizations  # not the weight itself: to compute it may change buffers
+    return {(module, name): COMPUTED for name, one in lists.items() if any(p.ndim > 1 for p in one.parameters())}
 
 
 def _attribute(way: Followed, target: str) -> Any:

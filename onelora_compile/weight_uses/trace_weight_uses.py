@@ -25,7 +25,7 @@ from onelora_compile.weight_uses.count_uses import UseCounter
 from onelora_compile.weight_uses.entries import Entry, entries, hooks_of
 from onelora_compile.weight_uses.follow_forward import Followed, follow
 from onelora_compile.weight_uses.holders import Holders, References, held_in, of_torch
-from onelora_compile.weight_uses.other_weights import OtherWeights
+from onelora_compile.weight_uses.other_weights import OtherWeights, parametrized
 from onelora_compile.weight_uses.reachable_names import Known, modules_elsewhere, names_in_reach
 from onelora_compile.weight_uses.tracer import both_branches, not_entered
 from onelora_compile.weight_uses.weight_reads import (
@@ -104,6 +104,9 @@ def weight_uses(model: nn.Module, called: Collection[nn.Module] = ()) -> WeightU
             elif None not in (known.dims, read.dims) and known.dims != read.dims:
                 found[key] = dataclasses.replace(known, dims=None, why=BOTH_WAYS)
     reads = [*found.values(), *_by_other_names(model, found)]
+    for module in model.modules():
+        if module not in called and (isinstance(module, nn.MultiheadAttention) or not of_torch(module)):
+            code.others |= parametrized(module)
     return WeightUses(reads, code.times(), code.calls(), code.others)
 
 
