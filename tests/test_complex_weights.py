@@ -48,3 +48,9 @@ def test_one_that_is_asked_for_by_name_is_refused(name):
 def test_a_model_of_complex_linears_alone_is_refused():
     with pytest.raises(TargetError, match="a complex weight"):
         onelora.adapt(nn.Sequential(nn.Linear(8, 4, dtype=torch.cdouble)))
+
+
+def test_a_convolution_of_patches_that_is_asked_for_is_refused_too():
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4, dtype=torch.cfloat), nn.Flatten())
+    with pytest.raises(TargetError, match="matches only '0': a complex weight"):
+        onelora.adapt(model, onelora.OneLoRAConfig(target_modules=["0"]))

@@ -43,7 +43,8 @@ def sign_adapter(path: PathLike, key: PathLike, *, sequence: int | None = None) 
         OSError: a file can't be read or written.
     """
     file, place = as_path(path, "path"), as_path(key, "key")
-    line = head(_checked(sequence_now() if sequence is None else sequence))
+    # No other place has to be asked for the time, and a loop gives each update its own.
+    line = head(_checked(time.time_ns() // 1000 if sequence is None else sequence))
     check_there(file)
     read_adapter(file)
     private = _loaded(place, "private")
@@ -54,9 +55,9 @@ def sign_adapter(path: PathLike, key: PathLike, *, sequence: int | None = None) 
     return out
 
 
-def sequence_now() -> int:
-    """The number of an update that is signed now: no other place has to be asked, and a loop gives each its own."""
-    return time.time_ns() // 1000
+def sequence_of(signature: Path) -> int:
+    """The number of the update that a file of `sign_adapter` begins with."""
+    return int(signature.read_bytes().partition(b"\n")[0].split()[-1])
 
 
 def _checked(sequence: int) -> int:

@@ -69,8 +69,6 @@ def _candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[
             # What else reads the weight of a linear sees it adapted, as after a merge; transposed too.
             dims, why = own.dims, ""
         reason = TIED_EMBEDDING if isinstance(module, _EMBEDDINGS) else CONVOLUTION if found.convolution else why
-        if module._parameters[found.parameter].is_complex():  # type: ignore[union-attr]
-            reason = COMPLEX
         target = reading(module, found.parameter, dims) if dims and not reason else None
         read.setdefault(module, []).append((found.parameter, target, reason))
     result: dict[str, Candidate] = {}
@@ -81,15 +79,13 @@ def _candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[
             keys = [vector_key(alias, parameter) for alias in aliases]
             full = [f"{alias}.{parameter}".removeprefix(".") for alias in aliases]
             result[keys[0]] = Candidate(module, [*keys, *full, *aliases], own, why)
-        for parameter in _complex_weights(module) if called[module] == (None, "") else ():
-            if (key := vector_key(aliases[0], parameter)) not in result:
-                result[key] = Candidate(module, [key, *aliases], None, COMPLEX)
         if module not in read:
             own, why = called[module]
             if own is not None or why:
                 result[aliases[0]] = Candidate(module, aliases, own, why)
             for parameter, why in inside.get(module, ()):
                 result[vector_key(aliases[0], parameter)] = Candidate(module, [], None, why)
+        _leave_out_complex(module, aliases, result, known=called[module] != (None, ""))
     for (module, place), why in uses.others.items():
         if called[module] == (None, ""):
             result.setdefault(f"{names[module][0]}.{place}".removeprefix("."), Candidate(module, [], None, why))
@@ -105,9 +101,16 @@ def _candidates_of(names: dict[nn.Module, list[str]], model: nn.Module) -> dict[
     return result
 
 
-def _complex_weights(module: nn.Module) -> list[str]:
-    """The names of the complex parameters that could be weights: the code that reads them is not looked at."""
-    return [name for name, p in module._parameters.items() if p is not None and p.is_complex() and p.ndim > 1]
+def _leave_out_complex(module: nn.Module, aliases: list[str], result: dict[str, Candidate], known: bool) -> None:
+    """No vector for a complex weight. One that nothing was seen to read is named too, unless its module is `known`."""
+    for name, parameter in module._parameters.items():
+        if parameter is None or not parameter.is_complex():
+            continue
+        key = vector_key(aliases[0], name)
+        if key in result and (result[key].target is not None or result[key].reason not in NOT_LINEAR):
+            result[key] = dataclasses.replace(result[key], target=None, reason=COMPLEX)
+        elif key not in result and parameter.ndim > 1 and not known:
+            result[key] = Candidate(module, [key, *aliases], None, COMPLEX)
 
 
 def _called(module: nn.Module) -> tuple[Target | None, str]:
@@ -116,8 +119,6 @@ def _called(module: nn.Module) -> tuple[Target | None, str]:
         return targets_of(module)[0], ""
     if isinstance(module, torch.jit.ScriptModule):
         return None, ""
-    if is_linear(module) and "weight" in _complex_weights(module):
-        return None, COMPLEX
     if is_linear(module):
         dims, reason = weight_axes(module)
         return (None, reason) if reason else (calling(module, dims), "")

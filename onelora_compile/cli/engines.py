@@ -104,7 +104,7 @@ def sign(
     """Sign an adapter for devices that take signed ones alone; writes a .sig file beside it."""
     from onelora_compile.cli.reports import Signed
     from onelora_compile.exporters import sign_adapter
-    from onelora_compile.exporters.jetson.signing import sequence_now
+    from onelora_compile.exporters.jetson.signing import sequence_of
 
-    number = sequence_now() if sequence is None else sequence
-    return Signed(adapter, sign_adapter(adapter, key, sequence=number), number)
+    signature = sign_adapter(adapter, key, sequence=sequence)
+    return Signed(adapter, signature, sequence_of(signature))

@@ -23,7 +23,7 @@ from onelora_compile.errors import ConfigError, TargetError
 from onelora_compile.file_names import as_file
 from onelora_compile.passes.graph.subgraphs import Scope, scopes
 from onelora_compile.passes.lowerings import LOWERING
-from onelora_compile.passes.open_attention import expand_attention
+from onelora_compile.passes.open_attention import closed_sites, expand_attention
 from onelora_compile.passes.run import run_passes
 from onelora_compile.passes.sites.linear_site import LinearSite, match_linear, operands, rank1_updates
 from onelora_compile.printable import Printable, shortened
@@ -138,7 +138,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         before = private_api.copy_graph(gm)
-        expand_attention(before, everything=True)
+        for scope in scopes(before):
+            expand_attention(scope.gm, everything=True)
         after = private_api.copy_graph(before)
         run_passes(after)
         captured.append((before, after))
@@ -156,6 +157,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
                 report = _report(index, site, _name(site, scope, weights[index]), lowered.gm, reasons)
                 if report.adapted or site.kind != "conv":  # other convolutions are in not_linear
                     sites.append(report)
+            for site, why in closed_sites(scope.gm):
+                report = _report(index, site, _name(site, scope, weights[index]), lowered.gm, reasons)
+                sites.append(dataclasses.replace(report, why=why if report.adapted else ""))
     return Explanation(sites, len(captured), [reason for reason in breaks[:-1] if reason], not_linear, captured)
 
 

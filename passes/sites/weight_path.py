@@ -117,7 +117,7 @@ def input_axes(chain: Chain, shape: Sequence[int], used: Sequence[int]) -> tuple
 def constant_along(chain: Chain, shape: Sequence[int], dims: Sequence[int], used: Sequence[int]) -> bool:
     """Whether W + vector 1ᵀ with the ones along `dims` differs from W, after the chain, by the same along `used`."""
     try:
-        end = replay(chain, _probe(shape, dims), _meta)
+        end = replay(chain, _probe(shape, dims), _counted)
     except _FAILED:
         return False
     if not isinstance(end, Tensor) or end.ndim < max((-axis for axis in used), default=0):
@@ -204,7 +204,10 @@ def _indexed(node: fx.Node, value: Any, rest: Any, kwargs: Any) -> Any:
         constant, shape = node.meta[_INDEXED]
     else:
         constant = [axis for axis, stride in enumerate(value.stride()) if stride == 0]
-        shape = tuple(_callable(node)(value, *rest, **kwargs).shape)
+        whole = example(node)
+        sizes = (_callable(node)(value, *rest, **kwargs) if whole is None else whole).shape
+        # A dynamic size is that of the index: it is there already, and only the constant axes are spread.
+        shape = tuple(size if isinstance(size, int) else -1 for size in sizes)
         node.meta[_INDEXED] = constant, shape
     for axis in constant:
         value = value.narrow(axis, 0, 1)
@@ -248,9 +251,17 @@ def _meta(node: Any) -> Any:
     return 0 if value is None else value
 
 
+def _counted(node: Any) -> Any:
+    """The same with any number for a dynamic size, which would be guarded on if it were asked for its own."""
+    value = _meta(node)
+    if not isinstance(value, Tensor):
+        return value
+    return value.new_empty([size if isinstance(size, int) else 2 for size in value.shape])
+
+
 def _zeros(node: Any) -> Any:
     """What stands for another node in a run of numbers: an index is 0."""
-    value = _meta(node)
+    value = _counted(node)
     return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
 
 
