@@ -20,10 +20,10 @@ from onelora_compile.adapting.adapter_state import STATE, AdapterState, state_or
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import constant_inputs
 from onelora_compile.backend.first_call import FirstCall
-from onelora_compile.backend.frozen_weights import lift
 from onelora_compile.backend.name_the_rest import warn_about_the_rest
 from onelora_compile.backend.options import BackendOptions
 from onelora_compile.dynamo import frames, private_api
+from onelora_compile.dynamo.frozen_weights import lift
 from onelora_compile.errors import ConfigError, OneLoRAWarning
 from onelora_compile.passes.graph.subgraphs import scopes
 from onelora_compile.passes.result import PassResult

@@ -147,7 +147,11 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
-    if path.exists() and not path.is_file():
+    # `/dev/stdout` may lead to an ordinary file; the link itself, which the whole machine has, would be replaced.
+    folder = os.path.realpath(path.parent)
+    opened = folder in ("/dev", "/dev/fd") or f"{folder}/".startswith("/proc/")
+    linked = path.is_symlink() and os.readlink(path).startswith("/proc/")
+    if opened or linked or (path.exists() and not path.is_file()):
         raise FileExistsError(f"{path} is a device, a pipe or a socket, which would be lost; give the name of a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist")

@@ -100,6 +100,21 @@ def test_no_writer_takes_an_input_for_its_output(here, name, kind, monkeypatch):
         assert content(here) == before
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc on this system")
+@pytest.mark.parametrize("name", ["fold", "export", "convert", "convert like", "combine", "bundle"])
+def test_a_link_to_an_open_file_stays_a_link(here, name):
+    """As /dev/stdout is, which everybody on the machine has, and which leads to a file where output goes to one."""
+    write, _ = writers(here)[name]
+    with (here / "out.txt").open("w") as file:
+        out = here / "l.onnx_adapter"
+        out.symlink_to(f"/proc/self/fd/{file.fileno()}")
+        with pytest.raises((OSError, onelora.OneLoRAError), match=r"is a device, a pipe or a socket|is no bundle"):
+            write(out)
+        assert out.readlink() == Path(f"/proc/self/fd/{file.fileno()}")
+    assert (here / "out.txt").read_text() == ""
+    assert not list(here.glob(".onelora-*"))
+
+
 @pytest.mark.parametrize("name", ["fold", "export", "convert", "convert like", "combine", "bundle"])
 @pytest.mark.parametrize("kind", ["itself", "symbolic"])
 def test_a_pipe_stays_a_pipe(here, name, kind):
