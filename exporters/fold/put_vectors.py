@@ -40,15 +40,20 @@ class Folder:
         self.losses: dict[str, FoldLoss] = {}
 
     def refuse(self, matches: Matches) -> None:
-        """Leave out vectors of quantised weights beside which no branch can stand, or one stands, with the reason."""
+        """Leave out vectors of weights that are no base's any more, or can have no branch, with the reason.
+
+        What was folded is told by the metadata: the numbers of a quantised weight are the base's still, and those of a
+        half-precision one may be as near as rounding.
+        """
         held = Metadata.from_props(self.model.metadata_props, "the model")
         present = set(held.vectors) if held.traits is FOLD else set()
         for name, places in list(matches.places.items()):
             products = [use.product for place in places for use in place.uses if use.product is not None]
             reasons = [self.branches.why_not(product) for product in products]
-            if products and name in present:  # the quantised numbers are the base's still, so they tell nothing
+            if {name, f"{name}.weight"} & present:  # a vector, or a head in the place of the weight
                 adapters = ", ".join(held.adapters) or "unnamed"
-                reasons = [f"the model holds a vector beside that weight already (of {adapters}): fold into the base"]
+                where = "beside" if products else "in"
+                reasons = [f"the model holds a vector {where} that weight already (of {adapters}): fold into the base"]
             if reason := next((one for one in reasons if one is not None), None):
                 matches.unmatched[name] = reason
                 del matches.places[name]

@@ -25,6 +25,7 @@ from onelora_compile.adapting import eager_linear
 from onelora_compile.adapting.batch_rows import ROWS, chosen_rows, vector_of_rows
 from onelora_compile.adapting.dead_vectors import observe
 from onelora_compile.adapting.dispatched import hide_from_hook, rebind, show_to_hook
+from onelora_compile.adapting.recomputed import refuse_other_values
 from onelora_compile.errors import StateError
 from onelora_compile.looking.unannounced import subclass
 from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
@@ -110,6 +111,7 @@ class OneLoRALayer(Adapted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward, then the rank-1 update of its output by its input."""
+        refuse_other_values(self)
         chosen = chosen_rows(self)
         if eager_linear.takes(self, args, kwargs, self.onelora_vector):
             weight, bias = self._parameters["weight"], self._parameters["bias"]
@@ -183,6 +185,7 @@ def _reader(parameter: str, dims: tuple[int, ...]) -> Any:
         # FSDP looks its shards up by attribute, and would take W + vector 1ᵀ for W.
         if type(weight).__name__ == "DTensor" and is_fsdp_shard(self, parameter):
             return weight
+        refuse_other_values(self)
         held = getattr(self, vector)  # not of _parameters, where torch.fx does not see it
         if isinstance(held, torch.fx.Proxy):
             raise StateError(

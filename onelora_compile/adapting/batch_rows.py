@@ -86,7 +86,7 @@ class Block:
             if chosen is not None:
                 self.open[mine] = chosen
                 self.mixed |= torch.is_grad_enabled()
-                self.recording[mine] = Recorded(mine, weakref.ref(chosen[0]), torch.is_grad_enabled(), _next_node())
+                self.recording[mine] = Recorded(mine, weakref.ref(chosen[0]), torch.is_grad_enabled(), next_node())
             _count += (chosen is not None) - (before is not None)
             _open, _mixed = _count > 0, _mixed or self.mixed
         if chosen is not None:
@@ -98,8 +98,8 @@ class Block:
     def _end(self, thread: int) -> None:
         """What the thread records from here on belongs to no block, or to another one."""
         one = self.recording.pop(thread, None)
-        if one is not None and one.first < _next_node():
-            one.end = _next_node()
+        if one is not None and one.first < next_node():
+            one.end = next_node()
             self.recorded.append(one)
 
     def recomputed(self) -> Chosen | None:
@@ -121,7 +121,7 @@ class Block:
             chosen = [one for one in self.open.values() if any(one[0] is other for other in rows)]
         if not found:
             return None
-        if (own or _is_of_autograd()) and len(chosen) == 1 and all(one is chosen[0][0] for one in rows):
+        if (own or is_of_autograd()) and len(chosen) == 1 and all(one is chosen[0][0] for one in rows):
             return chosen[0]
         raise StateError(
             "a checkpointed forward of a onelora.rows block runs again in the backward, and "
@@ -130,12 +130,12 @@ class Block:
         )
 
 
-def _is_of_autograd() -> bool:
+def is_of_autograd() -> bool:
     """Whether this thread is one in which autograd runs the backward of a GPU, and not one of Python's own."""
     return isinstance(threading.current_thread(), threading._DummyThread)
 
 
-def _next_node() -> int:
+def next_node() -> int:
     """The number of the next node that autograd makes in this thread."""
     return torch._C._autograd._get_sequence_nr()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from onelora_compile.adapting.adapted_module import is_adapted
 from onelora_compile.adapting.adapter import saved_tensors, unwrap, vectors
 from onelora_compile.adapting.adapter_state import state_of
 from onelora_compile.adapting.stand_ins import stand_in
@@ -18,7 +19,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Gradients are those of the forward that they come from: a forward from inside gives the vectors none, one from
     outside may run its backward inside or afterwards.  A `state_dict` that is taken inside holds the vectors, and an
-    optimizer's step changes them.  The switch holds for every thread that uses the model.
+    optimizer's step changes them.  The backward of a checkpointed forward runs that again, and is refused where it would
+    be the other model.  The switch holds for every thread that uses the model.
 
     Raises:
         StateError: the model is not adapted; or, inside, the model is copied, pickled, saved, exported, or loaded into.
@@ -31,6 +33,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
         values |= {trained[name]: own for name, own in state.originals.items()}
         state.enable = stand_in(root, values)
         state.pool.block.off = True
+        state.pool.changes.follow(module for module in root.modules() if is_adapted(module))
+        state.pool.changes.disable(True)
     state.disabled += 1
     try:
         yield
@@ -40,3 +44,4 @@ def disabled(model: nn.Module) -> Iterator[None]:
             state.enable()
             state.enable = None
             state.pool.block.off = False
+            state.pool.changes.disable(False)

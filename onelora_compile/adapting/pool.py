@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapted_module import OneLoRALayer
 from onelora_compile.adapting.batch_rows import ROWS, Block, LayerRows
 from onelora_compile.adapting.config import OneLoRAConfig
+from onelora_compile.adapting.recomputed import Changes
 from onelora_compile.dynamo.private_api import any_number_of_rows
 from onelora_compile.errors import ConfigError
 
@@ -59,6 +60,7 @@ class Pool:
         values: [adapters + 1, numbers] in the dtype of the vectors; None before there is a second adapter.
         columns: where the vectors begin in a row, by name.
         block: the `rows` blocks of the model.
+        changes: when the model got other values.
         used: how many open blocks use an adapter, by name; all of them under None.
         trained: whether rows are trained, see row_training.py.
         arriving: of the backward that runs, by its number: gradients of tables by the names of their vectors.
@@ -71,6 +73,7 @@ class Pool:
     values: Tensor | None = None
     columns: dict[str, int] = dataclasses.field(default_factory=dict)
     block: Block = dataclasses.field(default_factory=Block)
+    changes: Changes = dataclasses.field(default_factory=Changes)
     used: Counter[str | None] = dataclasses.field(default_factory=Counter)
     next_id: int = 0
     trained: bool = False

@@ -39,6 +39,7 @@ def live_vectors(root: nn.Module, pool: Pool) -> dict[str, nn.Parameter]:
         targets = adapted_weights(root)
         pool.places = {key: (target.module, vector_name(target.parameter)) for key, target in targets.items()}
         pool.seen = adapted
+        pool.changes.follow(adapted)
         other = (name for name, module in named_modules(root) if getattr(module, "batch_first", True) is False)
         pool.block.sequence_first = next(other, "")
     found = {}
@@ -120,6 +121,7 @@ def write_active(
         for key, tensor in (saved_tensors(root, state) if state.originals else {}).items():
             tensor.copy_(held.saved.get(key, state.originals[key]))
     pool.active, pool.scale = name, scale
+    pool.changes.switch()
 
 
 def _live_saved(root: nn.Module, state: AdapterState, held: Held) -> dict[str, Tensor]:

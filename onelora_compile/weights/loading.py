@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from onelora_compile.adapting.adapted_module import is_adapted
 from onelora_compile.adapting.adapter import (
     attach_vectors,
     refuse_fully_sharded,
@@ -137,6 +138,8 @@ def _load_as_active(model: nn.Module, file: AdapterFile, path: PathLike, name: s
         for key, value in values.items():
             write_whole(current[key], value)
     state.pool.scale = 1.0
+    state.pool.changes.follow(module for module in root.modules() if is_adapted(module))
+    state.pool.changes.switch()
     if fresh:
         state.pool.active = name
 

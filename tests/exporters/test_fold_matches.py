@@ -175,3 +175,62 @@ def test_a_folded_model_is_not_a_base_any_more(tmp_path):
     fold_onnx(path, case.adapter, path)
     with pytest.raises(BaseMismatchError, match=r"It holds an adapter already \(a\)"):
         fold_onnx(path, case.adapter, path)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(768, 96), nn.Linear(96, 16)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+@pytest.mark.parametrize(("base", "size"), [(torch.float32, 1e-7), (torch.float16, 1e-5), (torch.bfloat16, 1e-4)])
+@pytest.mark.parametrize("half", [False, True])
+def test_the_same_layers_are_folded_once_however_small_the_vectors_are(base, size, half, tmp_path):
+    """A vector of inputs that are positive moves the outputs far, and the weight less than rounding may."""
+    torch.manual_seed(0)
+    model, x = Two().to(base).eval(), torch.rand(4, 768)
+    stored = copy.deepcopy(model).float()
+    args: tuple[Any, ...] = (x,)
+    if half:
+        stored, args = stored.half(), (x.half(),)
+    tools.dynamo(stored, args, tmp_path / "m.onnx")
+    vectors = {}
+    for name, (layer, seed) in {"a": ("a", 1), "again": ("a", 2), "b": ("b", 3)}.items():
+        config = onelora.OneLoRAConfig(target_modules=[layer])
+        adapted = fill_vectors(onelora.adapt(copy.deepcopy(model), config), size, seed=seed)
+        onelora.save_adapter(adapted, tmp_path / f"{name}.safetensors")
+        vectors[name] = onelora.vectors(adapted)[layer].detach().double()
+    out = tmp_path / "out.onnx"
+    fold_onnx(tmp_path / "m.onnx", tmp_path / "a.safetensors", out)
+    before = out.read_bytes()
+    for name in ("a", "again"):
+        with pytest.raises(ExportError, match=r"holds a vector in that weight already \(of a\): fold into the base"):
+            fold_onnx(out, tmp_path / f"{name}.safetensors", out)
+    assert out.read_bytes() == before
+    fold_onnx(out, tmp_path / "b.safetensors", out)  # other layers
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        exact.a.weight += vectors["a"][:, None]
+        exact.b.weight += vectors["b"][:, None]
+    rounding = 1e-2 if half else 1e-5
+    np.testing.assert_allclose(tools.run(out, args), exact(x.double()).detach(), rtol=rounding, atol=rounding)
+
+
+def test_a_vector_does_not_go_into_the_head_of_another_adapter(tmp_path):
+    torch.manual_seed(0)
+    model, x = Two().bfloat16().eval(), torch.rand(4, 768)
+    tools.dynamo(copy.deepcopy(model).float(), (x,), tmp_path / "m.onnx")
+    head = onelora.OneLoRAConfig(target_modules=["a"], modules_to_save=["b"])
+    for name, config in {"head": head, "b": onelora.OneLoRAConfig(target_modules=["b"])}.items():
+        adapted = fill_vectors(onelora.adapt(copy.deepcopy(model), config), 1e-4)
+        if name == "head":
+            with torch.no_grad():
+                adapted.b.weight[::3] *= 1.01
+        onelora.save_adapter(adapted, tmp_path / f"{name}.safetensors")
+    out = tmp_path / "out.onnx"
+    fold_onnx(tmp_path / "m.onnx", tmp_path / "head.safetensors", out)
+    with pytest.raises(ExportError, match=r"b: the model holds a vector in that weight already \(of head\)"):
+        fold_onnx(out, tmp_path / "b.safetensors", out)
