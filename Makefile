@@ -56,7 +56,7 @@ $(RUNTIMES)/.ready: pyproject.toml constraints.txt tests/runtime_packages.txt
 	  -r tests/runtime_packages.txt
 	touch $@
 
-test-runtimes: $(RUNTIMES)/.ready  ## Install ExecuTorch, OpenVINO and onnxruntime-genai and run the tests that export to them
+test-runtimes: $(RUNTIMES)/.ready  ## Install ExecuTorch, OpenVINO, its GenAI, onnxruntime-genai and run the tests that export to them
 	$(RUNTIMES)/bin/pytest -n auto --maxprocesses 4 -m runtimes
 
 # vLLM pins its own PyTorch and transformers, so no constraints here; its torchvision is for CUDA and does not load.

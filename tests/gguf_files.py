@@ -27,11 +27,20 @@ CONFIGS = {
     "starcoder2": (transformers.Starcoder2Config, SIZES),
     "gpt2": (transformers.GPT2Config, GPT2),
 }
+# By transformers' name: those that transformers does not read, or reads by another name.
+OTHERS = {
+    "smollm3": (transformers.SmolLM3Config, SIZES),
+    "granite": (transformers.GraniteConfig, SIZES),
+    "olmo": (transformers.OlmoConfig, SIZES),
+    "gemma": (transformers.GemmaConfig, SIZES | {"head_dim": 24}),
+    "olmo2": (transformers.Olmo2Config, SIZES),
+    "olmo3": (transformers.Olmo3Config, SIZES),
+}
 
 
 def model_of(kind, **sizes):
     torch.manual_seed(0)
-    cls, known = CONFIGS[kind]
+    cls, known = (CONFIGS | OTHERS)[kind]
     return transformers.AutoModelForCausalLM.from_config(cls(**{**known, **sizes})).eval()
 
 
@@ -101,3 +110,21 @@ def tensors(path):
 def fields(path):
     """What its header says."""
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def write_lora(path, factors, alpha=1.0, architecture="llama", **extra):
+    """A LoRA as another tool might write it, of factors by name; `extra` are further fields."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    said = {"adapter.type": "lora"} | extra
+    for key, value in said.items():
+        writer.add_array(key, value) if isinstance(value, list) else writer.add_string(key, value)
+    if alpha is not None:
+        writer.add_float32("adapter.lora.alpha", alpha)
+    for name, values in factors.items():
+        writer.add_tensor(name, values.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

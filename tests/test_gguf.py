@@ -197,14 +197,13 @@ def test_a_configuration_in_the_working_folder_is_not_that_of_an_adapter_that_na
     assert not (tmp_path / "a.gguf").exists()
 
 
-def test_base_is_for_gguf_alone_and_gguf_is_not_read(tmp_path):
+def test_base_is_for_gguf_alone(tmp_path):
     _, model = adapted("llama")
     onelora.save_adapter(model, tmp_path / "a.safetensors")
     with pytest.raises(onelora.ConfigError, match=r"is for a \.gguf"):
         convert_adapter(tmp_path / "a.safetensors", tmp_path / "folder", base=tmp_path)
-    onelora.save_adapter(model, tmp_path / "a.gguf", format="gguf")
-    with pytest.raises(onelora.ConfigError, match=r"one of \.safetensors, \.onnx_adapter, \.vectors;"):
-        convert_adapter(tmp_path / "a.gguf", tmp_path / "b.safetensors")
+    with pytest.raises(onelora.ConfigError, match=r"is for a \.gguf"):
+        onelora.read_adapter(tmp_path / "a.safetensors", base=tmp_path)
 
 
 def test_without_the_package_the_error_names_what_installs_it(tmp_path):
@@ -218,7 +217,7 @@ def test_without_the_package_the_error_names_what_installs_it(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "'gguf' is needed to write an adapter for llama.cpp" in done.stderr
+    assert "'gguf' is needed to read and write adapters of llama.cpp" in done.stderr
     assert "pip install 'onelora-compile[gguf]'" in done.stderr
 
 

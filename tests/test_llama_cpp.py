@@ -16,15 +16,9 @@ from onelora_compile.testing import assert_parity, fill_vectors, merged_copy, pe
 
 pytestmark = [pytest.mark.servers, pytest.mark.filterwarnings("ignore")]
 CONVERTER = Path(sys.prefix, "llama.cpp", "convert_lora_to_gguf.py")
-SIZES = gguf_files.SIZES
 CONFIGS = {
     **{kind: made for kind, made in gguf_files.CONFIGS.items() if kind != "gpt2"},  # the converter turns its factors
-    "smollm3": (transformers.SmolLM3Config, SIZES),
-    "granite": (transformers.GraniteConfig, SIZES),
-    "olmo": (transformers.OlmoConfig, SIZES),
-    "gemma": (transformers.GemmaConfig, SIZES | {"head_dim": 24}),
-    "olmo2": (transformers.Olmo2Config, SIZES),
-    "olmo3": (transformers.Olmo3Config, SIZES),
+    **gguf_files.OTHERS,
 }
 IDS = [5, 17, 33, 60, 2, 9]
 
@@ -88,3 +82,24 @@ def test_the_file_is_what_its_converter_makes_of_a_folder_of_peft(kind, tmp_path
     said, known = gguf_files.fields(tmp_path / "a.gguf"), gguf_files.fields(tmp_path / "b.gguf")
     keys = ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha")
     assert [said[key] for key in keys] == [known[key] for key in keys]
+    again = onelora.load_adapter(transformers.AutoModelForCausalLM.from_config(cls(**sizes)), tmp_path / "b.gguf")
+    assert torch.equal(*(torch.cat(list(onelora.vectors(one).values())) for one in (model, again)))
+
+
+@pytest.mark.parametrize("alpha", [3.0, 0.0])
+def test_a_scaled_lora_is_read_as_llama_cpp_applies_it(alpha, tmp_path):
+    base = perturb_norms(gguf_files.model_of("llama"))
+    gguf_files.write_base(base, tmp_path / "base.gguf")
+    held = {name: one.shape for name, one in gguf_files.tensors(tmp_path / "base.gguf").items() if "blk" in name}
+    factors = {}
+    for name, shape in held.items():
+        if len(shape) == 2:
+            factors[f"{name}.lora_a"] = torch.tensor([[0.5], [-1.0]]).expand(2, shape[1])
+            factors[f"{name}.lora_b"] = torch.randn(shape[0], 2) * 0.02
+    gguf_files.write_lora(tmp_path / "a.gguf", factors, alpha)
+    model = onelora.load_adapter(copy.deepcopy(base), tmp_path / "a.gguf")
+    gguf_files.write_base(merged_copy(model), tmp_path / "merged.gguf")
+    with torch.no_grad():
+        expected = merged_copy(model, torch.float64)(torch.tensor([IDS])).logits[0]
+    adapted = logits(tmp_path / "base.gguf", IDS, tmp_path / "a.gguf")
+    assert_parity(adapted, expected, logits(tmp_path / "merged.gguf", IDS), floor=4)

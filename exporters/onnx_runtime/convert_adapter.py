@@ -3,7 +3,7 @@
 .safetensors     this project's adapter file (onelora_compile/weights/adapter_file.py)
 .onnx_adapter    ONNX Runtime's adapter, for models of mode "input": `LoraAdapter.Load`, `RunOptions.add_active_adapter`
 .vectors         raw float32 in the order of one model of mode "load": put in the place of its `<model>.vectors`
-.gguf            llama.cpp's, written only (onelora_compile/weights/gguf_file.py)
+.gguf            llama.cpp's (onelora_compile/weights/gguf_file.py, gguf_read.py)
 a folder         PEFT's (onelora_compile/weights/peft_folder.py)
 """
 
@@ -33,8 +33,8 @@ from onelora_compile.weights.hub_download import fetched
 from onelora_compile.weights.peft_folder import PEFT, PEFT_FORMATS, refuse_other_folders, write_folder
 
 PathLike = str | os.PathLike[str]
-_READ = (".safetensors", ".onnx_adapter", ".vectors")
-_WRITTEN = (*_READ, GGUF_FILE)
+_WHOLE = (".safetensors", GGUF_FILE)  # files that say what their numbers are
+_ENDINGS = (".safetensors", ".onnx_adapter", ".vectors", GGUF_FILE)
 
 
 def convert_adapter(
@@ -56,10 +56,10 @@ def convert_adapter(
             With it, an adapter that does not belong to the model is refused.
         format: "peft" or "peft-miss" writes a folder of PEFT, as `save_adapter` does. None goes by the ending of
             `out`; without an ending it is "peft".
-        approximate: of a folder with a LoRA that is more than vectors: take the best vector of each layer.
-        base: the base, for ".gguf": its folder, or the `config.json` in it, which tell its architecture; or its own
-            `.gguf`, whose weights are compared with the adapter's fingerprints. None takes the folder that the
-            adapter names as its base.
+        approximate: of a folder or a ".gguf" with a LoRA that is more than vectors: take the best vector of each layer.
+        base: the base, to or from ".gguf": its folder, or the `config.json` in it, which tell its architecture; or its
+            own `.gguf`, whose weights are compared with the adapter's fingerprints where one is written. None takes
+            the folder that the adapter names as its base, and is enough to read what is not of the Llama family.
 
     Returns:
         `out`.
@@ -80,25 +80,25 @@ def convert_adapter(
         as_file(given, "out")
     if not source.suffix and not source.exists():
         raise FileNotFoundError(f"there is no file or folder {source}")
-    for path, known, folder in ((source, _READ, source.is_dir()), (out, _WRITTEN, format is not None)):
-        if path.suffix not in known and not folder:
+    for path, folder in ((source, source.is_dir()), (out, format is not None)):
+        if path.suffix not in _ENDINGS and not folder:
             raise ConfigError(
-                f"{path}: the ending names the format, one of {', '.join(known)}; an adapter of PEFT is a folder "
+                f"{path}: the ending names the format, one of {', '.join(_ENDINGS)}; an adapter of PEFT is a folder "
                 "(format='peft', --to peft)"
             )
-    if base is not None and (out.suffix != GGUF_FILE or format is not None):
-        raise ConfigError(f"base={str(base)!r} is for a {GGUF_FILE}, and {out} is none")
+    if base is not None and source.suffix != GGUF_FILE and (out.suffix != GGUF_FILE or format is not None):
+        raise ConfigError(f"base={str(base)!r} is for a {GGUF_FILE}, and neither {source} nor {out} is one")
     refuse_overwriting(out, [source, *(one for one in (like, base) if one is not None)])
     if format is None:
         refuse_other_kinds(out, out.suffix)
     else:
         refuse_other_folders(out, "out")
     model = None if like is None else _metadata(as_path(like, "like"))
-    whole = source.is_dir() or source.suffix == ".safetensors"
+    whole = source.is_dir() or source.suffix in _WHOLE
     needs = ".vectors" in (source.suffix, out.suffix) or (not whole and out.suffix == ".safetensors")
     if needs and model is None:
         raise ConfigError(f"{source} to {out}: give the ONNX model that it belongs to (like=, --like)")
-    file, values = _read(source, model, approximate)
+    file, values = _read(source, model, approximate, base if source.suffix == GGUF_FILE else None)
     if file is not None and model is not None:
         model.check_fits(file, str(like))
     if format is not None:
@@ -149,9 +149,11 @@ def adapter_of(
     return AdapterFile(config, vectors, saved, prints, producer, bases, uses=dict(model.uses))
 
 
-def _read(source: Path, model: Metadata | None, approximate: bool) -> tuple[AdapterFile | None, dict[str, np.ndarray]]:
-    if source.suffix == ".safetensors" or source.is_dir():
-        file = read_adapter(source, approximate)
+def _read(
+    source: Path, model: Metadata | None, approximate: bool, base: PathLike | None
+) -> tuple[AdapterFile | None, dict[str, np.ndarray]]:
+    if source.suffix in _WHOLE or source.is_dir():
+        file = read_adapter(source, approximate, base=base)
         taken = (
             file.tensors
             if model is None

@@ -170,12 +170,13 @@ def fold(
     "onelora convert a.safetensors -o peft_folder --to peft",
     "onelora convert llm.safetensors -o llm.gguf --base base_folder",
     "onelora convert peft_folder -o b.safetensors",
+    "onelora convert llm.gguf -o llm.safetensors --base base_folder",
 )
 def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="An adapter: .safetensors, .onnx_adapter, .vectors, a folder of PEFT, owner/name on the Hub."
+            help="An adapter: .safetensors, .onnx_adapter, .vectors, .gguf, a folder of PEFT, owner/name on the Hub."
         ),
     ],
     output: Annotated[
@@ -193,22 +194,24 @@ def convert(
     ] = False,
     base: Annotated[
         Path | None,
-        typer.Option(help="For .gguf, the base: its folder, config.json, or own .gguf, which is compared."),
+        typer.Option(help="To or from .gguf, the base: its folder, config.json, or own .gguf; writing compares that."),
     ] = None,
 ) -> Conversion:
-    """Convert an adapter to or from PEFT or ONNX Runtime, or to llama.cpp (.gguf).
+    """Convert an adapter to or from PEFT, ONNX Runtime or llama.cpp (.gguf).
 
-    A folder of PEFT is read if it is LoRA whose lora_A is constant, or MiSS or Bone of r=1.
+    A folder of PEFT is read if it is LoRA whose lora_A is constant, or MiSS or Bone of r=1; a .gguf if it is such LoRA.
     """
     from onelora_compile.cli.inspect_file import size_of
     from onelora_compile.cli.reports import Conversion
     from onelora_compile.exporters import convert_adapter
     from onelora_compile.weights.adapter_file import read_adapter
+    from onelora_compile.weights.file_kinds import GGUF_FILE
     from onelora_compile.weights.hub_download import fetched
 
     source = fetched(source)
     written = convert_adapter(source, output, like, to.value if to else None, approximate, base)
-    held = read_adapter(source, approximate) if source.is_dir() else None
+    foreign = source.is_dir() or source.suffix == GGUF_FILE
+    held = read_adapter(source, approximate, base=None if source.is_dir() else base) if foreign else None
     return Conversion(written, size_of(written), held.projection if held else None, not (held and held.unknown))
 
 

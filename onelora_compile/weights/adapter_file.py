@@ -26,7 +26,8 @@ from onelora_compile.adapting.adapter import saved_tensors, unwrap
 from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, state_of
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.module_names import named_modules
-from onelora_compile.errors import AdapterFileError, one_of
+from onelora_compile.errors import AdapterFileError, ConfigError, one_of
+from onelora_compile.file_names import as_path
 from onelora_compile.many_adapters.values import values_of
 from onelora_compile.printable import shortened
 from onelora_compile.progress import over_weights
@@ -39,8 +40,10 @@ from onelora_compile.weights.atomic_write import replacing
 from onelora_compile.weights.file_kinds import ADAPTER, FORMAT, GGUF_FILE, refuse_other_kinds
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of, fingerprint_of_values
 from onelora_compile.weights.fits_model import on_the_base, tied_names
+from onelora_compile.weights.gguf_base import layout_of_base
 from onelora_compile.weights.gguf_file import GGUF, write_gguf
 from onelora_compile.weights.gguf_layout import layout_of_model
+from onelora_compile.weights.gguf_read import read_gguf
 from onelora_compile.weights.hub_download import Token, local_adapter
 from onelora_compile.weights.layers import base_model_of, layers_of, task_type_of, whole_modules
 from onelora_compile.weights.peft_folder import PEFT_FORMATS, read_folder, refuse_other_folders, write_folder
@@ -145,6 +148,7 @@ def read_adapter(
     path: PathLike,
     approximate: bool = False,
     *,
+    base: PathLike | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     token: Token = None,
@@ -154,17 +158,25 @@ def read_adapter(
     Args:
         path: a file of `save_adapter`, a folder of PEFT, or an id on the Hugging Face Hub, as in `load_adapter`.
         approximate: as in `load_adapter`; the result's `projection` says what is kept.
+        base: of a `.gguf`, its base: the folder, the `config.json` in it, or its own `.gguf`. It tells the order of the
+            rows, which that of a Llama needs.
         revision: as in `load_adapter`.
         subfolder: as in `load_adapter`.
         token: as in `load_adapter`.
 
     Raises:
         AdapterFileError: not an adapter file, damaged, of a newer format version, or with NaN or infinity; an adapter
-            of PEFT that vectors can't hold; a repository without an adapter.
+            of PEFT or llama.cpp that vectors can't hold; a repository without an adapter.
         FileNotFoundError: there is no such file, and the Hub does not give it.
-        ConfigError: a revision of what is here; a subfolder that leads out of its folder.
+        ConfigError: a revision of what is here; a subfolder that leads out of its folder; the base of a `.gguf` is
+            missing where it is needed, or given for another file.
+        MissingExtraError: the package gguf is not installed, for a `.gguf`.
     """
     path = local_adapter(path, revision, subfolder, token)
+    if path.suffix == GGUF_FILE:
+        return read_gguf(path, None if base is None else layout_of_base(as_path(base, "base")), approximate)
+    if base is not None:
+        raise ConfigError(f"base={str(base)!r} is for a {GGUF_FILE}, and {path} is none")
     if path.is_dir():
         return read_folder(path, approximate)
     if not path.is_file():
@@ -180,20 +192,20 @@ def read_adapter(
         raise AdapterFileError(f"{path} is not a safetensors file, or is damaged: {error}{hint}") from error
     try:
         config = OneLoRAConfig.from_json(metadata["config"])
-        base = parsed_base(metadata)
+        said = parsed_base(metadata)
     except DAMAGED as error:  # a ConfigError is a ValueError
         raise AdapterFileError(f"{path}: damaged metadata: {error}") from error
-    if missing := sorted(set(base.names) - set(tensors)):
+    if missing := sorted(set(said.names) - set(tensors)):
         raise AdapterFileError(f"{path}: the file names vectors that it does not hold: {shortened(missing)}")
-    found = {name: tensors[name] for name in tensors if name in base.names}
-    check_vectors(found, base.fingerprints, path)
+    found = {name: tensors[name] for name in tensors if name in said.names}
+    check_vectors(found, said.fingerprints, path)
     if not found:
         raise AdapterFileError(f"{path} holds no vector")
     check_finite(tensors, f"{path} was not loaded")
     saved = {name: tensor for name, tensor in tensors.items() if name not in found}
-    if strange := sorted(set(base.bases) - set(saved)):
+    if strange := sorted(set(said.bases) - set(saved)):
         raise AdapterFileError(f"{path}: the file names trained tensors that it does not hold: {shortened(strange)}")
-    known = {field.name: getattr(base, field.name) for field in dataclasses.fields(base) if field.name != "names"}
+    known = {field.name: getattr(said, field.name) for field in dataclasses.fields(said) if field.name != "names"}
     return AdapterFile(config=config, vectors=found, saved=saved, **known)
 
 

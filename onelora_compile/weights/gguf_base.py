@@ -22,7 +22,14 @@ from onelora_compile.progress import steps
 from onelora_compile.weights.adapter_content import AdapterFile
 from onelora_compile.weights.file_kinds import GGUF_FILE
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint
-from onelora_compile.weights.gguf_layout import ARCHITECTURES, GgufLayout, interleaved, layout_of_config, the_package
+from onelora_compile.weights.gguf_layout import (
+    ARCHITECTURES,
+    GgufLayout,
+    interleaved,
+    layout_of_config,
+    open_file,
+    the_package,
+)
 
 CONFIG = "config.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of others the fingerprint is of what they hold
@@ -46,11 +53,29 @@ def layout_for(file: AdapterFile, base: Path | None) -> GgufLayout:
         raise ConfigError(f"a GGUF file needs the base: its folder, config.json or .gguf (base=, --base){named}")
     path = Path(file.base_model) if base is None else base
     if path.suffix != GGUF_FILE:
-        return _of_config(path / CONFIG if path.is_dir() else path)
-    tensors, fields = _read(path)
-    layout = _layout(fields, "output.weight" in tensors, path)
+        return layout_of_base(path)
+    layout, tensors = _of_gguf(path)
     _check(file, tensors, layout)
     return layout
+
+
+def layout_of_base(path: Path) -> GgufLayout:
+    """The layout of a base: of its folder, its `config.json`, or its `.gguf`.
+
+    Raises:
+        ConfigError: it is none of these, or its architecture is not known here.
+        FileNotFoundError: there is no such file.
+    """
+    if path.suffix == GGUF_FILE:
+        return _of_gguf(path)[0]
+    return _of_config(path / CONFIG if path.is_dir() else path)
+
+
+def _of_gguf(path: Path) -> tuple[GgufLayout, Mapping[str, Any]]:
+    """The layout that the header of a GGUF file tells, and its tensors by name."""
+    check_there(path)
+    tensors, fields = open_file(path, ConfigError)
+    return _layout(fields, "output.weight" in tensors, path), tensors
 
 
 def _of_config(path: Path) -> GgufLayout:
@@ -60,18 +85,6 @@ def _of_config(path: Path) -> GgufLayout:
         return layout_of_config(dict(fields), str(path))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, TypeError) as error:
         raise ConfigError(f"{path} is no config.json: give the base's folder, its config.json or .gguf") from error
-
-
-def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The tensors of a GGUF file, and its fields, by name."""
-    gguf = the_package()
-    check_there(path)
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-    except Exception as error:  # the package checks little: whatever indexing and NumPy raise
-        raise ConfigError(f"{path} is not a GGUF file, or is damaged: {error}") from error
-    return {tensor.name: tensor for tensor in reader.tensors}, fields
 
 
 def _layout(fields: Mapping[str, Any], own_head: bool, path: Path) -> GgufLayout:

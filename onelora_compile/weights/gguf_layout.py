@@ -3,6 +3,7 @@
     names   those of the package gguf: model.layers.0.self_attn.q_proj -> blk.0.attn_q
     rows    llama.cpp rotates neighbours where transformers rotates halves. So its converter interleaves the two halves
             of each head in the q and k of the Llama family, and a vector on such a row goes with it
+    back    several of transformers' names are one of llama.cpp's, so what an adapter is on is looked up in a table
 
 Source: `convert_lora_to_gguf.py` and `conversion/` of llama.cpp, as in llama-cpp-python 0.3.36: the architectures below
 are those whose linears it renames and reorders, and changes in no other way.
@@ -11,13 +12,16 @@ are those whose linears it renames and reorders, and changes in no other way.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from onelora_compile.errors import ConfigError, require
+from onelora_compile.weights.adapter_content import CONV1D, Layer
 
 # llama.cpp's name of an architecture by transformers' model_type.
 ARCHITECTURES = {
@@ -26,7 +30,15 @@ ARCHITECTURES = {
     **{"phi3": "phi3", "starcoder2": "starcoder2", "olmo2": "olmo2", "olmo3": "olmo2", "gpt2": "gpt2"},
 }
 _INTERLEAVED = {"llama", "smollm3", "granite", "olmo"}
-_HEAD = "lm_head"
+_HEAD, _OUTPUT = "lm_head", "output.weight"
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+# transformers' names of the linears of a layer, by llama.cpp's architecture, where they are not those of a Llama.
+_LLAMA = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_LINEARS = {
+    "phi3": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    "starcoder2": (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
+    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +78,18 @@ class GgufLayout:
             )
         return f"{found}.weight"
 
+    def modules(self) -> dict[str, str]:
+        """The linears of such a base, by llama.cpp's names of their weights."""
+        names, blocks = self._names(), "transformer.h" if self.architecture == "gpt2" else "model.layers"
+        linears = _LINEARS.get(self.architecture, _LLAMA)
+        held = (f"{blocks}.{number}.{linear}" for number in range(self.blocks) for linear in linears)
+        return {f"{names.get_name(one)}.weight": one for one in held} | {_OUTPUT: _HEAD}
+
+    def layer(self, module: str, layer: Layer) -> Layer:
+        """What a vector is on; a file of llama.cpp does not tell a Conv1D from a linear."""
+        turned = self.architecture == "gpt2" and module != _HEAD
+        return dataclasses.replace(layer, kind=CONV1D) if turned else layer
+
     def rows(self, module: str, values: Tensor) -> Tensor:
         """Values for each row of a linear, [out_features, *], in llama.cpp's order.
 
@@ -99,7 +123,42 @@ def the_package() -> ModuleType:
     Raises:
         MissingExtraError: it is not installed.
     """
-    return require("gguf", "gguf", "write an adapter for llama.cpp")
+    return require("gguf", "gguf", "read and write adapters of llama.cpp")
+
+
+def open_file(path: Path, error: type[Exception]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The tensors of a GGUF file, and its fields, by name; without its tokenizer.
+
+    Args:
+        path: the file, which is there.
+        error: what to raise where it is no such file, or is damaged.
+    """
+    gguf = the_package()
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+    except Exception as found:  # the package checks little: whatever indexing and NumPy raise
+        raise error(f"{path} is not a GGUF file, or is damaged: {found}") from found
+    return {tensor.name: tensor for tensor in reader.tensors}, fields
+
+
+def layout_of_adapter(fields: Mapping[str, Any], tensors: Iterable[str], path: Path) -> GgufLayout:
+    """The layout of the base of an adapter, from the adapter alone.
+
+    Raises:
+        ConfigError: that does not tell it.
+    """
+    architecture = str(fields.get("general.architecture"))
+    if architecture not in ARCHITECTURES.values():
+        known = ", ".join(dict.fromkeys(ARCHITECTURES.values()))
+        raise ConfigError(f"{path}: what llama.cpp makes of a {architecture!r} is not known here. Known are {known}")
+    if architecture in _INTERLEAVED:
+        raise ConfigError(
+            f"{path}: the order of its rows depends on the heads of its base, a {architecture}: give that, its folder, "
+            "config.json or .gguf (base=, --base), or load the adapter into the model"
+        )
+    numbers = [int(name.split(".")[1]) for name in tensors if re.match(r"blk\.\d{1,6}\.", name)]
+    return GgufLayout(architecture, max(numbers, default=-1) + 1, {}, True, str(path))
 
 
 def layout_of_config(fields: Mapping[str, Any], source: str) -> GgufLayout:

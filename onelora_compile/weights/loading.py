@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -33,8 +34,11 @@ from onelora_compile.printable import shortened
 from onelora_compile.sharded import write_whole
 from onelora_compile.weights.adapter_content import AdapterFile
 from onelora_compile.weights.adapter_file import read_adapter
+from onelora_compile.weights.file_kinds import GGUF_FILE
 from onelora_compile.weights.fits_model import check_model, left_to_the_base, on_the_base, unchecked
-from onelora_compile.weights.hub_download import Token
+from onelora_compile.weights.gguf_layout import layout_of_model
+from onelora_compile.weights.gguf_read import read_gguf
+from onelora_compile.weights.hub_download import Token, local_adapter
 
 Model = TypeVar("Model", bound=nn.Module)
 PathLike = str | os.PathLike[str]
@@ -59,8 +63,9 @@ def load_adapter(
 
     Args:
         model: the model, plain or compiled, adapted or not.
-        path: a file of `save_adapter`; a folder of PEFT: LoRA whose lora_A is constant, MiSS or Bone of r=1; a folder
-            that holds `onelora.safetensors`; or, where nothing of that name is here, an id on the Hub, "owner/name", of
+        path: a file of `save_adapter`; a folder of PEFT: LoRA whose lora_A is constant, MiSS or Bone of r=1; a LoRA of
+            that kind for llama.cpp, `.gguf`, if the model's form there is known (needs the package gguf); a folder that
+            holds `onelora.safetensors`; or, where nothing of that name is here, an id on the Hub, "owner/name", of
             a repository with one of these. The Hub needs the package huggingface_hub.
         approximate: take the best vector of each layer of a LoRA that is more than that, b = ΔW 1 / in_features; a
             `OneLoRAWarning` says which share of ‖ΔW‖² that keeps.
@@ -78,7 +83,7 @@ def load_adapter(
 
     Raises:
         AdapterFileError: a damaged file, a newer format, other modules or shapes than the model's, NaN or infinity, an
-            adapter of PEFT that vectors can't hold, a repository without an adapter.
+            adapter of PEFT or llama.cpp that vectors can't hold, a repository without an adapter.
         FileNotFoundError: there is no such file, and the Hub does not give it; the message says why.
         BaseMismatchError: the adapter was trained on another base.
         StateError: a `disabled` block is open, or a `rows` block that uses the adapter of that name; it is on further
@@ -88,7 +93,7 @@ def load_adapter(
     if adapter_name is not None:
         check_name(adapter_name)
     root = unwrap(model)
-    file = read_adapter(path, approximate, revision=revision, subfolder=subfolder, token=token)
+    file = _read_for(root, local_adapter(path, revision, subfolder, token), approximate)
     if adapted_weights(root) and (adapter_name or _has_several(root)):
         state = state_of(root, "load")
         _load_beside(model, state, file, path, adapter_name or state.pool.active)
@@ -99,6 +104,13 @@ def load_adapter(
     if file.unknown:
         warnings.warn(unchecked(root, file, path), OneLoRAWarning, stacklevel=2)
     return model
+
+
+def _read_for(root: nn.Module, path: Path, approximate: bool) -> AdapterFile:
+    """Read an adapter; the model tells how llama.cpp lays out its base."""
+    if path.suffix == GGUF_FILE:
+        return read_gguf(path, layout_of_model(root), approximate)
+    return read_adapter(path, approximate)
 
 
 def _has_several(root: nn.Module) -> bool:

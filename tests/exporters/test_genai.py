@@ -7,48 +7,19 @@ import sys
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-import transformers
+from generating import CONFIGS, PROMPT, TOKENS, base_in, call, greedy
 
 import onelora_compile as onelora
 from onelora_compile.exporters import convert_adapter, export_onnx
-from onelora_compile.testing import fill_vectors, merged_copy, perturb_norms
+from onelora_compile.testing import fill_vectors, merged_copy
 
 pytestmark = [pytest.mark.runtimes, pytest.mark.filterwarnings("ignore")]  # of its builder
-CONFIGS = {
-    "llama": transformers.LlamaConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-    "gemma": transformers.GemmaConfig,
-    "gemma2": transformers.Gemma2Config,
-}
 SHAPES = {
     "input_ids": {0: "batch", 1: "sequence"},
     "attention_mask": {0: "batch", 1: "past + sequence"},
     "past_key_values": {0: "batch", 2: "past"},
 }
-PROMPT, TOKENS = [5, 17, 33, 40], 8
-
-
-def base_in(folder, kind):
-    """A base and its tokenizer, saved as transformers does."""
-    torch.manual_seed(0)
-    config = CONFIGS[kind](
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=96, vocab_size=64, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    base = perturb_norms(transformers.AutoModelForCausalLM.from_config(config)).eval()
-    with torch.no_grad():
-        base.lm_head.weight.mul_(20)  # tokens of a random model lie close together
-    base.save_pretrained(folder)
-    words = tokenizers.models.WordLevel(
-        {f"t{number}": number for number in range(60)}, unk_token="t0"
-    )  # Qwen adds its own
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), unk_token="t0")
-    tokenizer.save_pretrained(folder)
-    return base
 
 
 def configured(base, folder):
@@ -59,25 +30,6 @@ def configured(base, folder):
     assert done.returncode == 0, done.stderr
     ends = json.loads((folder / "genai_config.json").read_text())["model"]["eos_token_id"]
     return ends if isinstance(ends, list) else [ends]
-
-
-def call(model):
-    cache = transformers.DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(input_ids=torch.randint(3, 64, (2, 3)), past_key_values=cache)
-    mask = torch.ones(2, 5, dtype=torch.long)
-    return {"input_ids": torch.randint(3, 64, (2, 2)), "past_key_values": cache, "attention_mask": mask}
-
-
-@torch.no_grad()
-def greedy(model, ends):
-    """Without the end tokens, which genai does not take either before `min_length`."""
-    tokens = list(PROMPT)
-    for _ in range(TOKENS):
-        logits = model(torch.tensor([tokens])).logits[0, -1]
-        logits[ends] = -torch.inf
-        tokens.append(int(logits.argmax()))
-    return tokens[len(PROMPT) :]
 
 
 def generated(folder, adapters=()):
