@@ -21,6 +21,7 @@ import torch
 
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.fold.find_weights import WeightUse, uses_of
+from onelora_compile.exporters.fold.owners import calls_again
 from onelora_compile.exporters.fold.parameter_reads import SLOTS, SLOTTED, ParameterRead, ParameterReads, uniform
 from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.printable import shortened
@@ -96,6 +97,7 @@ class _Matcher:
         self.file = file
         self.added, self.cut = renaming
         self.floating = {name: value for name, value in file.saved.items() if value.is_floating_point()}
+        self.parameters = [*model.graph.initializers]
         self.places = TrainedPlaces()
         self.reads = ParameterReads(model, self.floating)
         self.fitting = {name: self.reads.by_numbers(name, file.bases.get(name)) for name in self.floating}
@@ -118,8 +120,13 @@ class _Matcher:
     def _by_names(self, name: str) -> bool:
         """Reads at the parameter's own module, or of the constant of its name."""
         names, fitting = self._names(name), self.fitting[name]
-        modules = {one.rpartition(".")[0] for one in names}
+        modules = self._with_later_calls({one.rpartition(".")[0] for one in names})
         here = [read for read in fitting if _module(read.use) in modules]
+        if not here and not self._uniform(name):  # ops that do not say where they come from
+            held = {read.value for read in fitting if read.value.name in names}
+            named = [read for read in fitting if read.value in held and _module(read.use) is None]
+            if named and len({read.use.op for read in named}) == 1:
+                return self._take(name, named)
         if not here and (not fitting or self._uniform(name)):
             # A new head, whose numbers are others in every process; or ops that do not say where they come from.
             anywhere = [read for read in self.reads.by_shape(name) if _module(read.use) in (None, *modules)]
@@ -140,6 +147,12 @@ class _Matcher:
             if len({(read.use.op, read.use.position) for read in unclear}) > 1:
                 return False
         return self._take(name, here)
+
+    def _with_later_calls(self, modules: set[str]) -> set[str]:
+        """The paths of modules with those that TorchScript gives to later calls of them, `head_1`."""
+        paths = {path for reads in self.fitting.values() for read in reads if (path := _module(read.use))}
+        again = {path for path in paths - modules if any(calls_again(path, module) for module in modules if module)}
+        return modules | {path for path in again if not any(one.startswith(f"{path}.") for one in self.parameters)}
 
     def _can_be_new(self, name: str, read: ParameterRead) -> bool:
         """Whether numbers that are not the base's can be a new head's, and not the base's with something merged in.
@@ -198,7 +211,9 @@ class _Matcher:
             for other, reads in self.fitting.items()
             if other != name
         )
-        return not twins and not self._uniform(name) and self._take(name, self.fitting[name])
+        # A second op may be that of a frozen copy: nothing says how often the model uses what is no vector's.
+        several = len({read.use.op for read in self.fitting[name]}) > 1 and not self.file.aliases.get(name)
+        return not twins and not several and not self._uniform(name) and self._take(name, self.fitting[name])
 
     def _take(self, name: str, reads: list[ParameterRead]) -> bool:
         if reads:

@@ -182,7 +182,7 @@ def _renaming(owners: Mapping[WeightUse, str], name: str) -> _Renaming:
 def _of_module(use: WeightUse, name: str) -> bool:
     """Whether an op bears the path of a vector's module, or that of a later call of it."""
     path = use.modules[-1] if use.modules else ""
-    return bool(path) and (_ends(path, name) or _calls_again(path, name))
+    return bool(path) and (_ends(path, name) or calls_again(path, name))
 
 
 def _distinct(uses: Sequence[WeightUse]) -> list[WeightUse]:
@@ -219,7 +219,7 @@ def _owner(use: WeightUse, weight: Weight, names: Sequence[str], known: Known) -
             return candidates[path]
         if inside := [one for one in candidates if _ends(path, one)]:
             return candidates[max(inside, key=len)]
-    if again := [one for one in names if _calls_again(path, one)]:
+    if again := [one for one in names if calls_again(path, one)]:
         if known.is_module(path):
             return _ELSEWHERE
         return max(again, key=len) if known.adapts(path) else _AGAIN
@@ -231,7 +231,7 @@ def _ends(path: str, name: str) -> bool:
     return bool(path) and bool(name) and (f".{path}".endswith(f".{name}") or f".{name}".endswith(f".{path}"))
 
 
-def _calls_again(path: str, name: str) -> bool:
+def calls_again(path: str, name: str) -> bool:
     """Whether a path is that of a module's second call or a later one: TorchScript puts numbers behind its parts."""
     parts, own = path.split("."), name.split(".")
     count = min(len(parts), len(own))
@@ -241,7 +241,7 @@ def _calls_again(path: str, name: str) -> bool:
 
 def _numbered(path: str, name: str) -> bool:
     """Whether a path has TorchScript's numbers of later calls."""
-    return _calls_again(path, name) and not _ends(path, name)
+    return calls_again(path, name) and not _ends(path, name)
 
 
 def _elsewhere(use: WeightUse, own: Sequence[WeightUse], name: str, known: Known, renaming: _Renaming) -> str:
