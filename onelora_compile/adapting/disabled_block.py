@@ -19,8 +19,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Gradients are those of the forward that they come from: a forward from inside gives the vectors none, one from
     outside may run its backward inside or afterwards.  A `state_dict` that is taken inside holds the vectors, and an
-    optimizer's step changes them.  The backward of a checkpointed forward runs that again, and is refused where it would
-    be the other model.  The switch holds for every thread that uses the model.
+    optimizer's step changes them.  The backward of a checkpointed forward runs that again, and is refused where that
+    would be the other model.  The switch holds for every thread that uses the model.
 
     Raises:
         StateError: the model is not adapted; or, inside, the model is copied, pickled, saved, exported, or loaded into.
