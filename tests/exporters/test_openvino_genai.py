@@ -23,7 +23,8 @@ def exported(base, folder, named=True):
     """Write a base for GenAI, beside its tokenizer; `named` as the documents do."""
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
-    from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+    from transformers.exporters.configs import OpenVINOConfig
+    from transformers.exporters.exporter_openvino import OpenVINOExporter
 
     with contextlib.redirect_stdout(None):
         given = call(base) | {"position_ids": torch.arange(3, 5).expand(2, 2)}
