@@ -122,11 +122,6 @@ class _Matcher:
         names, fitting = self._names(name), self.fitting[name]
         modules = self._with_later_calls({one.rpartition(".")[0] for one in names})
         here = [read for read in fitting if _module(read.use) in modules]
-        if not here and not self._uniform(name):  # ops that do not say where they come from
-            held = {read.value for read in fitting if read.value.name in names}
-            named = [read for read in fitting if read.value in held and _module(read.use) is None]
-            if named and len({read.use.op for read in named}) == 1:
-                return self._take(name, named)
         if not here and (not fitting or self._uniform(name)):
             # A new head, whose numbers are others in every process; or ops that do not say where they come from.
             anywhere = [read for read in self.reads.by_shape(name) if _module(read.use) in (None, *modules)]

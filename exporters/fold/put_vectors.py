@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     import onnx_ir
 
 
+_SAME = 1e-6  # distance of a base that is the very same; what is left of it is the rounding of sums in float32
+
+
 class Folder:
     """Changes a model; what is folded is computed when it is written."""
 
@@ -42,15 +45,17 @@ class Folder:
     def refuse(self, matches: Matches) -> None:
         """Leave out vectors of weights that are no base's any more, or can have no branch, with the reason.
 
-        What was folded is told by the metadata: the numbers of a quantised weight are the base's still, and those of a
-        half-precision one may be as near as rounding.
+        What was folded is told by the metadata where numbers can't tell: those of a quantised weight are the base's
+        still, and a small vector is within the tolerance of half precision.
         """
         held = Metadata.from_props(self.model.metadata_props, "the model")
         present = set(held.vectors) if held.traits is FOLD else set()
         for name, places in list(matches.places.items()):
             products = [use.product for place in places for use in place.uses if use.product is not None]
             reasons = [self.branches.why_not(product) for product in products]
-            if {name, f"{name}.weight"} & present:  # a vector, or a head in the place of the weight
+            # Trained on what is there, the base is the very same.
+            other = bool(products) or max(place.distance for place in places) > _SAME
+            if other and {name, f"{name}.weight"} & present:  # a vector, or a head in the place of the weight
                 adapters = ", ".join(held.adapters) or "unnamed"
                 where = "beside" if products else "in"
                 reasons = [f"the model holds a vector {where} that weight already (of {adapters}): fold into the base"]

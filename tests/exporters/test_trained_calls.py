@@ -1,0 +1,109 @@
+"""Heads and norms that a model calls twice, and frozen copies of them: right in every file, or refused by name."""
+
+import copy
+
+import onnx
+import onnx_tools as tools
+import pytest
+import torch
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.errors import ExportError
+from onelora_compile.exporters import fold_onnx
+from onelora_compile.testing import assert_parity, fill_vectors
+
+HEAD, NORMS = {"modules_to_save": ["head"]}, {"train_norms": True}
+
+
+class Twice(nn.Module):
+    """The head, or the norm, of two inputs."""
+
+    def __init__(self, ones):
+        super().__init__()
+        self.fc, self.norm, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        if not ones:
+            nn.init.normal_(self.norm.weight)
+            nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        x = self.norm(self.fc(torch.sin(self.norm(x))))
+        return self.head(torch.tanh(x)) + self.head(torch.cos(x))
+
+
+class Copied(nn.Module):
+    """A head and what it was before training."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.frozen = copy.deepcopy(self.head)
+
+    def forward(self, x):
+        x = torch.tanh(self.fc(x))
+        return self.head(x) - 2 * self.frozen(x * x)
+
+
+def trained(base, config):
+    model = fill_vectors(onelora.adapt(copy.deepcopy(base), onelora.OneLoRAConfig(**config)), 0.3)
+    vectors = {id(vector) for vector in onelora.vectors(model).values()}
+    with torch.no_grad():
+        for parameter in onelora.trainable_parameters(model):
+            if id(parameter) not in vectors:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def folded(base, model, writer, tmp_path, strip=None):
+    x = torch.randn(4, 8)
+    path = writer(base, (x,), tmp_path / "m.onnx")
+    if strip is not None:
+        file = onnx.load(path)
+        strip(file)
+        onnx.save(file, path)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    fold_onnx(path, tmp_path / "a.safetensors", tmp_path / "out.onnx", progress=False)
+    plain, exact = model(x), copy.deepcopy(model).double()(x.double())
+    assert_parity(torch.from_numpy(tools.run(tmp_path / "out.onnx", (x,))).float(), exact, plain)
+
+
+def without_op_names(file):
+    for node in file.graph.node:
+        node.name = ""
+        del node.metadata_props[:]
+
+
+def without_names(file):
+    """Other names of constants too."""
+    without_op_names(file)
+    names = {one.name: f"t{index}" for index, one in enumerate(file.graph.initializer)}
+    for one in file.graph.initializer:
+        one.name = names[one.name]
+    for node in file.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+
+
+@pytest.mark.parametrize("writer", [tools.torchscript, tools.torchscript_plain, tools.dynamo])
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("config", [HEAD, NORMS, HEAD | NORMS], ids=["head", "norms", "both"])
+def test_every_call_of_what_was_trained_gets_it(config, ones, writer, tmp_path):
+    torch.manual_seed(0)
+    base = Twice(ones).eval()
+    folded(base, trained(base, config), writer, tmp_path)
+
+
+@pytest.mark.parametrize("writer", [tools.torchscript, tools.dynamo])
+def test_a_frozen_head_keeps_its_values(writer, tmp_path):
+    torch.manual_seed(0)
+    base = Copied().eval()
+    folded(base, trained(base, HEAD | {"exclude_modules": ["frozen"]}), writer, tmp_path)
+
+
+@pytest.mark.parametrize("strip", [without_op_names, without_names])
+@pytest.mark.parametrize("writer", [tools.torchscript, tools.dynamo])
+def test_a_frozen_head_that_no_name_tells_is_refused(writer, strip, tmp_path):
+    torch.manual_seed(0)
+    base = Copied().eval()
+    with pytest.raises(ExportError, match=r"head.weight: its base value is at .* tell which use is its own"):
+        folded(base, trained(base, HEAD | {"exclude_modules": ["frozen"]}), writer, tmp_path, strip)
+    assert not (tmp_path / "out.onnx").exists()
