@@ -90,7 +90,7 @@ def fold_onnx(
             clip them; or not an ONNX model, or a damaged one.
         ConfigError: `out` is the adapter, or weights of the base; an option that is not one, or calibration inputs
             that do not fit the model.
-        MergeError: a result that the weight's dtype can't hold.
+        MergeError: a result, or a trained value, that the file's dtype can't hold.
         AdapterFileError: a damaged adapter file.
         OSError: a file can't be read or written.
     """
@@ -125,7 +125,7 @@ def fold_onnx(
                 folder.fold(weight, placed)
             fold_trained(model, trained, file.saved)
             ops = [read.use.op for reads in trained.reads.values() for read in reads]
-            ops += [op for dropped in trained.dropped.values() for op in dropped]
+            ops += [read.use.op for dropped in trained.dropped.values() for read, _ in dropped]
             changed = [*folder.changed, *folder.branches.totals, *(output for op in ops for output in op.outputs)]
             saturation = settle_ranges(model, changed, folder.branches, calibration, on_saturation, external)
             name = "" if isinstance(adapter, AdapterFile) else Path(adapter).name.removesuffix(".safetensors")

@@ -21,6 +21,7 @@ import torch
 
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.fold.find_weights import WeightUse, uses_of
+from onelora_compile.exporters.fold.head_biases import bias_shape, scale_of
 from onelora_compile.exporters.fold.owners import calls_again
 from onelora_compile.exporters.fold.parameter_reads import SLOTS, SLOTTED, ParameterRead, ParameterReads, uniform
 from onelora_compile.exporters.onnx_file.metadata import Metadata
@@ -42,12 +43,13 @@ class TrainedPlaces:
 
     Attributes:
         reads: of each that was found.
-        dropped: of a bias that the model lacks, since it was zero: the ops that it belongs behind.
+        dropped: of a bias that the model lacks, since it was zero: the reads of its weight that it belongs behind, and
+            the shape that it has there.
         missing: those without a place, with the reason.
     """
 
     reads: dict[str, list[ParameterRead]] = dataclasses.field(default_factory=dict)
-    dropped: dict[str, list[onnx_ir.Node]] = dataclasses.field(default_factory=dict)
+    dropped: dict[str, list[tuple[ParameterRead, tuple[int, ...]]]] = dataclasses.field(default_factory=dict)
     missing: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -99,6 +101,8 @@ class _Matcher:
         self.floating = {name: value for name, value in file.saved.items() if value.is_floating_point()}
         self.parameters = [*model.graph.initializers]
         self.places = TrainedPlaces()
+        self.unclear: dict[str, str] = {}  # why what was found is no place
+        self.model = model
         self.reads = ParameterReads(model, self.floating)
         self.fitting = {name: self.reads.by_numbers(name, file.bases.get(name)) for name in self.floating}
 
@@ -172,13 +176,13 @@ class _Matcher:
         """The input of an op whose other parameter is found, or a bias that the exporter dropped since it was zero."""
         module, _, own = name.rpartition(".")
         siblings = [other for other in self.places.reads if other.rpartition(".")[0] == module]
-        ops = {read.use.op: other for other in siblings for read in self.places.reads[other]}
-        ops = {op: other for op, other in ops.items() if op.op_type in (*SLOTTED, "MatMul", "Mul")}
+        beside = {read.use.op: (other, read) for other in siblings for read in self.places.reads[other]}
+        ops = {op: found for op, found in beside.items() if op.op_type in (*SLOTTED, "MatMul", "Mul")}
         if not ops or own not in SLOTS:
             return False
         found: list[ParameterRead] = []
-        dropped: list[onnx_ir.Node] = []
-        for op, sibling in ops.items():
+        dropped: list[tuple[ParameterRead, tuple[int, ...]]] = []
+        for op, (sibling, weight) in ops.items():
             new = not self.fitting[sibling]  # a new head: its bias has other numbers too
             slotted = op.op_type in SLOTTED
             at, position = (op, SLOTS[own]) if slotted else (_sum_behind(op), None)
@@ -191,11 +195,30 @@ class _Matcher:
             if reads:
                 found += reads
             elif own == "bias" and self._zero(name) and empty:
-                dropped.append(op)
+                if (shape := self._bias_shape(name, weight)) is None:
+                    return False
+                dropped.append((weight, shape))
             else:
                 return False
+        if found and not self._take(name, found):
+            return False
         self.places.dropped |= {name: dropped} if dropped else {}
-        return self._take(name, found) or bool(dropped)
+        return bool(found or dropped)
+
+    def _bias_shape(self, name: str, weight: ParameterRead) -> tuple[int, ...] | None:
+        """The shape of a dropped bias behind the reader of its weight; None, with the reason, where nothing tells."""
+        op = weight.use.op
+        if scale := scale_of(op):
+            self.unclear[name] = (
+                f"Gemm {op.name!r} has {scale}, and nothing tells whether that is the bias's factor too"
+            )
+            return None
+        shape = bias_shape(self.model, weight)
+        if shape is None:
+            self.unclear[name] = (
+                f"{op.op_type} {op.name!r} gives a result of unknown rank: the bias's axis can't be told"
+            )
+        return shape
 
     def _alone(self, name: str) -> bool:
         """All reads of numbers that no other parameter has, whatever the ops are called."""
@@ -211,6 +234,12 @@ class _Matcher:
         return not twins and not several and not self._uniform(name) and self._take(name, self.fitting[name])
 
     def _take(self, name: str, reads: list[ParameterRead]) -> bool:
+        for read in reads:
+            # Zeros look alike with any factor, and a new bias may be stored divided by it.
+            scale = scale_of(read.use.op) if read.use.position == SLOTS["bias"] else None
+            if scale and (self._uniform(name) or not self.fitting[name]):
+                self.unclear[name] = f"{read.use.op.op_type} {read.use.op.name!r} that reads it has {scale}"
+                return False
         if reads:
             self.places.reads[name] = reads
         return bool(reads)
@@ -243,6 +272,8 @@ class _Matcher:
                     self.places.missing[name] = f"{op.op_type} {op.name!r} reads what can be any of {', '.join(names)}"
 
     def _reason(self, name: str) -> str:
+        if name in self.unclear:
+            return self.unclear[name]
         if reads := self.fitting[name]:
             where = ", ".join(sorted({read.value.name or "a constant" for read in reads}))
             return f"its base value is at {where}, and neither names nor other parameters tell which use is its own"

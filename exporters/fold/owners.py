@@ -20,7 +20,8 @@ a module path, at times, and its bias.  How often a forward of the model uses th
     anything else                                 -                                                refused, by name
 
 Where one run of the file has more uses than the model, all but those of the vector's own module are another layer's,
-if the config leaves their modules out, and else refused.
+if the config leaves their modules out, and else refused.  Where its own module alone has more, the file holds the
+exported graph several times (`onnx.compose.merge_models`), and is refused.
 """
 
 from __future__ import annotations
@@ -152,8 +153,11 @@ def decided(name: str, places: Sequence[Place], twins: Sequence[str], known: Kno
     if known.too_many(name, [use for use, owner in owners.items() if owner == name]):
         # There is a frozen copy of the weight, and only the path of the vector's own module tells it.
         for use, owner in owners.items():
-            told = _of_module(use, name) and not _numbered(use.modules[-1], renaming.own)
-            owners[use] = _UNCLEAR if owner == name and not told else owner
+            by_path = _of_module(use, name) and not _numbered(use.modules[-1], renaming.own)
+            owners[use] = _UNCLEAR if owner == name and not by_path else owner
+        told = [use for use, owner in owners.items() if owner == name]
+        if known.too_many(name, told):  # the file holds the exported graph several times, with the same paths
+            owners |= dict.fromkeys(told, _UNCLEAR)
     unclear = [use for use, owner in owners.items() if owner in (_UNNAMED, _AGAIN, _UNCLEAR)]
     if (unclear or name not in owners.values()) and not twins and known.uses.get(name, (0, 0))[0] == len(owners):
         return list(places)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onelora_compile.errors import require
+from onelora_compile.errors import MergeError, require
 from onelora_compile.exporters.fold.match_trained import OPTIONAL_BIAS, TrainedPlaces
 from onelora_compile.exporters.fold.parameter_reads import ParameterRead
 
@@ -28,16 +28,16 @@ def fold_trained(model: onnx_ir.Model, places: TrainedPlaces, values: dict[str, 
             by_constant.setdefault((read.value, read.transposed), []).append(read)
         for (value, transposed), own in by_constant.items():
             _replace(ir, model, name, value, own, values[name].T if transposed else values[name])
-    for name, ops in places.dropped.items():
-        for op in ops:
-            _add_bias(ir, model, name, op, values[name])
+    for name, behind in places.dropped.items():
+        for read, shape in behind:
+            _add_bias(ir, model, name, read, values[name].reshape(shape))
 
 
 def _replace(
     ir: Any, model: onnx_ir.Model, name: str, value: onnx_ir.Value, reads: list[ParameterRead], numbers: Tensor
 ) -> None:
     held: Any = value.const_value
-    tensor = _tensor(ir, numbers.reshape(tuple(held.shape)), held.dtype, value.name or name)
+    tensor = _tensor(ir, numbers.reshape(tuple(held.shape)), held.dtype, name, value.name)
     firsts = {(read.use.nodes[0], _position(read, value)) for read in reads}
     everything = {(use.node, use.idx) for use in value.uses()}
     if firsts == everything and not value.is_graph_output() and value.producer() is None and not _forked(reads):
@@ -69,11 +69,11 @@ def _forked(reads: list[ParameterRead]) -> bool:
     return any(user not in ends and user[0] not in between for user in users)
 
 
-def _add_bias(ir: Any, model: onnx_ir.Model, name: str, op: onnx_ir.Node, bias: Tensor) -> None:
-    """Beside the op where it takes a bias, else behind it."""
-    y = op.outputs[0]
-    weight = op.inputs[1]
-    dtype = next((one.dtype for one in (y, weight, op.inputs[0]) if one is not None and one.dtype is not None), None)
+def _add_bias(ir: Any, model: onnx_ir.Model, name: str, read: ParameterRead, bias: Tensor) -> None:
+    """Beside the op that reads the weight where that takes a bias, else behind it."""
+    op = read.use.op
+    y, weight = op.outputs[0], op.inputs[read.use.position]
+    dtype = next((one.dtype for one in (y, weight, *op.inputs) if one is not None and one.dtype is not None), None)
     own = _initializer(ir, model, name, _tensor(ir, bias, dtype or ir.DataType.FLOAT, name))
     if op.op_type in OPTIONAL_BIAS:
         op.resize_inputs(3)
@@ -106,12 +106,25 @@ def _initializer(ir: Any, model: onnx_ir.Model, name: str, tensor: Any) -> onnx_
     return value
 
 
-def _tensor(ir: Any, numbers: Tensor, dtype: Any, name: str) -> Any:
-    """Numbers in a dtype of ONNX, rounded once."""
+def _tensor(ir: Any, numbers: Tensor, dtype: Any, parameter: str, name: str | None = None) -> Any:
+    """Numbers of a parameter in a dtype of ONNX, rounded once.
+
+    Raises: MergeError where that dtype can't hold them.
+    """
     wide = numbers.detach().cpu().contiguous()
     if dtype.name == "BFLOAT16":
-        array: np.ndarray = wide.to(torch.bfloat16).view(torch.int16).numpy().view(dtype.numpy())
+        narrow = wide.to(torch.bfloat16)
+        finite = bool(narrow.isfinite().all())
+        array: np.ndarray = narrow.view(torch.int16).numpy().view(dtype.numpy())
     else:
         wide = wide.float() if wide.dtype == torch.bfloat16 else wide
-        array = wide.numpy().astype(dtype.numpy())
-    return ir.Tensor(array, dtype=dtype, name=name)
+        with np.errstate(over="ignore"):  # it is refused below
+            array = wide.numpy().astype(dtype.numpy())
+        finite = bool(np.isfinite(array).all())
+    if not finite:
+        largest = wide.double().abs().max().item()
+        raise MergeError(
+            f"{parameter!r}: a trained value of size {largest:.4g} does not fit {dtype.name.lower()}, in which the "
+            "file has it: fold into a file in bfloat16 or float32"
+        )
+    return ir.Tensor(array, dtype=dtype, name=name or parameter)
