@@ -4,6 +4,8 @@ import contextlib
 import copy
 import io
 import logging
+import random
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +120,52 @@ def test_explaining_before_anything_is_compiled():
         assert len(onelora.explain(model, torch.ones(rows, 4)).sites) == 1
     torch.compile(model, backend=backend)(torch.ones(50, 4))
     assert graphs == [0]  # no size became dynamic by looking
+
+
+class Expanded(nn.Module):
+    """A buffer whose rows are one memory, as of positions and masks."""
+
+    rows: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("rows", torch.randn(4).expand(3, 4))
+
+    def forward(self, x):
+        self.rows[0].add_(1.0)
+        return self.linear(x) + self.rows
+
+
+def test_a_buffer_of_one_memory_is_put_back(tmp_path):
+    model, x = Expanded(), torch.randn(3, 4)
+    before = model.rows.clone()
+    onelora.adapt(model)
+    onelora.explain(model, x)
+    assert torch.equal(model.rows, before)
+    with Kept(model, tensors=True):
+        model(x)
+    assert torch.equal(model.rows, before)
+    assert model.rows.stride() == (0, 1)
+
+
+class Unrestorable(random.Random):
+    def setstate(self, state):
+        raise ValueError("no state of mine")
+
+
+def test_what_can_not_be_put_back_keeps_nothing_else_from_it():
+    model: Any = nn.Linear(4, 4)
+    model.before, model.draws, model.after = [1], Unrestorable(), [1]
+
+    def change():
+        with Kept(model):
+            model.before.append(2)
+            model.after.append(2)
+
+    with pytest.raises(ValueError, match="no state of mine"):
+        change()
+    assert model.before == model.after == [1]
 
 
 class Compiled(nn.Module):

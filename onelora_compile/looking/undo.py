@@ -71,7 +71,11 @@ def write_back(tensor: Tensor, value: Tensor, version: int) -> None:
     """Restore values and version counter, so that a backward from before still works."""
     inference = tensor.is_inference()
     with torch.inference_mode(inference), torch.no_grad():
-        tensor.detach().copy_(value)
+        own = tensor.detach()
+        for axis in range(tensor.ndim if tensor.layout == torch.strided else 0):
+            if own.stride(axis) == 0 and own.shape[axis] > 1:  # expanded: one memory, which can be written once
+                own, value = own.narrow(axis, 0, 1), value.narrow(axis, 0, 1)
+        own.copy_(value)
     if not inference:
         # As in torch/autograd/grad_mode.py::_unsafe_preserve_version_counter
         torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))

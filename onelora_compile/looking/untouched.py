@@ -95,12 +95,18 @@ class Kept:
         self._stack.close()
 
     def restore(self) -> None:
-        """Undo what was changed."""
+        """Undo what was changed; what can't be undone keeps nothing else from it."""
+        failed: Exception | None = None
         for one in self._undo:
-            one()
+            try:
+                one()
+            except Exception as error:
+                failed = failed or error
         for container in self._empty:
             if container:
                 container.clear()
+        if failed is not None:
+            raise failed
 
     def _visit(self, value: Any) -> None:
         kind = type(value)  # isinstance would ask the object for its class
