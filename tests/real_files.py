@@ -150,7 +150,8 @@ def adapter_of(found: Mapping[str, list[Product]], scale: float) -> AdapterFile:
         size = float(np.sqrt(np.mean(np.square(matrix)))) or 1 / math.sqrt(matrix.size)
         vectors[name] = torch.from_numpy((scale * size * generator.standard_normal(len(matrix))).astype(np.float32))
         prints[name] = fingerprint(torch.from_numpy(matrix))
-    return AdapterFile(OneLoRAConfig(), vectors, {}, prints, "test")
+    uses = {name: (len(products), len(products)) for name, products in found.items()}  # as adapt counts in the model
+    return AdapterFile(OneLoRAConfig(), vectors, {}, prints, "test", uses=uses)
 
 
 def put_beside(model: onnx.ModelProto, found: Mapping[str, list[Product]], adapter: AdapterFile) -> None:
