@@ -126,7 +126,7 @@ def detach(model: Model) -> Model:
         StateError: the model is not adapted, or a `disabled` block is open.
     """
     root = unwrap(model)
-    state = state_of(root, "detach")
+    state = state_of(root, "detach", allow_lost=True)
     refuse_sharded(root, "detach", "save the adapter, and build the model anew")
     for name, module in named_modules(root):
         if is_adapted(module) and not made_by_attach(module):

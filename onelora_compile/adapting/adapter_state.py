@@ -80,7 +80,7 @@ def was_adapted(root: nn.Module) -> bool:
     return any(is_adapted(module) or STATE in vars(module) for module in root.modules())
 
 
-def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> AdapterState:
+def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False, allow_lost: bool = False) -> AdapterState:
     """The state of an adapted model, whose vectors are at hand.
 
     Raises:
@@ -92,7 +92,7 @@ def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False) -> Ada
     if not allow_disabled:
         refuse_disabled(root, purpose)
     refuse_offloaded_vectors(root, purpose)
-    if purpose != "detach" and not adapted_weights(root):
+    if not allow_lost and not adapted_weights(root):
         raise StateError(
             f"can't {purpose}: no layer of this {type(root).__name__} has its vector any more. Something put layers of "
             "other classes in their places after adapt (to_mkldnn, a float8 conversion), which compute the base: "

@@ -275,12 +275,9 @@ class _Code:
     def _not_followed(self, module: nn.Module, error: str) -> Iterator[DirectRead]:
         """Whatever the code may read: parameters of the module, which are named, and weights of its linears."""
         why = NOT_FOLLOWED.format(kind=type(module).__name__, error=error)
-        named = names_in_reach(module, self._names)
+        named, own = names_in_reach(module, self._names), _with_lists(module)
         for path, holder in module.named_modules():
-            if isinstance(holder, _CONTAINERS):
-                all_of_it = holder in module.children() or not named.isdisjoint(_naming(path))
-            else:
-                all_of_it = holder is module
+            all_of_it = holder in own or (isinstance(holder, _CONTAINERS) and not named.isdisjoint(_naming(path)))
             if not of_torch(holder) or all_of_it:
                 names = (name for name in _matrices(holder) if all_of_it or name in named)
                 yield from (DirectRead(holder, name, None, why=why) for name in names)
