@@ -188,6 +188,21 @@ def test_a_module_that_another_tool_gave_a_class_is_not_broken():
     assert type(model.b) is nn.Linear
 
 
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_a_read_weight_that_a_parametrization_took_away_is_never_the_base(norm):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 8))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.w)
+
+    model = fill_vectors(onelora.adapt(Reading()), 0.5)
+    with pytest.raises(onelora.StateError, match=r"'w'.*is gone.*before adapt"):
+        getattr(nn.utils.parametrizations, norm)(model, "w")
+
+
 def test_adapting_twice_says_what_to_do():
     model = onelora.adapt(zoo.MLP())
     with pytest.raises(onelora.StateError, match=r"adapted already.*detach.*merge.*load_adapter"):

@@ -181,6 +181,11 @@ def _reader(parameter: str, dims: tuple[int, ...]) -> Any:
     vector, axes = vector_name(parameter), list(dims)
 
     def read(self: nn.Module) -> Any:
+        if parameter not in self._parameters:
+            raise StateError(
+                f"{parameter!r} of {type(self).__name__} is gone, and its vector has nothing to be added to: "
+                "parametrizations and their kin take a parameter away. Build the model again and do that before adapt"
+            )
         weight = self._parameters[parameter]
         # FSDP looks its shards up by attribute, and would take W + vector 1ᵀ for W.
         if type(weight).__name__ == "DTensor" and is_fsdp_shard(self, parameter):
