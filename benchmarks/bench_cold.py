@@ -1,9 +1,10 @@
 """How long until the first result: the adapted model by "onelora" against its frozen base by plain Inductor?
 
-The adapted model by plain Inductor is measured too: it has the same work to compile, so that what "onelora" takes beyond it
-is our own share.  Each measurement is a process of its own with a cache of its own: a cold start, then a second one on what the first has
-left.  CPU seconds of the first call, those of the C++ compiler included; the kinds take turns, and ratios are of
-neighbours.  Blocks are equal, so Inductor compiles few kernels: the hardest case for the share.
+The adapted model by plain Inductor is measured too: it has the same work to compile, so that what "onelora" takes
+beyond it is our own share.  Each measurement is a process of its own with a cache of its own: a cold start, then a
+second one on what the first has left.  CPU seconds of the first call, those of the C++ compiler included; the kinds
+take turns, and ratios are of neighbours.  Blocks are equal, so Inductor compiles few kernels: the hardest case for
+the share.
 """
 
 from __future__ import annotations

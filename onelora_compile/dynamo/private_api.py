@@ -121,10 +121,15 @@ def in_eager() -> Iterator[None]:
 
     Torch 2.12 warns here of `fullgraph=True`, that nothing was compiled.  Where warnings are errors, that one leaves
     the settings of `dynamic=True` behind for whatever is compiled afterwards.
+    Torch 2.11 leaves behind that frames are skipped, where an export calls a module of `fullgraph=True`: what
+    breaks a graph afterwards runs uncompiled.
     Source: `torch/_dynamo/eval_frame.py::compile_wrapper`, which from 2.13 on asks for the stance first.
     """
-    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.filterwarnings("ignore", "torch.compile with fullgraph=True found no compiled frames")
+        frames: Any = torch._C._dynamo.eval_frame
+        if set_override := getattr(frames, "set_eval_frame_override", None):  # of torch 2.11
+            stack.callback(set_override, set_override(frames._EvalFrameOverride.NONE))
         yield
 
 
