@@ -56,7 +56,7 @@ def fill_vectors(model: Model, scale: float = 0.02, seed: int = 0) -> Model:
     with torch.no_grad():
         for target in adapted_weights(unwrap(model)).values():
             vector = target.vector
-            vector.copy_(torch.randn(vector.shape, generator=generator).to(vector) * scale)
+            vector.copy_(torch.randn(vector.shape, generator=generator, device="cpu").to(vector) * scale)
     return model
 
 
@@ -71,7 +71,7 @@ def perturb_norms(model: Model, seed: int = 0) -> Model:
         for module in model.modules():
             if "Norm" in type(module).__name__:
                 for parameter in module.parameters(recurse=False):
-                    noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                    noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
                     parameter.add_(noise, alpha=0.3)
     return model
 

@@ -126,7 +126,10 @@ class Swapped:
 
     def parameters(self, values: Mapping[str, Any]) -> dict[str, Tensor]:
         """The model's parameters of an adapter, by their names in the model; what it does not name is the base's."""
-        own = {name: torch.as_tensor(values.get(name, self.base[name])).to(one) for name, one in self.held.items()}
+        own = {
+            name: torch.as_tensor(values.get(name, self.base[name]), device=one.device).to(one)
+            for name, one in self.held.items()
+        }
         return {self.names[id(self.held[name])]: value for name, value in own.items()}
 
     def other_values(

@@ -70,5 +70,6 @@ def _scenarios(source: Source, inputs: Mapping[str, str]) -> Iterator[tuple[str,
     if inputs:
         prints = {name: fingerprint_of(target) for name, target in adapted_weights(source.adapted).items()}
         other = swapped.other_values({name: tuple(swapped.held[name].shape) for name in inputs}, prints)
-        values = {name: torch.as_tensor(other[name]).to(swapped.held[name]) for name in inputs}
+        held = {name: swapped.held[name] for name in inputs}
+        values = {name: torch.as_tensor(other[name], device=one.device).to(one) for name, one in held.items()}
         yield "with other vectors", swapped.parameters(other), {inputs[name]: values[name] for name in inputs}

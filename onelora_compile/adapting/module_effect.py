@@ -44,7 +44,7 @@ def _dtypes(tensors: list[Tensor]) -> Iterator[torch.dtype]:
 def base_effect(module: nn.Module, x: Tensor) -> Tensor:
     """W x for x [n, in_features], without bias and vector, whatever the class of the module."""
     plain = without_vector(module)
-    return effect(plain, x) - effect(plain, torch.zeros(1, x.shape[1]))
+    return effect(plain, x) - effect(plain, torch.zeros_like(x[:1]))
 
 
 def without_vector(module: nn.Module) -> nn.Module:

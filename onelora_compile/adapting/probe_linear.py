@@ -262,9 +262,9 @@ def linear_like(module: nn.Module) -> tuple[tuple[int, ...] | None, str]:
     assert isinstance(in_features, int)
     assert isinstance(out_features, int)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_ROWS, in_features, generator=generator)
+    x = torch.randn(_ROWS, in_features, generator=generator, device="cpu")
     # f(Σ a x) = Σ a f(x) for weights a that add up to 1: what an affine map does, and little else.
-    mix = torch.randn(_ROWS, _ROWS, generator=generator)
+    mix = torch.randn(_ROWS, _ROWS, generator=generator, device="cpu")
     mix = mix / mix.sum(-1, keepdim=True).clamp(min=0.5)
     mix[:, 0] += 1 - mix.sum(-1)
     try:

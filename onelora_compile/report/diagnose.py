@@ -186,7 +186,8 @@ def _loss(output: Any, loss: Callable[[Any], Tensor] | None) -> tuple[Tensor, st
     if not values:
         raise ConfigError(f"the output, {type(output).__name__}, holds no floating tensor: give a loss")
     generator = torch.Generator().manual_seed(0)
-    total = sum((one.float() * torch.randn(one.shape, generator=generator).to(one.device)).sum() for one in values)
+    directions = [torch.randn(one.shape, generator=generator, device="cpu").to(one.device) for one in values]
+    total = sum((one.float() * direction).sum() for one, direction in zip(values, directions, strict=True))
     assert isinstance(total, Tensor)
     return total, "its output in a random direction"
 

@@ -173,9 +173,9 @@ def fingerprint_of_values(values: Tensor) -> Fingerprint:
 def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerprint:
     dtype = torch.float64 if stored.dtype == torch.float64 or stored.is_cuda else torch.float32
     left = torch.from_numpy(signs(rows, 0))
-    sketch = torch.zeros(_WIDTH, _WIDTH, dtype=torch.float64)
+    sketch = left.new_zeros(_WIDTH, _WIDTH)
     square, done, columns = 0.0, 0, 0
-    by_row, by_column = torch.zeros(rows, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    by_row, by_column = left.new_zeros(rows), left.new_zeros(())
     with torch.no_grad():
         for block in blocks:
             columns = block.shape[1]

@@ -58,7 +58,7 @@ def to_peft(file: AdapterFile, peft_type: str) -> dict[str, Tensor]:
             continue
         inputs = file.layers[name].inputs
         assert inputs is not None
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.ones(1, *inputs)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.ones(1, *inputs, device="cpu")
         tensors[f"{PREFIX}{name}.lora_B.weight"] = vector.reshape(-1, *(1 for _ in inputs))
     return tensors | {f"{PREFIX}{name}": value for name, value in file.saved.items()}
 

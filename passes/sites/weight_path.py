@@ -146,7 +146,7 @@ def part_of_vector(
 def _lines_up(chain: Chain, dims: Sequence[int], used: Sequence[int], shape: Sequence[int]) -> bool:
     """Whether the chain does the same with input axes of size 1, which cost nothing, backward included."""
     rows = [size for axis, size in enumerate(shape) if axis not in dims]
-    vector = torch.arange(prod(rows)).view(rows)
+    vector = torch.arange(prod(rows), device="cpu").view(rows)
     try:
         narrow = _part(chain, vector, dims, used, None, _zeros)
         return torch.equal(narrow, _part(chain, vector, dims, used, shape, _zeros))
@@ -262,7 +262,7 @@ def _counted(node: Any) -> Any:
 def _zeros(node: Any) -> Any:
     """What stands for another node in a run of numbers: an index is 0."""
     value = _counted(node)
-    return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+    return torch.zeros(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
 
 
 def run_of_shapes(node: fx.Node) -> None:
