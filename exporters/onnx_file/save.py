@@ -77,6 +77,7 @@ def save_model(
                 undo.callback(remove, own)
                 _write_apart(model, apart, own)
                 files.append(own)
+            _fit_ir_version(model)
             onnx_ir.save(model, beside)
             if check is not None:
                 with _named(beside, path):
@@ -132,6 +133,13 @@ def _stem(path: Path) -> str:
     """
     room = _LONGEST - len(f".{'0' * 8}.vectors")
     return re.sub(r"\.+", ".", path.name).encode()[:room].decode(errors="ignore").rstrip(".")
+
+
+def _fit_ir_version(model: onnx_ir.Model) -> None:
+    """IR versions before 4 take each initializer for an input too, which one that a tool added is not."""
+    graphs = [model.graph, *model.graph.subgraphs()]
+    if not all(value.is_graph_input() for graph in graphs for value in graph.initializers.values()):
+        model.ir_version = max(model.ir_version, 4)
 
 
 def _write_apart(model: onnx_ir.Model, names: Sequence[str], file: Path) -> None:

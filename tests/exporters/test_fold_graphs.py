@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx_graphs import adapter_of, save_graph, session
+from onnx_graphs import adapter_of, assert_arrays, save_graph, session
 
 from onelora_compile.exporters import fold_onnx
 
@@ -125,3 +125,40 @@ def test_weights_of_loops(inside, tmp_path):
     expected = x.astype(np.float64) @ np.linalg.matrix_power(0.3 * weight.T.astype(np.float64) + vector, 3)
     actual = session(tmp_path / "out.onnx").run(None, {"x": x})[0]
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def with_every_initializer_as_an_input(path):
+    """The file as IR version 3 has it, where an initializer is an input too."""
+    model = onnx.load(path)
+    given = [onnx.helper.make_tensor_value_info(one.name, one.data_type, one.dims) for one in model.graph.initializer]
+    model.graph.input.extend(given)
+    model.ir_version, model.opset_import[0].version = 3, 10
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize("form", ["shared", "constant", "quantised"])
+def test_files_of_ir_version_3_take_weights_that_are_new_in_them(tmp_path, form):
+    make = onnx.helper.make_node
+    stored = np.ascontiguousarray(WEIGHT.T)
+    arrays: dict[str, Any] = {}
+    if form == "shared":  # its shape is asked for, so that the adapted use gets a weight of its own
+        nodes = [make("Shape", ["w"], ["s"]), make("Reshape", ["w", "s"], ["r"]), make("MatMul", ["x", "r"], ["y"])]
+        arrays, exact = {"w": stored}, WEIGHT
+    elif form == "constant":
+        constant = make("Constant", [], ["w"], value=onnx.numpy_helper.from_array(stored))
+        nodes, exact = [constant, make("MatMul", ["x", "w"], ["y"])], WEIGHT
+    else:
+        scale = np.float32(np.abs(WEIGHT).max() / 127)
+        q = np.round(stored / scale).astype(np.int8)
+        nodes = [make("DequantizeLinear", ["q", "s", "z"], ["w"]), make("MatMul", ["x", "w"], ["y"])]
+        arrays, exact = {"q": q, "s": scale, "z": np.int8(0)}, q.T * scale
+    save_graph(tmp_path / "m.onnx", nodes, arrays, ("x", [3, 7]), ("y", [3, 5]))
+    with_every_initializer_as_an_input(tmp_path / "m.onnx")
+    onnx.checker.check_model(tmp_path / "m.onnx")
+    adapter, (vector,) = adapter_of(tmp_path, WEIGHT)
+    fold_onnx(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
+    onnx.checker.check_model(tmp_path / "out.onnx")
+    x = np.random.default_rng(1).normal(size=(3, 7)).astype(np.float32)
+    expected = x.astype(np.float64) @ (exact.astype(np.float64) + vector[:, None]).T
+    plain = x @ (exact + vector[:, None].astype(np.float32)).T
+    assert_arrays(session(tmp_path / "out.onnx").run(None, {"x": x})[0], expected, plain)
