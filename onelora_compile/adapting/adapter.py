@@ -29,6 +29,7 @@ from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
 from onelora_compile.adapting.weight_target import attach
 from onelora_compile.errors import StateError, TargetError
+from onelora_compile.printable import shortened
 from onelora_compile.sharded import is_fully_sharded, is_sharded, whole
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -134,7 +135,7 @@ def detach(model: Model) -> Model:
                 f"can't detach: {name!r} is a {type(module).__name__} now, another class than adapt gave it "
                 "(parametrized, or wrapped by a tool): undo that first, or detach before it"
             )
-    tensors = saved_tensors(root, state)
+    tensors = all_saved_tensors(root, state)
     with torch.inference_mode(False), torch.no_grad():
         for name, original in state.originals.items():
             tensors[name].copy_(original)
@@ -268,6 +269,22 @@ def saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
     for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]:
         if clean_name(name) in state.originals:
             tensors[clean_name(name)] = tensor
+    return tensors
+
+
+def all_saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
+    """`saved_tensors`, none of which may be missing.
+
+    Raises:
+        StateError: a layer that held one was removed or replaced after `adapt`.
+    """
+    tensors = saved_tensors(root, state)
+    gone = [name for name, one in state.originals.items() if name not in tensors or tensors[name].shape != one.shape]
+    if gone:
+        raise StateError(
+            f"the model has {shortened(gone)} no more, or of another shape, which the adapter holds beside its vectors: "
+            "a layer was removed or replaced after adapt. Put it back; merge and the exporters need it not"
+        )
     return tensors
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted
-from onelora_compile.adapting.adapter import saved_tensors, unwrap, vectors
+from onelora_compile.adapting.adapter import all_saved_tensors, unwrap, vectors
 from onelora_compile.adapting.adapter_state import state_of
 from onelora_compile.adapting.stand_ins import stand_in
 
@@ -29,7 +29,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     state = state_of(root, "disable", allow_disabled=True)
     if not state.disabled:
         values: dict[Tensor, Tensor | None] = dict.fromkeys(vectors(root).values())
-        trained = saved_tensors(root, state)
+        trained = all_saved_tensors(root, state)
         values |= {trained[name]: own for name, own in state.originals.items()}
         state.enable = stand_in(root, values)
         state.pool.block.off = True

@@ -28,6 +28,7 @@ from onelora_compile.errors import ConfigError, StateError
 from onelora_compile.many_adapters.extend import extend, refuse_replicated, select_on_base
 from onelora_compile.many_adapters.values import (
     live_vectors,
+    look_again,
     one_held,
     pool_of,
     refuse_used,
@@ -62,7 +63,8 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     """The adapters of a model by name, in the order in which they came; empty for a model that is not adapted.
 
     Raises:
-        StateError: the model itself is not adapted, but a part of it is.
+        StateError: the model itself is not adapted, but a part of it is; or layers were moved or taken out while adapters
+            wait.
     """
     root = unwrap(model)
     state = state_or_none(root)
@@ -72,6 +74,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
         return {}
     pool, found = pool_of(root, state), {}
     with pool.lock:  # other threads may add some
+        look_again(root, pool)
         own = {name: target.vector for name, target in adapted_weights(root).items()}
         for name, held in pool.held.items():
             numbers = sum(own[key].numel() for key in held.vectors) + sum(one.numel() for one in held.saved.values())
@@ -136,6 +139,7 @@ def put_adapter(
     pool = pool_of(root, state)
     with pool.lock, torch.inference_mode(False):
         refuse_used(pool, name, f"write to {name!r}")
+        look_again(root, pool)
         extend(root, state, selection)
         trained = [*selection.saved, *running_statistics(root, selection), *saved]
         own = {key: state.originals[key].clone() for key in trained}

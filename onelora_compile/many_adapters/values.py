@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import Adapted, vector_name
-from onelora_compile.adapting.adapter import saved_tensors
+from onelora_compile.adapting.adapter import all_saved_tensors
 from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, refuse_offloaded_vector
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.module_names import named_modules
-from onelora_compile.adapting.pool import Held, Pool
+from onelora_compile.adapting.pool import Held, Places, Pool
 from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.errors import StateError
 from onelora_compile.printable import shortened
@@ -31,17 +31,9 @@ def live_vectors(root: nn.Module, pool: Pool) -> dict[str, nn.Parameter]:
     """The vectors of the model, by name.
 
     Raises:
-        StateError: accelerate has offloaded one.
+        StateError: accelerate has offloaded one; or layers were moved or taken out while others of the adapters wait.
     """
-    adapted = _adapted_modules(root)
-    if len(adapted) != len(pool.seen) or any(a is not b for a, b in zip(adapted, pool.seen, strict=True)):
-        # Names are looked up once: of hundreds of modules they take longer than a switch.
-        targets = adapted_weights(root)
-        pool.places = {key: (target.module, vector_name(target.parameter)) for key, target in targets.items()}
-        pool.seen = adapted
-        pool.changes.follow(adapted)
-        other = (name for name, module in named_modules(root) if getattr(module, "batch_first", True) is False)
-        pool.block.sequence_first = next(other, "")
+    look_again(root, pool)
     found = {}
     for name, (module, attribute) in pool.places.items():
         vector = module._parameters[attribute]
@@ -49,6 +41,41 @@ def live_vectors(root: nn.Module, pool: Pool) -> dict[str, nn.Parameter]:
         refuse_offloaded_vector(name, module, vector, "read or write the adapters of the model")
         found[name] = meant(vector)
     return found
+
+
+def look_again(root: nn.Module, pool: Pool) -> None:
+    """Find the places of the vectors where the layers are others than before.
+
+    Raises:
+        StateError: layers were moved or taken out while adapters wait, whose vectors are known by the layers' names.
+    """
+    adapted = _adapted_modules(root)
+    if len(adapted) != len(pool.seen) or any(a is not b for a, b in zip(adapted, pool.seen, strict=True)):
+        # Names are looked up once: of hundreds of modules they take longer than a switch.
+        targets = adapted_weights(root)
+        places = {key: (target.module, vector_name(target.parameter)) for key, target in targets.items()}
+        _follow(pool, places)
+        pool.places, pool.seen = places, adapted
+        pool.changes.follow(adapted)
+        other = (name for name, module in named_modules(root) if getattr(module, "batch_first", True) is False)
+        pool.block.sequence_first = next(other, "")
+
+
+def _follow(pool: Pool, places: Places) -> None:
+    """Names are what adapters that wait know their layers by; one alone is known by the layers' own vectors."""
+    moved = [key for key, place in pool.places.items() if places.get(key) != place]
+    moved = moved or [key for key in pool.columns if key not in places]
+    (one, *others) = pool.held.values()
+    if moved and (others or pool.scale != 1 or one.parameter is not None):
+        raise StateError(
+            f"the model holds {shortened(list(pool.held))}, and {shortened(moved)} are not the layers that they have "
+            "vectors for: layers were moved, replaced or taken out. Put them back; or do this with one adapter, at "
+            "scale=1, and the others saved and deleted"
+        )
+    if moved:
+        pool.values, pool.columns = None, {}
+    if not others:
+        one.vectors = tuple(key for key in one.vectors if key in places)
 
 
 def _adapted_modules(root: nn.Module) -> list[nn.Module]:
@@ -118,7 +145,7 @@ def write_active(
         values = pool.row_of(name, vectors)
         # Multiplied before it is rounded: `own_values` compares with that.
         torch._foreach_copy_(live, values if scale == 1 else torch._foreach_mul(values, scale))
-        for key, tensor in (saved_tensors(root, state) if state.originals else {}).items():
+        for key, tensor in (all_saved_tensors(root, state) if state.originals else {}).items():
             tensor.copy_(held.saved.get(key, state.originals[key]))
     pool.active, pool.scale = name, scale
     pool.changes.switch()
@@ -128,7 +155,7 @@ def _live_saved(root: nn.Module, state: AdapterState, held: Held) -> dict[str, T
     """Of the active adapter: what it trains besides its vectors, and what of the model's is not the base's any more."""
     if not state.originals:
         return {}
-    live = saved_tensors(root, state)
+    live = all_saved_tensors(root, state)
     return {
         name: live[name].detach()
         for name, original in state.originals.items()
