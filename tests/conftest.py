@@ -68,7 +68,7 @@ THINNED = {
     "test_rows.py": 5,
     "test_rows_refused.py": 3,
     "test_saturation.py": 4,
-    "test_static_cache.py": 4,
+    "test_static_cache.py": 8,
     "test_swaps.py": 8,
     "test_tensor_parallel.py": 2,
     "test_trained.py": 6,
