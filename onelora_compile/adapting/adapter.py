@@ -282,8 +282,8 @@ def all_saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]
     gone = [name for name, one in state.originals.items() if name not in tensors or tensors[name].shape != one.shape]
     if gone:
         raise StateError(
-            f"the model has {shortened(gone)} no more, or of another shape, which the adapter holds beside its vectors: "
-            "a layer was removed or replaced after adapt. Put it back; merge and the exporters need it not"
+            f"the adapter holds {shortened(gone)}, which the model has no more, or of another shape: a layer was "
+            "removed or replaced after adapt. Put it back; merge and the exporters need it not"
         )
     return tensors
 

@@ -63,8 +63,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     """The adapters of a model by name, in the order in which they came; empty for a model that is not adapted.
 
     Raises:
-        StateError: the model itself is not adapted, but a part of it is; or layers were moved or taken out while adapters
-            wait.
+        StateError: the model itself is not adapted, but a part of it is; or layers were moved while adapters wait.
     """
     root = unwrap(model)
     state = state_or_none(root)
