@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from onelora_compile.errors import ExportError, require
+from onelora_compile.file_names import check_there
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -26,10 +27,10 @@ def load_model(path: Path) -> onnx_ir.Model:
         ExportError: not an ONNX model, a damaged one, or external data that is missing, too short, or outside the
             model's folder.
         FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
     """
     ir: Any = require("onnx_ir", "onnx", "read an ONNX model")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    check_there(path)
     try:
         model: onnx_ir.Model = _loaded(ir, path)
         model.meta[_FILES] = files_named(model, path)

@@ -51,6 +51,7 @@ def lower_opset(model: onnx_ir.Model, opset: int) -> None:
         now -= 1
         model.opset_imports[""] = now
         model.graph.opset_imports[""] = now
+    passes.NameFixPass()(model)  # what is written in the place of a node is named after it, each time it is rewritten
 
 
 def _step(model: onnx_ir.Model, now: int, opset: int, known: set[tuple[Any, ...]]) -> None:
@@ -83,7 +84,11 @@ def _lower(node: onnx_ir.Node, now: int, opset: int, known: set[tuple[Any, ...]]
         reason = why_not(node, older) or reason
         if reason is None or _widened(node, older):
             return []
-    if not one_node.inline(node, now):
+    try:
+        inlined = one_node.inline(node, now)
+    except RuntimeError as error:  # of onnx, where an optional input is left out before one that is given
+        inlined, reason = False, f"{reason}, and its definition there can't be put in its place ({error})"
+    if not inlined:
         raise ExportError(
             f"{node.op_type} {node.name!r} {reason}: export again with opset_version={opset} or lower, take a runtime "
             f"that knows opset {now}, or change that part of the model"

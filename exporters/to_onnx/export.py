@@ -195,8 +195,7 @@ def export_onnx(
 
         def check(written: Path) -> None:
             if verify:
-                inside = None if mixed is None else torch.float16
-                parity.append(check_export(written, root, call, given, list(banked.values()), inside))
+                parity.append(check_export(written, root, call, given, list(banked.values()), inside=dtype))
 
         files = save_model(ir_model, path, external_data, check, apart=used if mode.rebuilds else ())
     return ExportReport(

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from onnx_graphs import assert_arrays
 from torch import nn
 from torch.autograd import forward_ad
 
 import onelora_compile as onelora
 from onelora_compile.errors import ConfigError, ExportError
-from onelora_compile.exporters import export_onnx, export_program
-from onelora_compile.testing import fill_vectors
+from onelora_compile.exporters import OnnxRunner, export_onnx, export_program
+from onelora_compile.testing import fill_vectors, merged_copy
 
 
 def tangent(s, x):
@@ -75,3 +76,31 @@ def test_keywords_that_are_none(tmp_path):
     model = onelora.adapt(Outputs(lambda s, x: s.l(x)))
     with pytest.raises(ConfigError, match=r"kwargs must be a mapping .*, got 'm\.pt2'"):
         export_program(model, (torch.randn(2, 4),), "m.pt2")  # type: ignore[arg-type]
+
+
+class Sums(nn.Module):
+    """Outputs that torch.onnx leaves in float32 whatever the dtype of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.l(x)
+        return y, y.sum(), y.cumsum(-1)
+
+
+@pytest.mark.parametrize("mode", ["fold", "load", "input", "bank"])
+def test_float32_outputs_of_a_half_file_are_as_exact_as_its_numbers(mode, tmp_path):
+    torch.manual_seed(0)
+    model, x = fill_vectors(onelora.adapt(Sums()), 0.05).eval(), torch.randn(3, 8)
+    file, path = tmp_path / "a.safetensors", tmp_path / "m.onnx"
+    onelora.save_adapter(model, file)
+    bank = [file] if mode == "bank" else []
+    export_onnx(model, (x,), path, adapters=mode, bank=bank, dtype=torch.float16, progress=False)
+    runner = OnnxRunner(path, file if mode == "bank" else None)
+    wide = [one.detach().numpy() for one in merged_copy(model, torch.float64)(x.double())]
+    with torch.no_grad():
+        half = [one.numpy() for one in merged_copy(model).half()(x.half())]
+    for found, exact, plain in zip(runner.run([x.half().numpy()]), wide, half, strict=True):
+        assert_arrays(found, exact, plain.astype(found.dtype))

@@ -149,3 +149,31 @@ def test_split_of_an_unknown_size():
     proto = model_of([node], 18, shape=("n", 8), outputs=("y", "z"))
     with pytest.raises(onelora.ExportError, match=r"unknown size, which opset 17 has no form for"):
         lower_opset(onnx_ir.from_proto(proto), 17)
+
+
+def test_a_node_that_two_steps_rewrite_gets_names_of_its_own():
+    """Also where an earlier run has written some of them into the file."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"], output_dtype=H),
+    ]
+    constants = [("scale", np.array(0.1, np.float32)), ("zero", np.array(3, np.int8))]
+    proto = model_of(nodes, 24, constants=constants)
+    proto.graph.output[0].type.tensor_type.elem_type = H
+    proto.ir_version = 11
+    half = 2.0**-10  # the scale is rounded to float16 as well
+    check(proto, tolerance=half)
+    between = onnx_ir.from_proto(proto)
+    lower_opset(between, 21)
+    check(onnx_ir.to_proto(between), tolerance=half)
+
+
+def test_a_definition_that_onnx_can_not_put_in_is_named():
+    x = helper.make_tensor_value_info("x", F, (2, 4, 3, 8))
+    kept = helper.make_tensor_value_info("kept", TensorProto.INT64, (2,))
+    y = helper.make_tensor_value_info("y", F, (2, 4, 3, 8))
+    node = helper.make_node("Attention", ["x", "x", "x", "", "", "", "kept"], ["y"], name="attend")
+    graph = helper.make_graph([node], "g", [x, kept], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    with pytest.raises(onelora.ExportError, match=r"Attention 'attend' .*definition.* can't be put in its place"):
+        lower_opset(onnx_ir.from_proto(model), 17)
