@@ -24,13 +24,15 @@ def load_model(path: Path) -> onnx_ir.Model:
     """The model at a path; external data stays in its files until it is read.
 
     Raises:
-        ExportError: not an ONNX model, a damaged one, or external data that is missing, too short, or outside the
-            model's folder.
+        ExportError: a pipe, not an ONNX model, a damaged one, or external data that is missing, too short, or
+            outside the model's folder.
         FileNotFoundError: there is no such file.
         IsADirectoryError: it is a folder.
     """
     ir: Any = require("onnx_ir", "onnx", "read an ONNX model")
     check_there(path)
+    if not path.is_file():
+        raise ExportError(f"{path} is a device, a pipe or a socket; a model is read more than once: give a file")
     try:
         model: onnx_ir.Model = _loaded(ir, path)
         model.meta[_FILES] = files_named(model, path)

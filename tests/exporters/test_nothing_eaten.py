@@ -129,6 +129,17 @@ def test_a_pipe_stays_a_pipe(here, name, kind):
     assert not list(here.glob(".onelora-*"))
 
 
+@pytest.mark.parametrize(("kind", "said"), [("pipe", "is a device, a pipe or a socket"), ("folder", "is a folder")])
+def test_what_is_no_file_is_not_waited_for(here, kind, said):
+    base = here / "no.onnx"
+    if kind == "pipe":
+        os.mkfifo(base)
+    else:
+        base.mkdir()
+    with pytest.raises((OSError, onelora.OneLoRAError), match=rf"no\.onnx {said}"):
+        fold_onnx(base, here / "a.safetensors", here / "out.onnx")
+
+
 @pytest.mark.parametrize(
     "name",
     [
