@@ -1,6 +1,7 @@
 """Layers that are moved, replaced or taken out after `adapt`: names are all that a waiting adapter knows them by."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -75,6 +76,25 @@ def test_adapters_that_wait_are_not_given_to_other_layers(change, name, tmp_path
     assert torch.equal(model(x), second)
     assert torch.equal(onelora.set_adapter(model, "default")(x), first)
     assert torch.equal(onelora.set_adapter(model, "b")(x), second)
+
+
+def saved_whole(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_whole])
+@pytest.mark.parametrize("change", [turned, cut, replaced])
+def test_a_copy_knows_the_layers_of_its_adapters(change, copied):
+    model = fill_vectors(onelora.adapt(Layers()), 0.5)
+    onelora.add_adapter(model, "b")
+    other = copied(model)
+    change(other)
+    with pytest.raises(onelora.StateError, match=r"default, b, and layers\.\d.*moved, replaced or taken out"):
+        onelora.set_adapter(other, "b")
+    onelora.set_adapter(model, "b")  # its layers are where they were
 
 
 @pytest.mark.parametrize("seen", [True, False], ids=["listed before", "not listed"])

@@ -84,12 +84,12 @@ class Pool:
 
     def __getstate__(self) -> dict[str, object]:
         """A copy of the model is in no block."""
-        own = {key: value for key, value in self.__dict__.items() if key not in ("lock", "used", "places", "seen")}
+        own = {key: value for key, value in self.__dict__.items() if key not in ("lock", "used")}
         held = {name: dataclasses.replace(one, parameter=None) for name, one in self.held.items()}
         return own | {"held": held, "trained": False, "arriving": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, lock=threading.RLock(), used=Counter(), places={}, seen=[])
+        self.__dict__.update(state, lock=threading.RLock(), used=Counter())
 
     def put(self, name: str, config: OneLoRAConfig, vectors: tuple[str, ...], saved: dict[str, Tensor]) -> Held:
         """Make room for an adapter, or for other values of one."""
