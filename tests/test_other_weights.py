@@ -1,5 +1,7 @@
 """Weights of linear ops that are no parameters of the model are named; what only resembles one is not."""
 
+import copy
+
 import pytest
 import torch
 from forms import module, weight
@@ -146,3 +148,40 @@ def test_layers_that_a_conversion_put_in_the_places_of_all_adapted_ones_are_told
             use(converted)
     assert not (tmp_path / "a.safetensors").exists()
     onelora.detach(converted)
+
+
+def mkldnn_behind(model):
+    model.body[2] = to_mkldnn(model.body[2])
+
+
+def resized(model):
+    """As transformers' `resize_token_embeddings` makes a new output head."""
+    old, model.head = model.head, nn.Linear(8, 5)
+    model.head.weight.data[:3], model.head.bias.data[:3] = old.weight, old.bias
+
+
+def cut(model):
+    del model.body[2]
+
+
+@pytest.mark.parametrize(("change", "gone"), [(mkldnn_behind, r"body\.2"), (resized, "head"), (cut, r"body\.2")])
+def test_vectors_that_some_layers_lost_are_told_once(change, gone, tmp_path):
+    body = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model = module(lambda s, x: s.head(s.body(x)), body=body, head=nn.Linear(8, 3))
+    fill_vectors(onelora.adapt(model, onelora.OneLoRAConfig(["0", "2", "head"])), 0.5)
+    model = copy.deepcopy(model)
+    onelora.summary(model)
+    change(model)
+    with pytest.warns(onelora.OneLoRAWarning, match=rf"was given 3 vectors and has 2: .* no layer {gone} has one now"):
+        onelora.save_adapter(model, tmp_path / "a.safetensors")
+    onelora.summary(model)
+    onelora.merge(model)
+
+
+def test_layers_that_changed_places_have_their_vectors():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    onelora.adapt(model)
+    model[0], model[2] = model[2], model[0]
+    model.append(nn.Sequential(model[2]))
+    del model[2]
+    assert list(onelora.summary(model).sites) == [("0", 8, 8), ("2.0", 8, 8)]

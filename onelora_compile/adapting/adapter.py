@@ -83,7 +83,7 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
         originals = {name: whole(tensors[name].detach()).clone() for name in travelling}
         state = AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals)
         state.skipped, state.not_linear = dict(selection.skipped), dict(selection.not_linear)
-        state.uses = dict(selection.uses)
+        state.uses, state.made = dict(selection.uses), list(selection.targets)
         setattr(root, STATE, state)
         for parameter in parameters.values():
             parameter.requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,7 +15,8 @@ from onelora_compile.adapting.dispatched import is_offloaded
 from onelora_compile.adapting.module_names import named_modules
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.adapting.weight_target import Target, targets_of
-from onelora_compile.errors import StateError
+from onelora_compile.errors import OneLoRAWarning, StateError
+from onelora_compile.printable import shortened
 from onelora_compile.sharded import is_piece
 
 STATE = "_onelora_state"
@@ -36,6 +38,8 @@ class AdapterState:
         not_linear: convolutions and embeddings, with what they are.
         constant: names of vectors whose input a compiled graph showed to sum to one number; see `watch`.
         uses: how often one forward uses a weight, at least and at most, where that may be more than once.
+        made: names of the vectors that the model was given.
+        told: those of which somebody was told that they are gone.
     """
 
     config: OneLoRAConfig
@@ -45,6 +49,8 @@ class AdapterState:
     not_linear: dict[str, str] = dataclasses.field(default_factory=dict)
     constant: set[str] = dataclasses.field(default_factory=set)
     uses: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    made: list[str] = dataclasses.field(default_factory=list)
+    told: list[str] = dataclasses.field(default_factory=list)
     fast_paths: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
     disabled: int = 0
     pool: Pool = dataclasses.field(default_factory=Pool)
@@ -83,6 +89,8 @@ def was_adapted(root: nn.Module) -> bool:
 def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False, allow_lost: bool = False) -> AdapterState:
     """The state of an adapted model, whose vectors are at hand.
 
+    Warns once where some of them are gone.
+
     Raises:
         StateError: not adapted, adapted at another module of the tree, disabled, its vectors are offloaded or laid
             flat, or all of them are gone.
@@ -92,13 +100,30 @@ def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False, allow_
     if not allow_disabled:
         refuse_disabled(root, purpose)
     refuse_offloaded_vectors(root, purpose)
-    if not allow_lost and not adapted_weights(root):
+    if not allow_lost:
+        _check_lost(root, state, purpose)
+    return state
+
+
+def _check_lost(root: nn.Module, state: AdapterState, purpose: str) -> None:
+    """Whether something put other layers in the places of adapted ones; a layer that moved has its vector still."""
+    present = adapted_weights(root)
+    if not present:
         raise StateError(
             f"can't {purpose}: no layer of this {type(root).__name__} has its vector any more. Something put layers of "
             "other classes in their places after adapt (to_mkldnn, a float8 conversion), which compute the base: "
             "convert first, adapt afterwards"
         )
-    return state
+    gone = [name for name in state.made if name not in present]
+    if len(present) < len(state.made) and gone != state.told:
+        state.told = gone
+        warnings.warn(
+            f"this {type(root).__name__} was given {len(state.made)} vectors and has {len(present)}: layers were "
+            f"replaced or taken out after adapt, and no layer {shortened(gone)} has one now. What took their place "
+            "computes the base: resize, convert and cut first, adapt afterwards",
+            OneLoRAWarning,
+            stacklevel=4,
+        )
 
 
 def own_state(root: nn.Module, purpose: str) -> AdapterState:

@@ -44,6 +44,7 @@ def extend(root: nn.Module, state: AdapterState, selection: Selection) -> None:
         _attach(new, state)
     state.fast_paths += close_fast_paths(root)
     state.uses |= selection.uses
+    state.made += new
     for name in new:
         state.skipped.pop(name, None)
         state.not_linear.pop(name, None)
