@@ -1,10 +1,11 @@
-"""Calibration inputs for onnxruntime's static quantisation, with every adapter that the ranges are to hold for.
+"""Calibration inputs for static quantisation, with every adapter that the ranges are to hold for.
 
 A range that was calibrated with one adapter clips what another one adds.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,10 +18,17 @@ from onelora_compile.exporters.onnx_runtime.runner import Adapter, OnnxRunner
 
 
 class CalibrationReader:
-    """What `onnxruntime.quantization.quantize_static` takes as its `calibration_data_reader`."""
+    """What `quantize_static` of onnxruntime and `quantize` of nvidia-modelopt take as `calibration_data_reader`."""
 
     def __init__(self, runs: Iterator[dict[str, np.ndarray]]) -> None:
         self._runs = runs
+
+    def get_first(self) -> dict[str, np.ndarray] | None:
+        """The inputs of the next run, which stays the next; modelopt asks for one before it calibrates."""
+        first = self.get_next()
+        if first is not None:
+            self._runs = itertools.chain([first], self._runs)
+        return first
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The inputs of the next run, vectors and ids included; None after the last."""

@@ -1,6 +1,7 @@
 """One int8 calibration for a set of adapters: folded first, or vectors beside what is quantised."""
 
 import functools
+import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import onnx
 import pytest
 import torch
 import zoo
+from by_modelopt import by_modelopt
 from onnxruntime.quantization import QuantFormat, quantize_static
 
 import onelora_compile as onelora
 from onelora_compile.errors import ConfigError, StateError
-from onelora_compile.exporters import OnnxRunner, bundle, calibration_reader, export_onnx
+from onelora_compile.exporters import OnnxRunner, bundle, calibration_reader, export_onnx, fold_onnx
+from onelora_compile.exporters.onnx_runtime.calibration_reader import CalibrationReader
 from onelora_compile.testing import fill_vectors
 
 OPTIONS: dict[str, Any] = {
@@ -27,10 +30,14 @@ OPTIONS: dict[str, Any] = {
 
 @functools.cache
 def sources():
-    """A model in all modes with a small adapter and a large one."""
+    """A model in all modes with a small adapter and a large one, and its base."""
     folder = Path(tempfile.mkdtemp())
     torch.manual_seed(0)
-    model, x = onelora.adapt(zoo.TinyViT().eval()), torch.randn(2, 16, 12)
+    model, x = zoo.TinyViT().eval(), torch.randn(2, 16, 12)
+    torch.onnx.export(
+        model, (x,), folder / "base.onnx", input_names=["x"], dynamic_shapes=({0: "batch"},), verbose=False
+    )
+    onelora.adapt(model)
     files = [folder / "large.safetensors", folder / "small.safetensors"]
     for seed, (file, size) in enumerate(zip(files, (0.3, 0.02), strict=True)):
         onelora.save_adapter(fill_vectors(model, size, seed=seed), file)
@@ -46,18 +53,27 @@ def inputs(count=8, seed=0):
     return [{"x": generator.normal(size=(2, 16, 12)).astype(np.float32)} for _ in range(count)]
 
 
-def quantized(mode, path, adapters=()):
-    folder, _ = sources()
-    quantize_static(
-        folder / f"{mode}.onnx", path, calibration_reader(folder / f"{mode}.onnx", inputs(), adapters), **OPTIONS
-    )
+TOOLS: dict[str, Any] = {
+    "onnxruntime": functools.partial(quantize_static, **OPTIONS),
+    "modelopt": by_modelopt,
+    "modelopt, fp8": functools.partial(by_modelopt, kind="fp8"),
+}
+NEEDS_MODELOPT = [
+    pytest.mark.runtimes,
+    pytest.mark.skipif(importlib.util.find_spec("modelopt") is None, reason="nvidia-modelopt is not installed"),
+]
+WITH = [pytest.param(name, marks=NEEDS_MODELOPT if "modelopt" in name else []) for name in TOOLS]
+
+
+def quantized(mode, path, adapters=(), tool="onnxruntime"):
+    source = sources()[0] / f"{mode}.onnx"
+    TOOLS[tool](source, path, calibration_reader(source, inputs(), adapters))
     return OnnxRunner(path)
 
 
-def error(runner, mode, adapter):
+def error(runner, mode, adapter, folder=None):
     """Against the model in float32 with the same adapter, on inputs that were not calibrated on."""
-    folder, _ = sources()
-    plain = OnnxRunner(folder / f"{mode}.onnx")
+    plain = OnnxRunner((folder or sources()[0]) / f"{mode}.onnx")
     if adapter is not None:
         plain, runner = plain.with_adapter(adapter), runner.with_adapter(adapter)
     (expected,), (found,) = plain.run(inputs(1, 9)[0]), runner.run(inputs(1, 9)[0])
@@ -73,12 +89,32 @@ def test_one_calibration_holds_for_the_set_and_one_adapters_does_not(tmp_path):
     assert error(both, "input", small) < 0.1
 
 
-def test_a_bank_is_calibrated_with_all_of_its_adapters(tmp_path):
-    runner = quantized("bank", tmp_path / "m.onnx")
+@pytest.mark.parametrize("tool", WITH)
+def test_a_bank_is_calibrated_with_all_of_its_adapters(tool, tmp_path):
+    runner = quantized("bank", tmp_path / "m.onnx", tool=tool)
     assert max(error(runner, "bank", number) for number in (0, 1, -1)) < 0.2
+
+
+def test_a_reader_gives_every_adapter_to_every_input():
     reader = calibration_reader(sources()[0] / "bank.onnx", inputs(2))
+    first: Any = reader.get_first()
+    assert first["adapter_ids"].tolist() == [-1, -1]
     ids = [one["adapter_ids"].tolist() for one in iter(reader.get_next, None)]
-    assert ids == [[-1, -1], [0, 0], [1, 1]] * 2 or ids == [[2, 2], [0, 0], [1, 1]] * 2
+    assert ids == [[-1, -1], [0, 0], [1, 1]] * 2
+    assert reader.get_first() is None
+
+
+@pytest.mark.parametrize("tool", WITH)
+def test_a_quantised_base_takes_an_adapter_and_wider_ranges(tool, tmp_path):
+    """As right as what is folded first and quantised then."""
+    folder, (large, _) = sources()
+    fold_onnx(folder / "base.onnx", large, tmp_path / "folded.onnx")
+    for source in (folder / "base.onnx", tmp_path / "folded.onnx"):
+        TOOLS[tool](source, tmp_path / f"{source.stem}8.onnx", CalibrationReader(iter(inputs())))
+    fold_onnx(tmp_path / "base8.onnx", large, tmp_path / "m.onnx", calibration=inputs())
+    assert error(OnnxRunner(tmp_path / "m.onnx"), "folded", None, tmp_path) < 2 * error(
+        OnnxRunner(tmp_path / "folded8.onnx"), "folded", None, tmp_path
+    )
 
 
 @pytest.mark.parametrize("mode", ["fold", "input", "bank"])
