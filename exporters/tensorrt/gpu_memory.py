@@ -19,7 +19,7 @@ ALIGNMENT = 256  # bytes, of every address that an engine gets
 Array = np.ndarray | torch.Tensor
 
 
-def device_memory(which: str = "auto") -> Memory:
+def device_memory(which: str = "auto") -> DeviceMemory:
     """The memory of the current GPU.
 
     Args:
@@ -124,4 +124,4 @@ class CudaMemory(Cuda):
             raise ExportError(str(error)) from error
 
 
-Memory = TorchMemory | CudaMemory
+DeviceMemory = TorchMemory | CudaMemory

@@ -16,7 +16,7 @@ from onelora_compile.exporters.tensorrt.library import Api
 from onelora_compile.weights.atomic_write import replacing
 
 
-def targets_of(target: str | Sequence[str] | None) -> tuple[str, ...]:
+def named_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
     """Targets in the form "sm_86".
 
     Raises:

@@ -30,7 +30,7 @@ from onelora_compile.exporters.to_onnx.bank_sources import PlaceNumbers
 from onelora_compile.exporters.to_onnx.operators import translations
 from onelora_compile.exporters.to_onnx.place_vectors import place_vectors
 from onelora_compile.exporters.to_onnx.read_bank import carrying, read_bank
-from onelora_compile.exporters.to_program.capture import Place
+from onelora_compile.exporters.to_program.capture import VectorPlace
 from onelora_compile.exporters.to_program.report import ExportReport
 from onelora_compile.exporters.to_program.source import Source, exportable
 from onelora_compile.file_names import as_file, as_paths
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 OLDEST, NEWER = 17, 18  # what torch.onnx writes begins at NEWER; the one before is rewritten here
-_PLACES: dict[str, Place] = {"fold": "folded", "load": "weight", "input": "activation", "bank": "activation"}
+_PLACES: dict[str, VectorPlace] = {"fold": "folded", "load": "weight", "input": "activation", "bank": "activation"}
 
 
 def export_onnx(

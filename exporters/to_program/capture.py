@@ -26,7 +26,7 @@ from onelora_compile.passes.exported.carry_vectors import carry_vectors
 from onelora_compile.passes.exported.fold_vectors import FoldResult, fold_vectors
 
 NO_BOUND = 2**62  # infinity is above
-Place = Literal["folded", "weight", "activation"]
+VectorPlace = Literal["folded", "weight", "activation"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def freeze(
     model: nn.Module,
     call: Call,
     axes: Sequence[Axes],
-    place: Place = "folded",
+    place: VectorPlace = "folded",
     originals: Mapping[str, Tensor] | None = None,
     trained: Mapping[str, str] | None = None,
     stored: torch.dtype | None = None,

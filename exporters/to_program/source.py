@@ -18,7 +18,7 @@ from onelora_compile.exporters.calls.axes import Axes
 from onelora_compile.exporters.calls.signature import Call
 from onelora_compile.exporters.jetson.device.core.modes import FOLD, Mode
 from onelora_compile.exporters.onnx_file.trained import Trained, trained_of
-from onelora_compile.exporters.to_program.capture import Frozen, Place, freeze
+from onelora_compile.exporters.to_program.capture import Frozen, VectorPlace, freeze
 from onelora_compile.passes.exported.fold_vectors import FoldResult
 from onelora_compile.weights.adapter_content import float32
 
@@ -74,7 +74,7 @@ class Source:
         self,
         call: Call,
         axes: Sequence[Axes],
-        place: Place,
+        place: VectorPlace,
         dtype: torch.dtype | None = None,
         stored: torch.dtype | None = None,
     ) -> Frozen:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onelora_compile.cli.app import Sizes, command, file_to_write, load_arrays
 from onelora_compile.cli.choices import BundleLayout, EngineMode, Flavour, JetPack, Precision, Swap
 from onelora_compile.cli.sizes import parse_sizes
+from onelora_compile.cli.typer_app import Sizes, command, file_to_write, load_arrays
 
 if TYPE_CHECKING:
     from onelora_compile.cli.reports import Signed

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onelora_compile.cli.app import command
+from onelora_compile.cli.typer_app import command
 
 if TYPE_CHECKING:
     from onelora_compile.cli.doctor import Checkup

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onelora_compile.cli.app import Output, Sizes, command, file_to_write, load_arrays
 from onelora_compile.cli.choices import ExportMode, PeftFormat, Runtime
 from onelora_compile.cli.sizes import each_size, parse_axes, parse_sizes
+from onelora_compile.cli.typer_app import Output, Sizes, command, file_to_write, load_arrays
 from onelora_compile.errors import ConfigError
 
 if TYPE_CHECKING:

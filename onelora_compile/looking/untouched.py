@@ -61,7 +61,8 @@ class Kept:
         self._copy_tensors = tensors
         self._stand_ins = dict(instead or {})
         self._undo: list[undo.Undo] = []
-        self._seen: dict[int, Any] = {}
+        # Not entered: what is imported stays imported, and all of the process is behind it.  Triton names it `modules`.
+        self._seen: dict[int, Any] = {id(sys.modules): sys.modules}
         self._names: set[str] = set()
         self._spaces: dict[int, tuple[Any, Mapping[str, Any]]] = {}
         self._instead: list[tuple[Any, Any, Callable[[], Any]]] = []

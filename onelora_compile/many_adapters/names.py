@@ -74,7 +74,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     pool, found = pool_of(root, state), {}
     with pool.lock:  # other threads may add some
         look_again(root, pool)
-        own = {name: target.vector for name, target in adapted_weights(root).items()}
+        own = {key: module.get_parameter(attribute) for key, (module, attribute) in pool.places.items()}
         for name, held in pool.held.items():
             numbers = sum(own[key].numel() for key in held.vectors) + sum(one.numel() for one in held.saved.values())
             found[name] = AdapterInfo(held.id, name == pool.active, held.vectors, tuple(held.saved), numbers)

@@ -35,7 +35,7 @@ def test_rows_of_one_batch_use_different_adapters(tmp_path):
 
 def test_ids_are_whole_numbers_of_any_kind_and_nothing_else(tmp_path):
     case = Case("bert", tmp_path)
-    case.export("bank")
+    case.place("bank")
     runner, inputs = OnnxRunner(case.path), case.feed(torch.float32)
     rows = len(inputs[0])
     for wrong in (0.9, np.float32(1), True, "0"):
@@ -50,7 +50,7 @@ def test_ids_are_whole_numbers_of_any_kind_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("mode", ["fold", "load", "input"])
 def test_ids_are_for_banks(mode, tmp_path):
     case = Case("bert", tmp_path)
-    case.export(mode)
+    case.place(mode)
     with pytest.raises(StateError, match="is no bank"):
         OnnxRunner(case.path).run(case.feed(torch.float32), adapter_ids=[0])
     with pytest.raises(StateError, match="is no bank"):

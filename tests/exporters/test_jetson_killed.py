@@ -1,40 +1,27 @@
 """An update on a device that is killed at any of its calls of the system."""
 
 import shutil
-import subprocess
-import sys
 
 import bundles
 import numpy as np
 from bundles import ORT, active, call
-from killer import KILLER
+from killer import calls_of, killed
 
 from onelora_compile.weights.adapter_file import read_adapter
-
-
-def killed(folder, calls, *args):
-    return subprocess.run(
-        [sys.executable, "-c", KILLER, str(calls), str(folder), *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_killed_at_any_moment_a_device_has_the_old_adapter_or_the_new(tmp_path):
     sources = bundles.sources()
     folder = bundles.fresh("input", tmp_path)
     update = (*ORT, "update", sources / "new.safetensors", "--no-try")
-    whole = killed(folder, 10**6, *update)
-    assert whole.returncode == 0, whole.stderr
-    total = int(whole.stdout.split()[-1])
+    total = calls_of(folder, *update)
     assert total > 12
     seen = []
     for calls in range(1, total + 1):
         shutil.rmtree(folder)
         folder = bundles.fresh("input", tmp_path)
         assert call(folder, "use", "a") == 0
-        assert killed(folder, calls, *update).returncode == -9
+        assert killed(calls, folder, *update)[0] == -9
         seen.append(active(folder))
         bundle = bundles.device(folder, "folder").Folder(str(folder))
         adapters = bundles.device(folder, "adapters")

@@ -1,7 +1,6 @@
 """An update of some kilobytes ends in an engine where a stock runtime looks for it; with a double of TensorRT."""
 
 import shutil
-import subprocess
 import sys
 
 import bundles
@@ -11,7 +10,7 @@ import onnxruntime
 import pytest
 import tensorrt_double
 from bundles import for_runtime
-from killer import KILLER
+from killer import calls_of, killed
 
 from onelora_compile.weights.adapter_file import read_adapter
 
@@ -109,36 +108,20 @@ def test_onnxruntime_says_that_it_places_nothing(tmp_path, capsys):
     assert "model.plan is as it was: it is for TensorRT, and this is onnxruntime" in capsys.readouterr().out
 
 
-DRIVER = """
-import sys
-sys.path[:0] = {paths!r}
-import tensorrt_double, tensorrt_rtx_bindings
-sys.modules["tensorrt"] = tensorrt_double.module(tensorrt_rtx_bindings)
-sys.argv = {argv!r}
-exec({killer!r})
-"""
-
-
-def killed(folder, calls, cudart, *args):
-    argv = ["", str(calls), str(folder), "--libcudart", str(cudart), *map(str, args)]
-    text = DRIVER.format(paths=[str(bundles.__file__.rpartition("/")[0])], argv=argv, killer=KILLER)
-    return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
-
-
 def test_killed_at_any_moment_the_place_has_the_old_engine_or_the_new(tmp_path, device):
     folder = for_runtime("refit", tmp_path)
     assert device(folder, "build") == 0
     kept = shutil.copytree(folder, tmp_path / "kept")
     cudart = next(tmp_path.glob("*cudart*.so*"))
     update = ("update", bundles.sources() / "new.safetensors", "--no-try")
-    whole = killed(folder, 10**6, cudart, *update)
-    assert whole.returncode == 0, whole.stderr
-    total, old, new = int(whole.stdout.split()[-1]), served(kept), expected("new")
+    command = (folder, "--libcudart", cudart, *update)
+    total = calls_of(*command, double=True)
+    old, new = served(kept), expected("new")
     seen = []
     for calls in range(1, total + 1):
         shutil.rmtree(folder)
         shutil.copytree(kept, folder)
-        assert killed(folder, calls, cudart, *update).returncode == -9
+        assert killed(calls, *command, double=True)[0] == -9
         found = served(folder)
         assert close(found, old) or close(found, new)
         seen.append((close(found, new), bundles.active(folder) == "new"))

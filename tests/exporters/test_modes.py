@@ -101,7 +101,7 @@ def test_fold_is_the_graph_of_the_base_and_load_costs_nothing_after_loading(tmp_
     export_onnx(Main(case.base), (), tmp_path / "base.onnx", case.inputs)
     base = optimized(tmp_path / "base.onnx")
     for mode in ("fold", "load"):
-        case.export(mode)
+        case.place(mode)
         assert optimized(case.path) == base
 
 
@@ -146,13 +146,13 @@ def test_metadata_tells_where_a_model_comes_from(tmp_path):
     assert all(runner.metadata.fingerprints[name].distance(one) == 0 for name, one in stored.items())
     props = {prop.key: prop.value for prop in onnx.load(tmp_path / "folded.onnx").metadata_props}
     assert set(json.loads(props["onelora.fingerprints"])) == set(case.vectors)
-    case.export("load")
+    case.place("load")
     assert OnnxRunner(case.path).metadata.sha256 != runner.metadata.sha256  # another adapter
 
 
 def test_verify_compares_any_two(tmp_path):
     case = Case("bert", tmp_path)
-    case.export("input")
+    case.place("input")
     folded = tmp_path / "f.onnx"
     export_onnx(Main(case.models[1]), (), folded, case.inputs)
     assert not verify(case.path, folded).passed

@@ -1,15 +1,12 @@
 """A signed update that is killed at any of its calls of the system: the number is that of the adapter."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import bundles
 import pytest
 import signed
 from bundles import ORT, active, call
-from killer import KILLER
+from killer import calls_of, killed
 from signed import arrived, refused, taken
 
 pytestmark = signed.needs_openssl
@@ -30,26 +27,16 @@ def test_killed_at_any_moment_the_number_is_that_of_the_adapter(first, tmp_path)
             assert call(folder, "update", "--no-try", old) == 0
         return folder
 
-    def killed(calls):
-        return subprocess.run(
-            [sys.executable, "-c", KILLER, str(calls), str(folder), *ORT, "update", str(new), "--no-try"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
-        )
-
     if not first:
         before, old_number = "c", 10
     folder = device()
-    whole = killed(10**6)
-    assert whole.returncode == 0, whole.stderr
-    total = int(whole.stdout.split()[-1])
+    command, inside = (folder, *ORT, "update", new, "--no-try"), {"TMPDIR": str(tmp_path / "tmp")}
+    total = calls_of(*command, **inside)
     assert total > 12
     seen = []
     for calls in range(1, total + 1):
         folder = device()
-        assert killed(calls).returncode == -9
+        assert killed(calls, *command, **inside)[0] == -9
         state = bundles.device(folder, "folder").Folder(str(folder)).state()
         seen.append((state["adapter"]["name"], state["taken"] and state["taken"]["sequence"]))
         assert call(folder, "update", "--no-try", new) == 0  # it is sent until it is taken

@@ -32,7 +32,7 @@ def test_the_file_of_a_load_model_is_kilobytes_and_can_be_replaced_by_another_ad
 
 def test_the_adapters_of_onnx_runtime_itself(tmp_path):
     case = Case("bert", tmp_path)
-    case.export("input")
+    case.place("input")
     convert_adapter(case.files[1], tmp_path / "b.onnx_adapter")
     adapter = onnxruntime.LoraAdapter()
     adapter.Load(str(tmp_path / "b.onnx_adapter"))
@@ -49,7 +49,7 @@ def test_the_adapters_of_onnx_runtime_itself(tmp_path):
 @pytest.mark.parametrize("mode", SWAPPED)
 def test_threads_with_different_adapters(mode, tmp_path):
     case = Case("bert", tmp_path)
-    case.export(mode)
+    case.place(mode)
     first = OnnxRunner(case.path)
     runners = [first.with_adapter(file) for file in case.files]
     expected = [runner.run(case.feed(torch.float32))[0] for runner in runners]
@@ -74,7 +74,7 @@ def test_threads_with_different_adapters(mode, tmp_path):
 @pytest.mark.parametrize("mode", SWAPPED)
 def test_io_binding_uses_the_adapter(mode, tmp_path):
     case = Case("bert", tmp_path)
-    case.export(mode)
+    case.place(mode)
     runner = OnnxRunner(case.path)
 
     def bound(binding):
@@ -105,7 +105,7 @@ def test_io_binding_uses_the_adapter(mode, tmp_path):
 @pytest.mark.parametrize("mode", ["load", "input"])
 def test_an_adapter_of_another_base_is_refused(mode, tmp_path):
     case = Case("bert", tmp_path)
-    case.export(mode)
+    case.place(mode)
     other = copy.deepcopy(case.base)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -125,7 +125,7 @@ def test_an_adapter_of_another_base_is_refused(mode, tmp_path):
 
 def test_what_can_not_be_swapped_says_so(tmp_path):
     case = Case("bert", tmp_path)
-    case.export("fold")
+    case.place("fold")
     with pytest.raises(StateError, match="in its weights"):
         OnnxRunner(case.path).use(case.files[1])
     with pytest.raises(StateError, match="is no bank"):
@@ -134,14 +134,14 @@ def test_what_can_not_be_swapped_says_so(tmp_path):
         export_onnx(Main(case.base), (), case.path, case.inputs, adapters="load")
     with pytest.raises(ConfigError, match="needs bank"):
         export_onnx(Main(case.models[0]), (), case.path, case.inputs, adapters="bank")
-    case.export("bank")
+    case.place("bank")
     with pytest.raises(ExportError, match="has no adapter 'c'; it has a, b"):
         OnnxRunner(case.path).use("c")
 
 
 def test_conversions_that_lack_something_say_what(tmp_path):
     case = Case("bert", tmp_path)
-    case.export("load")
+    case.place("load")
     with pytest.raises(ConfigError, match=r"the ending names the format, one of \.safetensors"):
         convert_adapter(case.files[0], tmp_path / "a.bin")
     with pytest.raises(ConfigError, match="give the ONNX model"):
