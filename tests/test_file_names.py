@@ -1,5 +1,6 @@
 """What is no name of a file is refused by the argument that it was given for, before anything is read or written."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,20 @@ SEVERAL = {
 }
 
 
-@pytest.fixture
-def files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval()
-    export_onnx(model, (X,), "base.onnx", progress=False)
-    onelora.save_adapter(fill_vectors(onelora.adapt(model), 0.1), "a.safetensors")
+    export_onnx(model, (X,), folder / "base.onnx", progress=False)
+    onelora.save_adapter(fill_vectors(onelora.adapt(model), 0.1), folder / "a.safetensors")
+    return model, folder
+
+
+@pytest.fixture
+def files(made, tmp_path, monkeypatch):
+    model, folder = made
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return model
 
 

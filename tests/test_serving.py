@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.examples.serving.__main__ import backend_of
+from onelora_compile.examples.serving.__main__ import backend_of, main
 from onelora_compile.examples.serving.app import make_app
 from onelora_compile.examples.serving.backends import CompiledRows, OnnxBank
 from onelora_compile.examples.serving.client import RefusedError, connected
@@ -310,14 +310,17 @@ def test_the_command(world, tmp_path, order):
         world.ask(client, "a5", order)
 
 
-def test_a_start_that_fails_says_why(world, tmp_path):
-    for arguments, message in (
-        (["missing.onnx"], "there is no file missing.onnx"),
-        (["model.bin"], "neither a file *.onnx nor module:function"),
+def test_a_start_that_fails_says_why(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for argument, message in (
+        ("missing.onnx", "there is no file missing.onnx"),
+        ("model.bin", "neither a file *.onnx nor module:function"),
     ):
-        command = [sys.executable, "-m", "onelora_compile.examples.serving", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-        assert (done.returncode, message in done.stderr, "Traceback" in done.stderr) == (1, True, False), done.stderr
+        monkeypatch.setattr(sys, "argv", ["serving", argument])
+        with pytest.raises(SystemExit) as left:
+            main()
+        said = capsys.readouterr().err
+        assert (left.value.code, said.startswith("error: "), message in said) == (1, True, True), said
     export_onnx(
         world.base,
         (torch.arange(10).reshape(2, 5),),
