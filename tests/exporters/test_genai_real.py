@@ -14,7 +14,11 @@ from onelora_compile.exporters import convert_adapter, export_onnx, fold_onnx
 from onelora_compile.testing import fill_vectors, merged_copy
 
 pytest.importorskip("onnxruntime_genai")
-pytestmark = [pytest.mark.runtimes, pytest.mark.filterwarnings("ignore")]  # of its builder
+pytestmark = [
+    pytest.mark.runtimes,
+    pytest.mark.filterwarnings("ignore"),  # of its builder
+    pytest.mark.timeout(1800),  # a busy machine takes ten minutes for one of these
+]
 TEXT, SCALE, SEEDS = "The capital of France is", 0.02, {"a": 3, "b": 4}
 NAMES = [*SEEDS, "none"]
 
