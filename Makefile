@@ -49,15 +49,15 @@ test-real: $(READY)  ## Install packages with published files, ONNX and GGUF, an
 # An environment of its own: what ExecuTorch needs is much, and nothing else here needs it.
 RUNTIMES := $(VENV)-runtimes
 
-$(RUNTIMES)/.ready: pyproject.toml constraints.txt tests/runtime_packages.txt tests/modelopt_packages.txt
+$(RUNTIMES)/.ready: pyproject.toml constraints.txt tests/runtime_packages.txt tests/runtime_packages_alone.txt
 	$(PYTHON) -m venv $(RUNTIMES)
 	$(RUNTIMES)/bin/pip install --disable-pip-version-check -q -c constraints.txt setuptools wheel
 	$(RUNTIMES)/bin/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e '.[dev]' \
 	  -r tests/runtime_packages.txt
-	$(RUNTIMES)/bin/pip install --disable-pip-version-check -q --no-deps -r tests/modelopt_packages.txt
+	$(RUNTIMES)/bin/pip install --disable-pip-version-check -q --no-deps -r tests/runtime_packages_alone.txt
 	touch $@
 
-test-runtimes: $(RUNTIMES)/.ready  ## Install ExecuTorch, OpenVINO, its GenAI, onnxruntime-genai, modelopt and run the tests that use them
+test-runtimes: $(RUNTIMES)/.ready  ## Install ExecuTorch, OpenVINO, NNCF, onnxruntime-genai, modelopt, and run the tests that use them
 	$(RUNTIMES)/bin/pytest -n auto --maxprocesses 4 -m runtimes
 
 # vLLM pins its own PyTorch and transformers, so no constraints here; its torchvision is for CUDA and does not load.

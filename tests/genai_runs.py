@@ -1,4 +1,4 @@
-"""The configuration of onnxruntime-genai beside a model, and what it generates from the two."""
+"""Folders of onnxruntime-genai, as its own builder writes them, and what it generates from them."""
 
 import json
 import subprocess
@@ -15,17 +15,30 @@ SHAPES = {
 }
 
 
-def configured(base, folder):
-    """Give the folder of a model the configuration that genai's own builder writes of a base; its end tokens."""
-    options = ["-p", "fp32", "-e", "cpu", "-c", folder / "cache", "--extra_options", "config_only=true"]
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", base, "-o", folder, *options]
+def built(base, folder, precision="fp32", **options):
+    """Let genai's own builder write the folder of a model; its end tokens.
+
+    Args:
+        base: folder of the base.
+        folder: that is written.
+        precision: of the weights, "fp32" or "int4".
+        options: more of the builder's.
+    """
+    more = ["-p", precision, "-e", "cpu", "-c", folder / "cache"]
+    more += ["--extra_options", *(f"{name}={value}" for name, value in options.items())] if options else []
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", base, "-o", folder, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     ends = json.loads((folder / "genai_config.json").read_text())["model"]["eos_token_id"]
     return ends if isinstance(ends, list) else [ends]
 
 
-def generated(folder, adapters=()):
+def configured(base, folder):
+    """Give the folder of a model of ours the configuration that the builder writes of a base; its end tokens."""
+    return built(base, folder, config_only="true")
+
+
+def generated(folder, adapters=(), prompt=PROMPT):
     """What genai generates with each adapter in turn, of one model that is loaded once."""
     genai = pytest.importorskip("onnxruntime_genai")
     model = genai.Model(str(folder))
@@ -33,14 +46,14 @@ def generated(folder, adapters=()):
     answers = []
     for adapter in adapters or [None]:
         params = genai.GeneratorParams(model)
-        length = len(PROMPT) + TOKENS
+        length = len(prompt) + TOKENS
         params.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = genai.Generator(model, params)
         if held is not None:
             held.load(str(adapter), adapter.name)
             generator.set_active_adapter(held, adapter.name)
-        generator.append_tokens(np.array([PROMPT], np.int32))
+        generator.append_tokens(np.array([prompt], np.int32))
         for _ in range(TOKENS):
             generator.generate_next_token()
-        answers.append([int(token) for token in generator.get_sequence(0)][len(PROMPT) :])
+        answers.append([int(token) for token in generator.get_sequence(0)][len(prompt) :])
     return answers

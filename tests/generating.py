@@ -16,13 +16,14 @@ CONFIGS = {
 PROMPT, TOKENS = [5, 17, 33, 40], 8
 
 
-def base_in(folder, kind):
-    """A base and its tokenizer, saved as transformers does."""
+def base_in(folder, kind, **more):
+    """A base and its tokenizer, saved as transformers does; `more` goes into its configuration."""
     torch.manual_seed(0)
+    # As in a real model no layer is as wide as the vocabulary: genai's builder takes such a layer for the head.
     config = CONFIGS[kind](
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=96, vocab_size=64, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=False,
+        intermediate_size=96, vocab_size=80, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=False, **more,
     )  # fmt: skip
     base = perturb_norms(transformers.AutoModelForCausalLM.from_config(config)).eval()
     with torch.no_grad():
@@ -46,11 +47,11 @@ def call(model):
 
 
 @torch.no_grad()
-def greedy(model, ends=()):
+def greedy(model, ends=(), prompt=PROMPT):
     """The tokens after the prompt, without the end tokens, which a runtime does not take before its least length."""
-    tokens = list(PROMPT)
+    tokens = list(prompt)
     for _ in range(TOKENS):
         logits = model(torch.tensor([tokens])).logits[0, -1]
         logits[list(ends)] = -torch.inf
         tokens.append(int(logits.argmax()))
-    return tokens[len(PROMPT) :]
+    return tokens[len(prompt) :]

@@ -98,7 +98,7 @@ def test_options_that_can_not_be_meant(pair):
     for trained in words:
         with pytest.raises(onelora.ConfigError, match=r"trained=.* is not one of 'refuse', 'drop', 'add'"):
             onelora.combine(a, trained=trained)
-    with pytest.raises(onelora.ConfigError, match=r"base= is for trained='add'"):
+    with pytest.raises(onelora.ConfigError, match=r"base= is for an adapter \.gguf, or for trained='add'"):
         onelora.combine(a, base={})
     with pytest.raises(FileNotFoundError, match=r"no adapter file gone\.safetensors"):
         onelora.combine(a | {"gone.safetensors": 1})

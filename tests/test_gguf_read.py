@@ -169,3 +169,47 @@ def test_loading_says_that_the_base_is_not_checked(tmp_path):
     onelora.save_adapter(model, tmp_path / "a.gguf", format="gguf")
     with pytest.warns(onelora.OneLoRAWarning, match="could not be checked"):
         onelora.load_adapter(base, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_inspect_needs_no_base(kind, tmp_path):
+    _, model = adapted(kind)
+    onelora.save_adapter(model, tmp_path / "a.gguf", format="gguf")
+    done = run("inspect", tmp_path / "a.gguf", "--json")
+    assert done.exit_code == 0, done.output
+    shown = {name: one["shape"] for name, one in json.loads(done.output)["vectors"].items()}
+    assert shown == {name: list(vector.shape) for name, vector in onelora.vectors(model).items()}
+
+
+@pytest.mark.parametrize("given", ["folder", "config.json", "base.gguf"])
+def test_a_sum_with_an_adapter_of_a_llama(given, tmp_path):
+    base, model = adapted("llama", target_modules=["q_proj", "k_proj", "down_proj"])
+    base.save_pretrained(tmp_path)
+    gguf_files.write_base(base, tmp_path / "base.gguf")
+    onelora.save_adapter(model, tmp_path / "a.gguf", format="gguf")
+    a = {name: vector.detach().double() for name, vector in onelora.vectors(model).items()}
+    onelora.save_adapter(fill_vectors(model, seed=7), tmp_path / "b.safetensors")
+    files = [tmp_path / "a.gguf", tmp_path / "b.safetensors"]
+    option = ["--base", tmp_path if given == "folder" else tmp_path / given]
+    done = run("combine", f"{files[0]}:0.5", f"{files[1]}:-2", "-o", tmp_path / "mix.safetensors", *option)
+    assert done.exit_code == 0, done.output
+    found = onelora.read_adapter(tmp_path / "mix.safetensors").vectors
+    assert found.keys() == a.keys()
+    for name, b in onelora.vectors(model).items():
+        assert not torch.equal(a[name], b.double())
+        assert torch.equal(found[name], (0.5 * a[name] - 2 * b.detach().double()).float())
+
+
+def test_where_the_base_is_needed_says_how_to_give_it(tmp_path):
+    base, model = adapted("llama")
+    base.config.save_pretrained(tmp_path)
+    onelora.save_adapter(model, tmp_path / "a.gguf", format="gguf")
+    onelora.save_adapter(model, tmp_path / "b.safetensors")
+    given, message = {tmp_path / "a.gguf": 1.0}, r"depends on the heads of its base.*combine.*--base"
+    with pytest.raises(onelora.ConfigError, match=message):
+        onelora.combine(given)
+    assert set(onelora.combine(given, base=tmp_path).vectors) == set(onelora.vectors(model))
+    with pytest.raises(onelora.ConfigError, match=r"base= is for an adapter \.gguf, or for trained='add'"):
+        onelora.combine({tmp_path / "b.safetensors": 1.0}, base=tmp_path)
+    with pytest.raises(onelora.ConfigError, match="would overwrite the input"):
+        onelora.combine(given, tmp_path / "config.json", base=tmp_path / "config.json")

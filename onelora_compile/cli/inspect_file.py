@@ -14,6 +14,8 @@ from onelora_compile.printable import Printable, bytes_text
 from onelora_compile.table import Table, grouped, spread
 from onelora_compile.weights.adapter_content import Part
 from onelora_compile.weights.adapter_file import read_adapter
+from onelora_compile.weights.file_kinds import GGUF_FILE
+from onelora_compile.weights.gguf_read import read_gguf
 from onelora_compile.weights.hub_download import fetched
 
 if TYPE_CHECKING:
@@ -215,7 +217,7 @@ def size_of(path: Path) -> int:
 
 
 def _adapter(path: Path) -> AdapterContent:
-    file = read_adapter(path)
+    file = read_gguf(path, ordered=False) if path.suffix == GGUF_FILE else read_adapter(path)
     vectors = {}
     for name, vector in file.vectors.items():
         base = file.fingerprints.get(name)

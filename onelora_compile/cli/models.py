@@ -222,7 +222,8 @@ def convert(
 )
 def combine(
     adapters: Annotated[
-        list[str], typer.Argument(metavar="PATH:WEIGHT", help="Adapters, or folders of PEFT, with their weights.")
+        list[str],
+        typer.Argument(metavar="PATH:WEIGHT", help="Adapters (.safetensors, folders of PEFT, .gguf) with weights."),
     ],
     output: Output,
     trained: Annotated[
@@ -231,7 +232,9 @@ def combine(
     ] = "refuse",
     base: Annotated[
         Path | None,
-        typer.Option(help="For --trained add, if weights do not add up to 1: the base (.safetensors)."),
+        typer.Option(
+            help="For --trained add, if weights do not add up to 1: the base (.safetensors). For .gguf: as in convert."
+        ),
     ] = None,
 ) -> Combination:
     """Add adapters of one base with weights of any sign, without a model.

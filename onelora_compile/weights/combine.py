@@ -38,7 +38,7 @@ from onelora_compile.weights.combine_trained import (
     combined_trained,
     weighted_sum,
 )
-from onelora_compile.weights.file_kinds import ADAPTER, refuse_other_kinds
+from onelora_compile.weights.file_kinds import ADAPTER, GGUF_FILE, refuse_other_kinds
 from onelora_compile.weights.layers import without_still_statistics
 from onelora_compile.weights.same_base import (
     Term,
@@ -77,12 +77,13 @@ def combine(
     widest dtype that it has in the adapters. `config.vector_dtype` is the widest of the adapters', too.
 
     Args:
-        adapters: weights, finite numbers of any sign, by adapter: files of `save_adapter`, or folders of PEFT.
+        adapters: weights, finite numbers of any sign, by adapter: files of `save_adapter`, folders of PEFT, or `.gguf`.
         out: the file to write, replaced in one step; None writes none.
         trained: "refuse" raises where anything was trained besides vectors. "drop" leaves the base's values. "from:"
             and one of the adapters takes those of that one as they are. "add" adds what training changed, base + Σ wᵢ
             (valueᵢ - base). A head that began at random, another one in each training, does not add.
         base: for "add", where the weights do not add up to 1: a .safetensors file of the base, or its `state_dict()`.
+            For a `.gguf`, as in `read_adapter`: the base's folder, its `config.json`, or its own `.gguf`.
         model: one that holds the adapters, which then are names and not files (`onelora.adapters`). It knows its base.
         adapter_name: under which the model gets the sum; it waits there until `set_adapter`.
 
@@ -106,8 +107,6 @@ def combine(
         onelora.combine({"french": 0.7, "formal": -0.3}, model=model, adapter_name="mix")
     """
     check_word(trained)
-    if base is not None and trained != ADD:
-        raise ConfigError(f"base= is for trained={ADD!r}, not for {trained!r}")
     if model is not None:
         return _of_model(model, adapters, out, trained, base, adapter_name)
     if adapter_name is not None:
@@ -115,8 +114,11 @@ def combine(
     given = _given(adapters)
     if out is not None:
         _check_out(out, [path for path, _ in given], base)
-    terms = [Term(str(path), weight, read_adapter(path)) for path, weight in given]
-    made = combined(terms, trained, None if base is None else base_values(base))
+    rows_of, values = _parted(base, [path for path, _ in given])
+    if values is not None and trained != ADD:
+        raise ConfigError(f"base= is for an adapter {GGUF_FILE}, or for trained={ADD!r}, not for {trained!r}")
+    terms = [Term(str(path), weight, read_adapter(path, base=rows_of.get(path))) for path, weight in given]
+    made = combined(terms, trained, None if values is None else base_values(values))
     if apart := not_compared(terms):
         warnings.warn(
             "whether all adapters are of one base could not be checked: no fingerprint is in common with "
@@ -277,6 +279,14 @@ def _weight(path: Path | str, weight: Any) -> float:
     if not math.isfinite(value):
         raise ConfigError(f"the weight of {path} is {weight!r}: give a finite number")
     return value
+
+
+def _parted(base: Any, paths: Sequence[Path]) -> tuple[dict[Path, PathLike], Any]:
+    """A base for each `.gguf`, whose rows it orders, or one that has values: a `.safetensors` file, a mapping."""
+    files = [path for path in paths if path.suffix == GGUF_FILE]
+    if base is None or not files or isinstance(base, Mapping) or as_path(base, "base").suffix == ADAPTER:
+        return {}, base
+    return dict.fromkeys(files, base), None
 
 
 def _check_out(out: PathLike, paths: Sequence[Path], base: PathLike | Mapping[str, Tensor] | None) -> None:

@@ -142,8 +142,8 @@ def open_file(path: Path, error: type[Exception]) -> tuple[Mapping[str, Any], Ma
     return {tensor.name: tensor for tensor in reader.tensors}, fields
 
 
-def layout_of_adapter(fields: Mapping[str, Any], tensors: Iterable[str], path: Path) -> GgufLayout:
-    """The layout of the base of an adapter, from the adapter alone.
+def layout_of_adapter(fields: Mapping[str, Any], tensors: Iterable[str], path: Path, ordered: bool) -> GgufLayout:
+    """The layout of the base of an adapter, from the adapter alone; without the order of rows unless `ordered`.
 
     Raises:
         ConfigError: that does not tell it.
@@ -152,10 +152,11 @@ def layout_of_adapter(fields: Mapping[str, Any], tensors: Iterable[str], path: P
     if architecture not in ARCHITECTURES.values():
         known = ", ".join(dict.fromkeys(ARCHITECTURES.values()))
         raise ConfigError(f"{path}: what llama.cpp makes of a {architecture!r} is not known here. Known are {known}")
-    if architecture in _INTERLEAVED:
+    if ordered and architecture in _INTERLEAVED:
         raise ConfigError(
             f"{path}: the order of its rows depends on the heads of its base, a {architecture}: give that, its folder, "
-            "config.json or .gguf (base=, --base), or load the adapter into the model"
+            "config.json or .gguf (base= of read_adapter, convert_adapter, combine; onelora convert, onelora combine "
+            "--base), or load the adapter into the model"
         )
     numbers = [int(name.split(".")[1]) for name in tensors if re.match(r"blk\.\d{1,6}\.", name)]
     return GgufLayout(architecture, max(numbers, default=-1) + 1, {}, True, str(path))

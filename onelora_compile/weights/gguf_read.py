@@ -27,13 +27,16 @@ _FACTORS = {".lora_a": "lora_A", ".lora_b": "lora_B"}  # llama.cpp's endings, PE
 _ALPHA = "adapter.lora.alpha"
 
 
-def read_gguf(path: Path, layout: GgufLayout | None = None, approximate: bool = False) -> AdapterFile:
+def read_gguf(
+    path: Path, layout: GgufLayout | None = None, approximate: bool = False, *, ordered: bool = True
+) -> AdapterFile:
     """Read and check an adapter of llama.cpp.
 
     Args:
         path: the file.
         layout: of its base; None is enough where the architecture alone tells it.
         approximate: take the best vector of each linear of a LoRA that is more than that.
+        ordered: False leaves the rows as the file has them where the order needs a base, which is enough to look.
 
     Returns:
         Vectors in transformers' names and order of rows, without fingerprints.
@@ -49,7 +52,7 @@ def read_gguf(path: Path, layout: GgufLayout | None = None, approximate: bool = 
     tensors, fields = open_file(path, AdapterFileError)
     _check_kind(fields, path)
     if layout is None:
-        layout = layout_of_adapter(fields, tensors, path)
+        layout = layout_of_adapter(fields, tensors, path, ordered)
     if (found := fields.get("general.architecture")) != layout.architecture:
         raise AdapterFileError(f"{path} is for a {found}; {layout.source} is a {layout.architecture}")
     stored = _stored(tensors, layout, path)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from genai_runs import SHAPES, configured, generated
+from genai_runs import SHAPES, built, configured, generated
 from generating import base_in, call, greedy
 from onnx import numpy_helper
 
@@ -48,20 +48,23 @@ def matrices(path):
 
 @torch.no_grad()
 def rounded(base, path):
-    """The base with the numbers of the file."""
+    """The base with the numbers of the file; genai's builder packs query, key and value into one."""
     twin = copy.deepcopy(base).double()
     weights = {name: one.weight for name, one in twin.named_modules() if isinstance(one, torch.nn.Linear)}
+    packed = [[f"model.layers.{i}.self_attn.{part}_proj" for part in "qkv"] for i in range(len(twin.model.layers))]
+    together = {tuple(names): torch.cat([weights[name] for name in names]) for names in packed}
     left = set(weights)
     for matrix in matrices(path):
         near = {
-            name: float((exact - matrix).norm() / exact.norm())
-            for name, exact in weights.items()
+            names: float((exact - matrix).norm() / exact.norm())
+            for names, exact in ({(name,): exact for name, exact in weights.items()} | together).items()
             if exact.shape == matrix.shape
         }
-        chosen = min(near, key=lambda name: near[name])
+        chosen = min(near, key=lambda names: near[names])
         assert 0.01 < near[chosen] < 0.2 < sorted([*near.values(), 1.0])[1]
-        left.remove(chosen)
-        twin.get_submodule(chosen).weight = torch.nn.Parameter(matrix)
+        left -= set(chosen)
+        for name, part in zip(chosen, matrix.split([len(weights[name]) for name in chosen]), strict=True):
+            twin.get_submodule(name).weight = torch.nn.Parameter(part)
     assert left <= {"lm_head"}
     return twin
 
@@ -75,7 +78,7 @@ def quantized(source, out):
 
 
 def adapter(base, path, seed):
-    model = fill_vectors(onelora.adapt(copy.deepcopy(base)), 0.02, seed)
+    model = fill_vectors(onelora.adapt(copy.deepcopy(base)), 0.05, seed)
     onelora.save_adapter(model, path)
     return onelora.vectors(model)
 
@@ -90,12 +93,16 @@ def wanted(twin, vectors, ends):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_is_folded_beside_int4(kind, tmp_path):
+@pytest.mark.parametrize("tool", ["quantizer", "builder"])
+def test_an_adapter_is_folded_beside_int4(tool, kind, tmp_path):
     base = base_in(tmp_path / "base", kind)
     path = tmp_path / "model" / "model.onnx"
-    ends = configured(tmp_path / "base", tmp_path / "model")
-    export_onnx(base, (), tmp_path / "float.onnx", call(base), dynamic_shapes=SHAPES)
-    quantized(tmp_path / "float.onnx", path)
+    if tool == "builder":
+        ends = built(tmp_path / "base", tmp_path / "model", "int4", accuracy_level=FLOATS, block_size=32)
+    else:
+        ends = configured(tmp_path / "base", tmp_path / "model")
+        export_onnx(base, (), tmp_path / "float.onnx", call(base), dynamic_shapes=SHAPES)
+        quantized(tmp_path / "float.onnx", path)
     twin = rounded(base, path)
     assert generated(tmp_path / "model") == [greedy(twin, ends)]
     vectors = adapter(base, tmp_path / "a.safetensors", 1)

@@ -15,7 +15,7 @@ from onelora_compile.testing import fill_vectors
 openvino = pytest.importorskip("openvino")
 genai = pytest.importorskip("openvino_genai")
 pytestmark = [pytest.mark.runtimes, pytest.mark.filterwarnings("ignore")]  # of transformers' exporter
-SEEDS = (2, 3)
+SEEDS = (1, 2)
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
