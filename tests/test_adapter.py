@@ -217,6 +217,29 @@ def test_a_module_that_another_tool_gave_a_class_is_not_broken():
     assert type(model.b) is nn.Linear
 
 
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_a_layer_that_is_parametrized_since_is_saved_and_loaded(norm, tmp_path):
+    def parametrized(model):
+        torch.manual_seed(0)
+        getattr(nn.utils.parametrizations, norm)(model.b)
+        return model.eval()
+
+    base, x = zoo.MLP(), torch.randn(5, 8)
+    model = parametrized(fill_vectors(onelora.adapt(copy.deepcopy(base)), 0.5))
+    expected, own = model(x), parametrized(copy.deepcopy(base))
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(model(x), expected)
+    fill_vectors(model, 3.0, seed=9)
+    onelora.load_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(model(x), expected)
+    torch.testing.assert_close(onelora.load_adapter(own, tmp_path / "a.safetensors")(x), expected)
+    other = zoo.MLP()
+    with torch.no_grad():
+        other.b.weight.add_(torch.randn_like(other.b.weight))
+    with pytest.raises(onelora.BaseMismatchError):
+        onelora.load_adapter(parametrized(other), tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
 def test_a_read_weight_that_a_parametrization_took_away_is_never_the_base(norm):
     class Reading(nn.Module):
