@@ -144,6 +144,35 @@ def test_a_checkpoint_of_the_base_loads_strictly_and_leaves_the_vectors():
     assert not model._load_state_dict_post_hooks
 
 
+def _normed():
+    return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.LayerNorm(6), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_checkpoint_of_the_base_is_the_base_of_heads_and_norms_too(device, outer, tmp_path):
+    base = _normed().eval()
+    base.load_state_dict({n: v + torch.rand_like(v) if v.ndim else v for n, v in base.state_dict().items()})
+    with torch.device(device):
+        model = onelora.adapt(_normed().eval(), onelora.OneLoRAConfig(modules_to_save=["3"], train_norms=True))
+    holder, prefix = (nn.ModuleDict({"inner": model}), "inner.") if outer else (model, "")
+    checkpoint = {prefix + name: value.clone() for name, value in base.state_dict().items()}
+    holder.load_state_dict(checkpoint, assign=device == "meta")
+    x = torch.randn(5, 8)
+    expected = base(x)
+    train(fill_vectors(model, 0.5), {"input": x})
+    with onelora.disabled(model):
+        assert torch.equal(model(x), expected)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(onelora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")(x), model(x))
+    with torch.no_grad():  # a checkpoint of a part says nothing of the rest
+        holder.load_state_dict({prefix + "0.weight": base[0].weight.clone()}, strict=False)
+    onelora.add_adapter(model, "fresh")
+    onelora.set_adapter(model, "fresh")
+    assert torch.equal(model(x), expected)
+    assert torch.equal(onelora.detach(model)(x), expected)
+
+
 def test_a_checkpoint_with_some_of_the_vectors_is_no_base():
     model = onelora.adapt(zoo.MLP())
     checkpoint = model.state_dict()
@@ -186,6 +215,29 @@ def test_a_module_that_another_tool_gave_a_class_is_not_broken():
     parametrize.remove_parametrizations(model.b, "weight")
     onelora.detach(model)
     assert type(model.b) is nn.Linear
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_a_layer_that_is_parametrized_since_is_saved_and_loaded(norm, tmp_path):
+    def parametrized(model):
+        torch.manual_seed(0)
+        getattr(nn.utils.parametrizations, norm)(model.b)
+        return model.eval()
+
+    base, x = zoo.MLP(), torch.randn(5, 8)
+    model = parametrized(fill_vectors(onelora.adapt(copy.deepcopy(base)), 0.5))
+    expected, own = model(x), parametrized(copy.deepcopy(base))
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(model(x), expected)
+    fill_vectors(model, 3.0, seed=9)
+    onelora.load_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(model(x), expected)
+    torch.testing.assert_close(onelora.load_adapter(own, tmp_path / "a.safetensors")(x), expected)
+    other = zoo.MLP()
+    with torch.no_grad():
+        other.b.weight.add_(torch.randn_like(other.b.weight))
+    with pytest.raises(onelora.BaseMismatchError):
+        onelora.load_adapter(parametrized(other), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])

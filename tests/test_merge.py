@@ -120,6 +120,22 @@ def test_a_parametrized_weight_is_refused():
     assert list(onelora.vectors(model)) == ["0"]
 
 
+def test_a_weight_that_a_removed_parametrization_left_as_a_buffer_is_named():
+    model = onelora.adapt(nn.Sequential(nn.Linear(4, 3)))
+    nn.utils.parametrizations.weight_norm(model[0])
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")  # a parameter only of what is trained
+    with pytest.raises(onelora.MergeError, match=r"'0': its weight is a buffer.*assign an nn.Parameter"):
+        onelora.merge(model)
+    left = model[0]._buffers.pop("weight")
+    assert left is not None
+    model[0].weight = nn.Parameter(left, requires_grad=False)
+    fill_vectors(model, 0.5)
+    x = torch.randn(5, 4)
+    expected = model(x)
+    onelora.merge(model)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_merged_compiled_model_is_captured_again():
     model = fill_vectors(onelora.adapt(zoo.MLP()), 0.5)
     compiled: Any = torch.compile(model, backend="onelora", options={"inner": "eager"})

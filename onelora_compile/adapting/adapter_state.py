@@ -30,7 +30,8 @@ class AdapterState:
         config: the configuration in force.
         requires_grad: of every base parameter, as it was before, by name.
         originals: values before training of what is trained besides the vectors, by name: parameters of
-            modules_to_save and norms, and the running statistics of batch norms, which move without a gradient.
+            modules_to_save and norms, and the running statistics of batch norms, which move without a gradient; those
+            of the last checkpoint of the base that was loaded.
         fast_paths: attributes that were switched off, with their values; see `fastpath`.
         disabled: how many `disabled` blocks are open; `enable` ends the last of them.
         pool: its adapters by name, of which one is active.

@@ -219,6 +219,11 @@ def _loss(weight: Tensor, stored: Tensor, update: Tensor) -> FoldLoss:
 
 def _folded(name: str, target: Target) -> tuple[Tensor, FoldLoss]:
     weight = target.weight
+    if target.dims != () and target.parameter in target.module._buffers:
+        raise MergeError(
+            f"{name!r}: its weight is a buffer and no parameter, as remove_parametrizations leaves a frozen one: take "
+            "it out of the module and assign an nn.Parameter in its place"
+        )
     if target.dims != () and target.parameter not in target.module._parameters:
         raise MergeError(
             f"{name!r}: its weight is not a parameter but computed from others (a parametrization, weight_norm): "
