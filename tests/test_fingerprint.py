@@ -101,3 +101,14 @@ def test_json_round_trip_and_damage():
     for damage in ({"shape": [5]}, {"sketch": "AAAA"}, {"sketch": "*"}, {"norm": "x"}, {"norm": -1.0}, {"shape": None}):
         with pytest.raises(ValueError, match="not a fingerprint"):
             Fingerprint.from_json(print_.to_json() | damage)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, 3e38])
+def test_weights_that_are_not_finite_and_norms_that_float32_does_not_hold(value):
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    weight[1, 2] = value
+    known = fingerprint(weight)
+    assert Fingerprint.from_json(known.to_json()).agrees(known)  # a file that can be read again
+    rest = torch.where(weight.isfinite(), weight, 0.0).double()
+    assert known.norm == pytest.approx(rest.norm().item(), rel=1e-6)
+    assert known.agrees(fingerprint(rest))

@@ -26,6 +26,7 @@ from onelora_compile.exporters.jetson.device.core.modes import FOLD
 from onelora_compile.exporters.onnx_file.check import check_opens
 from onelora_compile.exporters.onnx_file.load import files_of, load_model
 from onelora_compile.exporters.onnx_file.metadata import Metadata
+from onelora_compile.exporters.onnx_file.overridable import overridable
 from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
 from onelora_compile.exporters.quantized.pairs import open_operators
 from onelora_compile.exporters.quantized.ranges import ON_SATURATION, settle_ranges
@@ -108,6 +109,7 @@ def fold_onnx(
     refuse_other_kinds(out, ".onnx")
     try:
         strip_vectors(model, held, str(base))
+        given = overridable(model)
         external = any(_external(value) for value in model.graph.initializers.values())
         with counting(f"fold {base.name}", progress) as count, one_thread():
             _prepare(model)
@@ -131,6 +133,7 @@ def fold_onnx(
             name = "" if isinstance(adapter, AdapterFile) else Path(adapter).name.removesuffix(".safetensors")
             put = [*folder.done, *trained.reads, *trained.dropped]
             model.metadata_props.update(_metadata(model, base, file, put, name, held).to_props())
+            fixed = sorted(given - overridable(model))
             count.start("write", len(model.graph.initializers))
             files = save_model(
                 model, out, external or None, check=lambda beside: check_opens(beside, base), written=count.step
@@ -149,6 +152,7 @@ def fold_onnx(
         replaced=[name for name in file.saved if name in trained.reads or name in trained.dropped],
         saturation=saturation,
         missing_uses=missing,
+        fixed=fixed,
         seconds=time.perf_counter() - start,
     )
 

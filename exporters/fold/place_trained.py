@@ -11,6 +11,7 @@ from torch import Tensor
 from onelora_compile.errors import MergeError, require
 from onelora_compile.exporters.fold.match_trained import OPTIONAL_BIAS, TrainedPlaces
 from onelora_compile.exporters.fold.parameter_reads import ParameterRead
+from onelora_compile.exporters.onnx_file.overridable import fix
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -43,6 +44,7 @@ def _replace(
     if firsts == everything and not value.is_graph_output() and value.producer() is None and not _forked(reads):
         value.const_value = tensor
         return
+    fix(value)
     own = _initializer(ir, model, f"{name}.trained", tensor)
     for read in reads:
         before = own

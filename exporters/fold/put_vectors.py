@@ -17,6 +17,7 @@ from onelora_compile.exporters.fold.report import FoldedVector
 from onelora_compile.exporters.jetson.device.core.modes import FOLD
 from onelora_compile.exporters.onnx_file.load import as_torch, by_rows
 from onelora_compile.exporters.onnx_file.metadata import Metadata
+from onelora_compile.exporters.onnx_file.overridable import fix
 from onelora_compile.exporters.quantized.beside_matmul import Branches, into_zero_points
 from onelora_compile.weights.adapter_content import float32
 from onelora_compile.weights.adapter_file import AdapterFile
@@ -98,6 +99,7 @@ class Folder:
         streamed = _Streamed(lambda: self._folded(weight, source, placed), tuple(source.shape))
         tensor = self.ir.LazyTensor(lambda: streamed, dtype=source.dtype, shape=source.shape, name=name)
         if shared:
+            fix(value)
             redirect(self.branches.writer, self.model.graph, uses, tensor)
         else:
             value.const_value = tensor

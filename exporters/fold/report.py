@@ -38,6 +38,7 @@ class FoldReport(Printable):
         saturation: what became of the static quantisers behind the vectors, whose ranges were calibrated on the base.
         missing_uses: of weights that the file uses less often than the model may: how often there, and in the model.
         replaced: other trained tensors (modules_to_save, norms) that took the place of their base values.
+        fixed: initializers that a call could give, and can't any more: weights hold what was computed from them.
         seconds: wall time.
     """
 
@@ -48,6 +49,7 @@ class FoldReport(Printable):
     replaced: list[str]
     saturation: Saturation
     missing_uses: dict[str, tuple[int, int]]
+    fixed: list[str]
     seconds: float
 
     def __rich__(self) -> Table:
@@ -67,5 +69,7 @@ class FoldReport(Printable):
         if self.missing_uses:
             listed = shortened([f"{name} {there} of {times}" for name, (there, times) in self.missing_uses.items()])
             notes.append(f"uses in the file, of those that the model may have: {listed}; the others stay the base's")
+        if self.fixed:
+            notes.append(f"no inputs of the file any more, as weights were computed from them: {shortened(self.fixed)}")
         table.caption = "; ".join(notes) or None
         return table

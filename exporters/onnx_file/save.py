@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.onnx_file.load import files_named
 from onelora_compile.exporters.onnx_file.metadata import PRODUCER
+from onelora_compile.exporters.onnx_file.overridable import FIRST, fix
 from onelora_compile.weights.atomic_write import alone, flush, remove, replacing
 
 if TYPE_CHECKING:
@@ -138,8 +139,12 @@ def _stem(path: Path) -> str:
 def _fit_ir_version(model: onnx_ir.Model) -> None:
     """IR versions before 4 take each initializer for an input too, which one that a tool added is not."""
     graphs = [model.graph, *model.graph.subgraphs()]
-    if not all(value.is_graph_input() for graph in graphs for value in graph.initializers.values()):
-        model.ir_version = max(model.ir_version, 4)
+    held = [value for graph in graphs for value in graph.initializers.values()]
+    if model.ir_version >= FIRST or all(value.is_graph_input() for value in held):
+        return
+    model.ir_version = FIRST
+    for value in list(model.graph.initializers.values()):  # constants until now, and no inputs of a call
+        fix(value)
 
 
 def _write_apart(model: onnx_ir.Model, names: Sequence[str], file: Path) -> None:

@@ -34,6 +34,8 @@ def into_zero_points(node: onnx_ir.Node, vector: np.ndarray, ir: Any) -> bool:
     scale, zero = node.inputs[2], node.inputs[3]
     if scale is None or scale.const_value is None or zero.const_value is None or len(zero.uses()) > 1:
         return False
+    if scale.is_graph_input() or zero.is_graph_input():  # a call may give others, which hold no vector
+        return False
     old = np.asarray(zero.const_value.numpy())
     if old.dtype != np.float32:  # narrower ones would round the vector away
         return False

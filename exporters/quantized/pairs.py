@@ -15,6 +15,7 @@ import numpy as np
 
 from onelora_compile.exporters.onnx_file.constants import Constants, attribute
 from onelora_compile.exporters.onnx_file.node_writer import Writer
+from onelora_compile.exporters.onnx_file.overridable import fix
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -86,7 +87,8 @@ class _Opener:
         held = [one for one in node.inputs if one is not None and one.is_initializer()]
         graph.remove(node, safe=True)
         for one in held:
-            if not one.uses() and one.graph is not None and not one.is_graph_input():
+            fix(one)  # of its numbers others were made: a bias's scale, weights around 128
+            if not one.uses() and one.graph is not None:
                 one.graph.initializers.pop(one.name or "", None)
         return True
 

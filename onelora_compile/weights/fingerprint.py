@@ -12,6 +12,8 @@ Rounding to few bits moves a weight as far as factors of its columns do.  The le
 
 The root mean square of a difference of two is that of the logarithms of the factors.  Rounding errors of a column
 have nothing to do with each other, so that its norm hardly moves.
+
+NaN and infinity count as zeros: a layer that no forward uses may hold anything.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -183,8 +186,11 @@ def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerpri
             step = max(1, _CHUNK // max(1, columns))
             for start in range(0, block.shape[0], step):
                 chunk = block[start : start + step].to(dtype)
+                if not math.isfinite(norm := torch.linalg.vector_norm(chunk).item()):
+                    chunk = chunk.nan_to_num(0.0, 0.0, 0.0)
+                    norm = torch.linalg.vector_norm(chunk.cpu().double()).item()
                 sketch += left[done : done + len(chunk)].T @ (chunk @ right).cpu().double()
-                square += torch.linalg.vector_norm(chunk).item() ** 2
+                square += norm**2
                 squares = chunk.square()
                 by_row[done : done + len(chunk)] = squares.sum(1).cpu().double()
                 by_column = by_column + squares.sum(0).cpu().double()

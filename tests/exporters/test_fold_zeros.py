@@ -88,3 +88,16 @@ def test_experts_are_told_what_to_do(tmp_path):
     model = fill_vectors(onelora.adapt(base), 0.1)
     with pytest.raises(ExportError, match=r"w: no weight of its shape \(of experts or heads, .* by export_onnx\)"):
         folded(model, tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_layer_of_anything_that_no_forward_uses(case, value):
+    """Memory that nothing wrote to: the file that was saved could not be read again."""
+    model, _, folder = case
+    with torch.no_grad():
+        model.get_submodule("pooler").get_parameter("weight")[2, 1] = value
+        onelora.vectors(model)["layer"].fill_(0.5)
+    assert set(folded(model, folder).folded) == {"layer"}
+    vectors = {name: vector.clone() for name, vector in onelora.vectors(model).items()}
+    onelora.load_adapter(model, folder / "a.safetensors")
+    assert all(torch.equal(vector, vectors[name]) for name, vector in onelora.vectors(model).items())
