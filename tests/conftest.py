@@ -32,7 +32,6 @@ THINNED = {
     "test_compile.py": 3,
     "test_dispatched.py": 6,
     "test_distributed.py": 3,
-    "test_dynamic_attention.py": 4,
     "test_export_axes.py": 5,
     "test_export_cache.py": 3,
     "test_export_decoders.py": 8,
