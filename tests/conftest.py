@@ -1,7 +1,5 @@
 """Every test starts from the same seed and an empty Dynamo cache; long tables are thinned for the default run."""
 
-import copy
-import functools
 import gc
 import importlib.util
 import os
@@ -11,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core; more threads would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import export_tables
 import torch
 from hypothesis import settings
 
@@ -31,7 +32,6 @@ THINNED = {
     "test_compile.py": 3,
     "test_dispatched.py": 6,
     "test_distributed.py": 3,
-    "test_dynamic_attention.py": 4,
     "test_export_axes.py": 5,
     "test_export_cache.py": 3,
     "test_export_decoders.py": 8,
@@ -98,22 +98,8 @@ def fresh():
 
 
 def pytest_collection_finish():
-    """Let torch.onnx read onnxscript's table of operators once in a process: for each export, it is half of the time.
-
-    It parses the sources of 500 functions, which are the same each time; an export gets a table of its own as before.
-    """
-    if "onelora_compile.exporters" not in sys.modules or importlib.util.find_spec("onnxscript") is None:
-        return
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    read = functools.cache(ONNXRegistry.from_torchlib)
-
-    def from_torchlib(**options):
-        registry = copy.copy(read(**options))
-        registry.functions = {target: list(known) for target, known in registry.functions.items()}
-        return registry
-
-    setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))  # noqa: B010
+    if "onelora_compile.exporters" in sys.modules and importlib.util.find_spec("onnxscript"):
+        export_tables.keep()
 
 
 @pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks

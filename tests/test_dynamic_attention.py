@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -73,9 +74,21 @@ def compiled(model, dynamic):
     return torch.compile(model, backend="onelora", options=options, fullgraph=True, dynamic=dynamic), targets
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dynamic", [None, True, False], ids=["auto", "dynamic", "static"])
+DYNAMIC, TRAINING = {"auto": None, "dynamic": True, "static": False}, {"train": True, "eval": False}
+# Every fourth walks all of each column by default.
+CASES = [
+    pytest.param(
+        DYNAMIC[dynamic],
+        TRAINING[training],
+        mask,
+        id=f"{dynamic}-{training}-{mask}",
+        marks=pytest.mark.slow if number % 4 else (),
+    )
+    for number, (dynamic, training, mask) in enumerate(itertools.product(DYNAMIC, TRAINING, MASKS))
+]
+
+
+@pytest.mark.parametrize(("dynamic", "training", "mask"), CASES)
 def test_every_update_is_moved_to_the_activations(dynamic, training, mask):
     torch.manual_seed(0)
     model, base = adapted(Attention().train(training))
