@@ -47,6 +47,19 @@ def test_ids_are_whole_numbers_of_any_kind_and_nothing_else(tmp_path):
         np.testing.assert_array_equal(runner.run(inputs, adapter_ids=[one] * rows)[0], wanted)  # type: ignore[list-item]
 
 
+def test_there_is_one_id_for_each_row(tmp_path):
+    # ONNX Runtime computes one row with three ids as three rows.
+    case = Case("bert", tmp_path)
+    case.export("bank")
+    runner, inputs = OnnxRunner(case.path), case.feed(torch.float32)
+    one = [value[:1] for value in inputs]
+    for feed, ids in ((one, [0, 1, 0]), (inputs, [0]), (inputs, []), (inputs, 0), (inputs, [[0] * len(inputs[0])])):
+        with pytest.raises(ExportError, match=f"are not one for each of the {len(feed[0])} rows of the batch"):
+            runner.run(feed, adapter_ids=ids)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match=r"takes \[.*\]; \[.*\] are not among the given \['inputs'\]"):
+        runner.run({"inputs": inputs[0]})
+
+
 @pytest.mark.parametrize("mode", ["fold", "load", "input"])
 def test_ids_are_for_banks(mode, tmp_path):
     case = Case("bert", tmp_path)
