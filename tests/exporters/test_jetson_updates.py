@@ -61,6 +61,8 @@ def test_an_adapter_file_alone_updates_a_device(mode, tmp_path):
     status = command(folder, "status")
     assert status.returncode == 0
     assert "adapter   arrived" in status.stdout
+    assert "engines   none: run build" in status.stdout
+    assert "engines   none, and none are needed" in command(folder, *ORT, "status").stdout
 
 
 @pytest.mark.parametrize("mode", bundles.MODES)
