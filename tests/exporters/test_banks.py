@@ -1,6 +1,7 @@
 """A bank: the rows of one batch use different adapters; what it can not choose by row is refused by name."""
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -144,3 +145,17 @@ def test_a_bank_of_a_model_that_is_not_adapted_and_of_adapters_of_different_laye
     outputs = OnnxRunner(tmp_path / "m.onnx").run([x.numpy()], adapter_ids=[-1, 0, 1, 2])[0]
     for row, one in enumerate(expected):
         np.testing.assert_allclose(outputs[row], one[row].detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["load", "input", "bank"])
+@pytest.mark.parametrize("name", ["adapter_ids", "val_0", "linear"])
+def test_a_layer_may_be_called_as_what_an_export_adds(name, mode, tmp_path):
+    torch.manual_seed(0)
+    layers = OrderedDict([(name, nn.Linear(6, 5)), ("act", nn.Tanh()), ("last", nn.Linear(5, 4))])
+    base, x = nn.Sequential(layers), torch.randn(4, 6)
+    model = fill_vectors(onelora.adapt(copy.deepcopy(base)), 0.5)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    options: dict[str, Any] = {"bank": [tmp_path / "a.safetensors"]} if mode == "bank" else {}
+    export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode, **options)
+    (outputs,) = OnnxRunner(tmp_path / "m.onnx", tmp_path / "a.safetensors").run([x.numpy()])
+    assert_parity(torch.from_numpy(outputs), merged_copy(model, torch.float64)(x.double()), merged_copy(model)(x))
