@@ -136,6 +136,8 @@ VALUES = [
     (("verify", "base.onnx", "base.onnx", "--size", "batch=3x5"), "'batch' is one dimension"),
     (("verify", "base.onnx", "mymodels:make", "--size", "batch=3"), "--size is for two ONNX models"),
     (("verify", "base.onnx", "other.onnx"), "can't run other.onnx"),
+    (("verify", "base.onnx", "base.onnx", "--adapter", "a.safetensors"), "(mode 'base') take no adapter"),
+    (("verify", "base.onnx", "base.onnx", "--adapter", "gone.safetensors"), "(mode 'base') take no adapter"),
     (("bundle", "base.onnx", "-o", "out", "--size", "batch=8,4,2"), "is not smallest, usual, largest"),
     (("bundle", "base.onnx", "-o", "out", "--size", "rows=8"), "shapes names rows; the model's inputs are"),
     (("bundle", "base.onnx", "-o", "out", "--size", "batch=8x2"), "a dimension takes three numbers"),

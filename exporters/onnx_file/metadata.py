@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -207,6 +207,28 @@ def bank_id(metadata: Metadata, path: str | os.PathLike[str], adapter: str | os.
     if own not in metadata.digests:
         raise AdapterFileError(f"no adapter of {path} has the values of this file, whatever its name; {known}")
     return metadata.digests.index(own)
+
+
+def checked_ids(ids: Sequence[int] | np.ndarray, count: int, rows: int | None = None) -> np.ndarray:
+    """The ids of a bank's call, int64, with -1 for the base.
+
+    Args:
+        ids: as a user gives them.
+        count: of the bank's adapters.
+        rows: of the batch, of which each has an id; None is not known.
+
+    Raises:
+        ExportError: no whole numbers, none of the bank's, or another number of them.
+    """
+    found = np.asarray(ids)
+    if found.size and found.dtype.kind not in "iu":  # 0.9 would be adapter 0
+        raise ExportError(f"adapter_ids {found.tolist()} are not whole numbers, but {found.dtype}")
+    # The table's last row is the base, so ids beyond it would be read without an error.
+    if found.size and (found.min() < -1 or found.max() >= count):
+        raise ExportError(f"adapter_ids {found.tolist()} are not all between -1 (the base) and {count - 1}")
+    if rows is not None and found.shape != (rows,):  # a runtime may repeat one row for all ids
+        raise ExportError(f"adapter_ids {found.tolist()} are not one for each of the {rows} rows of the batch")
+    return found.astype(np.int64)
 
 
 def _prints(text: str) -> dict[str, Fingerprint]:

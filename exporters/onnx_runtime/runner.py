@@ -15,7 +15,7 @@ import numpy as np
 from onelora_compile.errors import ExportError, OneLoRAError, StateError, require
 from onelora_compile.exporters.jetson.device.core.modes import IDS
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
-from onelora_compile.exporters.onnx_file.metadata import Metadata, bank_id
+from onelora_compile.exporters.onnx_file.metadata import Metadata, bank_id, checked_ids
 from onelora_compile.exporters.onnx_runtime.bank_tables import BankTables
 from onelora_compile.file_names import as_path
 from onelora_compile.printable import shortened
@@ -176,11 +176,12 @@ class OnnxRunner:
                 raise ExportError(f"the ONNX model takes {len(names)} inputs {names}; {len(inputs)} were given")
             inputs = dict(zip(names, inputs, strict=True))
         feed = {name: np.asarray(value) for name, value in inputs.items()}
+        if absent := [name for name in names if name not in feed]:
+            raise ExportError(f"the ONNX model takes {names}; {absent} are not among the given {list(feed)}")
         if self.metadata.traits.feeds_ids:
-            if adapter_ids is None:
-                first = feed[names[0]]
-                adapter_ids = np.full(first.shape[0], self._id)
-            feed[IDS] = self._checked_ids(adapter_ids)
+            rows = next(feed[name].shape[0] for name in names if feed[name].ndim)
+            ids = np.full(rows, self._id) if adapter_ids is None else adapter_ids
+            feed[IDS] = self._checked_ids(ids, rows)
         elif adapter_ids is not None:
             raise StateError(f"{self.path} is no bank (its mode is {self.mode!r}): adapter_ids means nothing to it")
         return feed | self._vectors if self.metadata.traits.feeds_vectors else feed
@@ -251,14 +252,8 @@ class OnnxRunner:
             self._require(vectors)
         self._vectors = vectors
 
-    def _checked_ids(self, adapter_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        ids, count = np.asarray(adapter_ids), len(self.metadata.adapters)
-        if ids.size and ids.dtype.kind not in "iu":  # 0.9 would be adapter 0
-            raise ExportError(f"adapter_ids {ids.tolist()} are not whole numbers, but {ids.dtype}")
-        # The table's last row is the base, so ids beyond it would be read without an error.
-        if ids.size and (ids.min() < -1 or ids.max() >= count):
-            raise ExportError(f"adapter_ids {ids.tolist()} are not all between -1 (the base) and {count - 1}")
-        return ids.astype(np.int64)
+    def _checked_ids(self, adapter_ids: Sequence[int] | np.ndarray, rows: int | None = None) -> np.ndarray:
+        return checked_ids(adapter_ids, len(self.metadata.adapters), rows)
 
     def _checked(self, adapter: Adapter) -> dict[str, np.ndarray]:
         """The vectors that the model takes."""

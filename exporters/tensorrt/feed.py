@@ -12,7 +12,7 @@ import torch
 from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters.jetson.device.core.engine import DTYPES
 from onelora_compile.exporters.jetson.device.core.modes import IDS
-from onelora_compile.exporters.onnx_file.metadata import bank_id
+from onelora_compile.exporters.onnx_file.metadata import bank_id, checked_ids
 from onelora_compile.exporters.tensorrt.gpu_memory import ALIGNMENT, Array
 from onelora_compile.exporters.tensorrt.manifest import Manifest
 from onelora_compile.printable import shortened
@@ -93,10 +93,8 @@ def feed_of(
     feed: dict[str, Array] = {name: inputs[name] for name in names}
     if manifest.traits.feeds_ids:
         count = len(manifest.adapters)
-        first = feed[names[0]]
-        ids = np.asarray(np.full(first.shape[0], default_id) if adapter_ids is None else adapter_ids, np.int64)
-        if ids.size and (ids.min() < -1 or ids.max() >= count):
-            raise ExportError(f"adapter_ids {ids.tolist()} are not all between -1 (the base) and {count - 1}")
+        rows = next(feed[name].shape[0] for name in names if feed[name].ndim)
+        ids = checked_ids(np.full(rows, default_id) if adapter_ids is None else adapter_ids, count, rows)
         feed[IDS] = np.where(ids < 0, count, ids)  # the zero row is the last; not every Gather counts from the end
     elif adapter_ids is not None:
         raise StateError(f"{engine} is no bank (its mode is {manifest.mode!r}): adapter_ids means nothing to it")

@@ -73,7 +73,9 @@ def place_vectors(
                     node.outputs[0].replace_all_uses_with(_as_used(writer, node, value))
     writer.finish()
     # The marks, what was between them and a table, and the parameters below them.
-    require("onnx_ir.passes.common", "onnx", "export to ONNX").RemoveUnusedNodesPass()(model)
+    passes = require("onnx_ir.passes.common", "onnx", "export to ONNX")
+    passes.RemoveUnusedNodesPass()(model)
+    passes.NameFixPass()(model)  # a new node's output may be called val_0, and so may a vector
     model.opset_imports.pop(DOMAIN, None)
     return names
 
@@ -167,7 +169,7 @@ class _Bank:
 
     def _table(self, vector: onnx_ir.Value, name: str) -> onnx_ir.Value:
         """[adapters + 1, *vector] of what an update reads, the last row zero."""
-        own, taken = name, self.graph.initializers
+        own, taken = name, {*self.graph.initializers, IDS}
         while own in taken:
             own += "_"
         _rename(self.graph, own)  # torch.onnx calls what a linear gives "linear", as the linear may be called

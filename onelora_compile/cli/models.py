@@ -278,17 +278,20 @@ def verify(
 
     sizes = parse_sizes(size or ())
 
-    def runner(path: Path) -> OnnxRunner:
-        found = OnnxRunner(path)
-        return found.with_adapter(adapter) if adapter and not found.metadata.traits.fixed else found
+    def adapted(runner: OnnxRunner) -> OnnxRunner:
+        return runner.with_adapter(adapter) if adapter and not runner.metadata.traits.fixed else runner
 
     if Path(reference).is_file() or ":" not in reference:
-        pair = runner(artifact), runner(Path(reference))
-        return Comparisons([compare(*pair, sizes=one) for one in each_size(sizes)])
+        pair = OnnxRunner(artifact), OnnxRunner(Path(reference))
+        if adapter and all(one.metadata.traits.fixed for one in pair):
+            held = " and ".join(f"{one.path} (mode {one.mode!r})" for one in pair)
+            raise ConfigError(f"--adapter {adapter}: {held} take no adapter: fold it into the base first")
+        first, second = map(adapted, pair)
+        return Comparisons([compare(first, second, sizes=one) for one in each_size(sizes)])
     if sizes:
         raise ConfigError(f"--size is for two ONNX models; the inputs are those that {reference!r} returns")
     loaded = load_target(reference)
     with loaded.blamed():
         if adapter:
             load_adapter(loaded.model, adapter)
-        return Comparisons([compare(runner(artifact), loaded.model, loaded.args, loaded.kwargs)])
+        return Comparisons([compare(adapted(OnnxRunner(artifact)), loaded.model, loaded.args, loaded.kwargs)])

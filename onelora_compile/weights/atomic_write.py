@@ -122,6 +122,9 @@ def _keep(path: Path) -> Path | None:
     return other
 
 
+_SAID = "can't write: "
+
+
 @contextlib.contextmanager
 def naming(path: Path, *temporary: Path) -> Iterator[None]:
     """Errors of the operating system about a temporary name, or about none, are errors about `path`."""
@@ -131,7 +134,8 @@ def naming(path: Path, *temporary: Path) -> Iterator[None]:
         named = [str(one) for one in (error.filename, error.filename2) if one is not None]
         if (named or error.errno is None) and not any(one.startswith(str(own)) for one in named for own in temporary):
             raise
-        raise type(error)(error.errno, f"can't write: {error.strerror}", str(path)) from error
+        reason = (error.strerror or "").removeprefix(_SAID)  # a file in a folder that is written says it first
+        raise type(error)(error.errno, f"{_SAID}{reason}", str(path)) from error
     except Exception as error:
         # safetensors has an error of its own for a full disk.
         if type(error).__name__ != "SafetensorError":

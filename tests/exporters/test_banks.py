@@ -1,6 +1,7 @@
 """A bank: the rows of one batch use different adapters; what it can not choose by row is refused by name."""
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,19 @@ def test_ids_are_whole_numbers_of_any_kind_and_nothing_else(tmp_path):
     for one in (np.int64(1), np.uint8(1)):
         np.testing.assert_array_equal(runner.with_adapter(one).run(inputs)[0], wanted)  # type: ignore[arg-type]
         np.testing.assert_array_equal(runner.run(inputs, adapter_ids=[one] * rows)[0], wanted)  # type: ignore[list-item]
+
+
+def test_there_is_one_id_for_each_row(tmp_path):
+    # ONNX Runtime computes one row with three ids as three rows.
+    case = Case("bert", tmp_path)
+    case.export("bank")
+    runner, inputs = OnnxRunner(case.path), case.feed(torch.float32)
+    one = [value[:1] for value in inputs]
+    for feed, ids in ((one, [0, 1, 0]), (inputs, [0]), (inputs, []), (inputs, 0), (inputs, [[0] * len(inputs[0])])):
+        with pytest.raises(ExportError, match=f"are not one for each of the {len(feed[0])} rows of the batch"):
+            runner.run(feed, adapter_ids=ids)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match=r"takes \[.*\]; \[.*\] are not among the given \['inputs'\]"):
+        runner.run({"inputs": inputs[0]})
 
 
 @pytest.mark.parametrize("mode", ["fold", "load", "input"])
@@ -131,3 +145,17 @@ def test_a_bank_of_a_model_that_is_not_adapted_and_of_adapters_of_different_laye
     outputs = OnnxRunner(tmp_path / "m.onnx").run([x.numpy()], adapter_ids=[-1, 0, 1, 2])[0]
     for row, one in enumerate(expected):
         np.testing.assert_allclose(outputs[row], one[row].detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["load", "input", "bank"])
+@pytest.mark.parametrize("name", ["adapter_ids", "val_0", "linear"])
+def test_a_layer_may_be_called_as_what_an_export_adds(name, mode, tmp_path):
+    torch.manual_seed(0)
+    layers = OrderedDict([(name, nn.Linear(6, 5)), ("act", nn.Tanh()), ("last", nn.Linear(5, 4))])
+    base, x = nn.Sequential(layers), torch.randn(4, 6)
+    model = fill_vectors(onelora.adapt(copy.deepcopy(base)), 0.5)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    options: dict[str, Any] = {"bank": [tmp_path / "a.safetensors"]} if mode == "bank" else {}
+    export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode, **options)
+    (outputs,) = OnnxRunner(tmp_path / "m.onnx", tmp_path / "a.safetensors").run([x.numpy()])
+    assert_parity(torch.from_numpy(outputs), merged_copy(model, torch.float64)(x.double()), merged_copy(model)(x))

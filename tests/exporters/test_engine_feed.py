@@ -101,6 +101,9 @@ def test_ids_of_a_bank(built):
     # -1 is the zero row, which is the last: TensorRT's Gather need not count from the end.
     assert feed_of(found, engine, ["input"], [x], [0, -1, 0], -1)["adapter_ids"].tolist() == [0, 1, 0]
     assert feed_of(found, engine, ["input"], {"input": x}, None, 0)["adapter_ids"].tolist() == [0, 0, 0]
+    for ids in ([0], [0.9, 0, 0]):
+        with pytest.raises(onelora.ExportError, match=r"are not one for each of the 3 rows|are not whole numbers"):
+            feed_of(found, engine, ["input"], [x], ids, -1)  # type: ignore[arg-type]
     with pytest.raises(onelora.ExportError, match=r"not all between -1 \(the base\) and 0"):
         feed_of(found, engine, ["input"], [x], [1, 0, 0], -1)
 

@@ -61,6 +61,8 @@ def test_an_adapter_file_alone_updates_a_device(mode, tmp_path):
     status = command(folder, "status")
     assert status.returncode == 0
     assert "adapter   arrived" in status.stdout
+    assert "engines   none: run build" in status.stdout
+    assert "engines   none, and none are needed" in command(folder, *ORT, "status").stdout
 
 
 @pytest.mark.parametrize("mode", bundles.MODES)
@@ -190,6 +192,9 @@ def test_rows_of_a_bank(tmp_path):
         np.testing.assert_allclose(mixed.numpy()[row], alone.numpy()[0], rtol=1e-5, atol=1e-6)
     with pytest.raises(deployed.BundleError, match=r"adapter_ids \[2, 0, 0\] are not all between -1 .* and 1"):
         model.run({"x": x, "adapter_ids": np.array([2, 0, 0])})
+    for batch, ids in ((x[:1], [0, 1, 0]), (x, [0])):
+        with pytest.raises(deployed.BundleError, match=f"are not one for each of the {len(batch)} rows"):
+            model.run({"x": batch, "adapter_ids": np.array(ids)})
 
 
 def test_a_full_disk_behind_standard_output_undoes_nothing(tmp_path, monkeypatch):

@@ -23,8 +23,10 @@ class Refused(Exception):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def asked(monkeypatch, tmp_path):
     """What sessions are asked for, in a package that says that it has every provider."""
+    for mode in bundles.MODES:  # they are made once in a process, in ONNX Runtime itself
+        bundles.fresh(mode, tmp_path / "made")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*NAMES.values()])
     found = []
 

@@ -275,7 +275,7 @@ def _status(folder: Folder, options: Options, chosen: argparse.Namespace) -> int
     engines = folder.file("local", "engines")
     plans = [name for name in sorted(os.listdir(engines)) if name.endswith(".plan")] if os.path.isdir(engines) else []
     plans += [os.path.basename(path) for path in caches(folder)]
-    print(f"engines   {', '.join(plans) or 'none: run build'}")
+    print(f"engines   {', '.join(plans) or ('none: run build' if options.builds else 'none, and none are needed')}")
     wrong = folder.damaged()
     for line in wrong:
         print(f"damaged   {line}")

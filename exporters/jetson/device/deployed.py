@@ -128,13 +128,15 @@ class Deployed:
 
     def _ids(self, inputs: dict[str, Tensor]) -> Tensor:
         names = self.folder.manifest["bank"]
+        batch = inputs[self.folder.manifest["model"]["batch_input"]].shape[0]
         if IDS in inputs:
             ids = inputs[IDS].values()
             if any(not -1 <= number < len(names) for number in ids):
                 raise BundleError(f"adapter_ids {ids} are not all between -1 (the base) and {len(names) - 1}")
+            if inputs[IDS].shape != (batch,):  # a runtime may repeat one row for all ids
+                raise BundleError(f"adapter_ids {ids} are not one for each of the {batch} rows of the batch")
         else:
             own = -1 if self.adapter["name"] == BASE else names.index(self.adapter["name"])
-            batch = inputs[self.folder.manifest["model"]["batch_input"]].shape[0]
             ids = [own] * batch
         # The last row of the tables is the base.
         return Tensor.from_values("int64", (len(ids),), [number if number >= 0 else len(names) for number in ids])

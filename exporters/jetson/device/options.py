@@ -33,6 +33,11 @@ class Options(NamedTuple):
     verbose: bool = False
     provider: str = "cpu"
 
+    @property
+    def builds(self) -> bool:
+        """Whether there are engines at all."""
+        return self.runtime != "onnxruntime" or self.provider == "tensorrt"
+
     def engine_each(self, mode: Mode) -> bool:
         """Whether each adapter has an engine of its own: another one takes as long as a build."""
         if self.runtime == "onnxruntime":

@@ -95,7 +95,7 @@ def prepare(folder: Folder, options: Options, adapter: dict[str, Any], force: bo
         shutil.rmtree(cache, ignore_errors=True)
     start = time.time()
     model = OnnxRuntime(folder, options, adapter)
-    if options.provider != "tensorrt":
+    if not options.builds:
         return [f"{model.label} needs no engine: nothing to build"]
     names = os.listdir(cache) if os.path.isdir(cache) else []
     size = sum(os.path.getsize(os.path.join(cache, name)) for name in names)
