@@ -14,9 +14,11 @@ from onelora_compile.adapting.adapter_state import (
     STATE,
     AdapterState,
     adapted_weights,
+    mark,
     refuse_offloaded_vectors,
     state_of,
     state_or_none,
+    unmark,
 )
 from onelora_compile.adapting.base_checkpoints import forget_base_checkpoints, take_base_checkpoints
 from onelora_compile.adapting.config import OneLoRAConfig
@@ -84,7 +86,7 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
         state = AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals)
         state.skipped, state.not_linear = dict(selection.skipped), dict(selection.not_linear)
         state.uses = dict(selection.uses)
-        setattr(root, STATE, state)
+        mark(root, state)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         for name in selection.saved:
@@ -117,8 +119,8 @@ def detach(model: Model) -> Model:
     """Remove the vectors: the model is the base again, bit for bit.
 
     Also restores what modules_to_save, train_norms and batch-norm statistics changed, and which parameters
-    require a gradient. One attribute stays, `_onelora_state = None`: it keeps the next compiled call from adapting the
-    model, its copies and its pickles again, which nothing beside the model could.
+    require a gradient. One attribute stays, `_onelora_state`, None on the model and False on those in it. It keeps the
+    next compiled call from adapting them, their copies and their pickles again, which nothing beside them could.
 
     Returns:
         The same object.
@@ -162,7 +164,7 @@ def release(root: nn.Module, state: AdapterState) -> None:
 def undo_adapt(root: nn.Module) -> None:
     """As if `adapt` had not been called: `detach`, and the next compiled call adapts the model again."""
     detach(root)
-    delattr(root, STATE)
+    unmark(root)
 
 
 def vectors(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -18,6 +18,7 @@ from onelora_compile.errors import StateError
 from onelora_compile.sharded import is_piece
 
 STATE = "_onelora_state"
+PART = False  # what the modules inside of a model that was given to `adapt` have there: no state of their own
 
 
 @dataclasses.dataclass
@@ -77,8 +78,25 @@ def adapted_part(root: nn.Module) -> tuple[str, nn.Module]:
 
 
 def was_adapted(root: nn.Module) -> bool:
-    """Whether the model or a part of it is adapted, or was until `detach` or `merge`."""
-    return any(is_adapted(module) or STATE in vars(module) for module in root.modules())
+    """Whether the model, a part of it or one around it is adapted, or was until `detach` or `merge`."""
+    if STATE in vars(root):
+        return True
+    return any(is_adapted(module) or vars(module).get(STATE, PART) is not PART for module in root.modules())
+
+
+def mark(root: nn.Module, state: AdapterState) -> None:
+    """Give a model its state, and let each module inside know that it is a part: a block may be compiled by itself."""
+    setattr(root, STATE, state)
+    for module in root.modules():
+        vars(module).setdefault(STATE, PART)
+
+
+def unmark(root: nn.Module) -> None:
+    """Undo `mark`."""
+    delattr(root, STATE)
+    for module in root.modules():
+        if vars(module).get(STATE) is PART:
+            del vars(module)[STATE]
 
 
 def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False, allow_lost: bool = False) -> AdapterState:
@@ -160,7 +178,7 @@ def refuse_disabled(root: nn.Module, purpose: str) -> None:
     Raises:
         StateError: the model or a part of it is in a `disabled` block, or in a `rows` block of this thread.
     """
-    refuse_blocks((vars(module).get(STATE) for module in root.modules()), purpose)
+    refuse_blocks(map(state_or_none, root.modules()), purpose)
 
 
 def refuse_blocks(found: Iterable[AdapterState | None], purpose: str) -> None:
@@ -178,6 +196,6 @@ def refuse_blocks(found: Iterable[AdapterState | None], purpose: str) -> None:
 
 def state_or_none(root: nn.Module) -> AdapterState | None:
     """The state of a model that was given to `adapt`; None for any other."""
-    state = vars(root).get(STATE)
+    state = vars(root).get(STATE) or None
     assert state is None or isinstance(state, AdapterState)
     return state
