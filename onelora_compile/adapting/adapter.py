@@ -7,15 +7,17 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from onelora_compile.adapting.adapted_module import is_adapted, made_by_attach, remove
 from onelora_compile.adapting.adapter_state import (
     STATE,
     AdapterState,
     adapted_weights,
+    all_saved_tensors,
     mark,
     refuse_offloaded_vectors,
+    saved_tensors,
     state_of,
     state_or_none,
     unmark,
@@ -31,7 +33,6 @@ from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
 from onelora_compile.adapting.weight_target import attach
 from onelora_compile.errors import StateError, TargetError
-from onelora_compile.printable import shortened
 from onelora_compile.sharded import is_fully_sharded, is_sharded, whole
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -263,31 +264,6 @@ def refuse_sharded(root: nn.Module, purpose: str, remedy: str) -> None:
     """
     if (name := next((name for name, p in root.named_parameters() if is_sharded(p)), None)) is not None:
         raise StateError(f"can't {purpose} a model that is sharded over processes ({name!r} is): {remedy}")
-
-
-def saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
-    """What travels with the vectors: trained base parameters and batch-norm statistics, by name."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]:
-        if clean_name(name) in state.originals:
-            tensors[clean_name(name)] = tensor
-    return tensors
-
-
-def all_saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
-    """`saved_tensors`, none of which may be missing.
-
-    Raises:
-        StateError: a layer that held one was removed or replaced after `adapt`.
-    """
-    tensors = saved_tensors(root, state)
-    gone = [name for name, one in state.originals.items() if name not in tensors or tensors[name].shape != one.shape]
-    if gone:
-        raise StateError(
-            f"the adapter holds {shortened(gone)}, which the model has no more, or of another shape: a layer was "
-            "removed or replaced after adapt. Put it back; merge and the exporters need it not"
-        )
-    return tensors
 
 
 def running_statistics(root: nn.Module, selection: Selection) -> list[str]:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapted_module import is_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dispatched import is_offloaded
-from onelora_compile.adapting.module_names import named_modules
+from onelora_compile.adapting.module_names import clean_name, named_modules
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.adapting.weight_target import Target, targets_of
 from onelora_compile.errors import StateError
+from onelora_compile.printable import shortened
 from onelora_compile.sharded import is_piece
 
 STATE = "_onelora_state"
@@ -199,3 +200,33 @@ def state_or_none(root: nn.Module) -> AdapterState | None:
     state = vars(root).get(STATE) or None
     assert state is None or isinstance(state, AdapterState)
     return state
+
+
+def saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
+    """What travels with the vectors: trained base parameters and batch-norm statistics, by name."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]:
+        if clean_name(name) in state.originals:
+            tensors[clean_name(name)] = tensor
+    return tensors
+
+
+def all_saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
+    """`saved_tensors`, none of which may be missing.
+
+    Raises:
+        StateError: a layer that held one was removed or replaced after `adapt`, or what it held before is not known.
+    """
+    tensors = saved_tensors(root, state)
+    gone = [name for name, one in state.originals.items() if name not in tensors or tensors[name].shape != one.shape]
+    if gone:
+        raise StateError(
+            f"the adapter holds {shortened(gone)}, which the model has no more, or of another shape: a layer was "
+            "removed or replaced after adapt. Put it back; merge and the exporters need it not"
+        )
+    if unknown := [name for name, one in state.originals.items() if one.is_meta and not tensors[name].is_meta]:
+        raise StateError(
+            f"what {shortened(unknown)} were before training is not known: the model was on the meta device at adapt, "
+            "and got trained values since. Load the base's weights (load_state_dict), then the trained ones"
+        )
+    return tensors

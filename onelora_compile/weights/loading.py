@@ -18,12 +18,11 @@ from onelora_compile.adapting.adapter import (
     refuse_wrapped,
     release,
     running_statistics,
-    saved_tensors,
     undo_adapt,
     unwrap,
     vectors,
 )
-from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, state_of, was_adapted
+from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, saved_tensors, state_of, was_adapted
 from onelora_compile.adapting.pool import DEFAULT, check_name
 from onelora_compile.adapting.select_targets import Selection, available_targets, saved_parameters, select
 from onelora_compile.errors import AdapterFileError, OneLoRAWarning, TargetError
