@@ -17,6 +17,7 @@ from onelora_compile.adapting.adapter_state import (
     all_saved_tensors,
     mark,
     refuse_offloaded_vectors,
+    refuse_weights_in_files,
     saved_tensors,
     state_of,
     state_or_none,
@@ -69,6 +70,7 @@ def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: st
     check_name(adapter_name)
     refuse_fully_sharded(root, "call onelora.adapt before fully_shard")
     refuse_wrapped(model, "call onelora.adapt on the model before you wrap it")
+    refuse_weights_in_files(root, "adapt")
     config = OneLoRAConfig() if config is None else config
     attach_vectors(root, select(root, config), config)
     state_of(root, "name").pool.active = adapter_name

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.dispatched import is_offloaded
+from onelora_compile.adapting.dispatched import is_in_files, is_offloaded
 from onelora_compile.adapting.module_names import clean_name, named_modules
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.adapting.weight_target import Target, targets_of
@@ -156,8 +156,22 @@ def refuse_offloaded_vectors(root: nn.Module, purpose: str) -> None:
     Raises:
         StateError: the model was adapted, and dispatched with offloading afterwards.
     """
+    refuse_weights_in_files(root, purpose)
     for name, target in adapted_weights(root).items():
         refuse_offloaded_vector(name, target.module, target.vector, purpose)
+
+
+def refuse_weights_in_files(root: nn.Module, purpose: str) -> None:
+    """Check that the model holds its numbers: vectors that diffusers writes to files would be trained in vain.
+
+    Raises:
+        StateError: diffusers has put weights into files.
+    """
+    if is_in_files(root):
+        raise StateError(
+            f"can't {purpose}: diffusers has put weights of the model into files (enable_group_offload with "
+            "offload_to_disk_path) and left memory without numbers in their places: offload to the CPU, without files"
+        )
 
 
 def refuse_offloaded_vector(name: str, module: nn.Module, vector: Tensor, purpose: str) -> None:
