@@ -158,3 +158,17 @@ def test_the_fused_path_of_transformer_layers_does_not_drop_the_vectors(padded, 
     for detached in (onelora.detach(twin), onelora.detach(model)):
         assert [layer.activation_relu_or_gelu for layer in detached.layers] == [1, 1]
         assert detached.use_nested_tensor == base.use_nested_tensor
+
+
+@pytest.mark.parametrize("end", ["detach", "merge"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_forward_that_a_tool_has_wrapped_outlives_the_vector(end, compiled):
+    model, x = fill_vectors(onelora.adapt(zoo.MLP()), 0.5), torch.randn(5, 8)
+    expected = {"detach": onelora.detach(copy.deepcopy(model))(x), "merge": merged_copy(model)(x)}[end]
+    held: Any = model.a.forward
+    if compiled:
+        held = torch.compile(held, backend="onelora", options={"inner": "aot_eager"})
+    vars(model.a)["forward"] = lambda given: held(given)  # as diffusers' hooks do, for offloading and layerwise casting
+    torch.testing.assert_close(model(x), merged_copy(model)(x))
+    getattr(onelora, end)(model)
+    torch.testing.assert_close(model(x), expected)

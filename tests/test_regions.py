@@ -1,5 +1,7 @@
 """Repeated blocks that are compiled one by one: one graph for all of them, with vectors of their own."""
 
+import warnings
+
 import pytest
 import torch
 from accelerate.utils import compile_regions
@@ -86,3 +88,33 @@ def base_of(model):
     twin = Model()
     twin.load_state_dict({n: p for n, p in model.state_dict().items() if "onelora" not in n})
     return twin
+
+
+@pytest.mark.parametrize("region", [the_class, each_block, of_accelerate])
+@pytest.mark.parametrize("end", ["detach", "merge"])
+def test_blocks_of_a_model_that_lost_its_vectors_are_not_adapted_by_themselves(region, end, monkeypatch):
+    counter, flags = Counter(), [True] * len(list(Model().parameters()))
+    model = fill_vectors(onelora.adapt(Model()), 0.2)
+    expected = eager(merged_copy(model) if end == "merge" else base_of(model), x)
+    run = region(model, monkeypatch, backend="onelora", options={"inner": counter})
+    run(x)
+    getattr(onelora, end)(model)
+    counter.graphs.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", onelora.OneLoRAWarning)
+        torch.testing.assert_close(run(x), expected)
+    assert onelora.vectors(model) == {}
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert len(counter.graphs) == 1  # of all blocks; PyTorch leaves alone what is an nn.Linear of its own by now
+    fresh = Model()
+    with pytest.warns(onelora.OneLoRAWarning, match="adapted"):
+        region(fresh, monkeypatch, backend="onelora", options={"inner": counter})(x)
+    assert onelora.vectors(fresh)
+
+
+def test_blocks_without_a_vector_are_not_adapted_against_the_choice(monkeypatch):
+    model = onelora.adapt(Model(), onelora.OneLoRAConfig(target_modules=[r"blocks.0.up"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", onelora.OneLoRAWarning)
+        each_block(model, monkeypatch, backend="onelora", options={"inner": Counter()})(x)
+    assert list(onelora.vectors(model)) == ["blocks.0.up"]

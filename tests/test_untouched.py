@@ -34,7 +34,8 @@ def _logger(monkeypatch):
 def without_state(model):
     """Take off what adapt is asked to add."""
     onelora.detach(model)
-    del model._onelora_state
+    for module in model.modules():
+        del module._onelora_state
 
 
 @pytest.mark.parametrize("leak", LEAKS)

@@ -62,7 +62,8 @@ def look(model, config=None):
     onelora.adapt(model, config)
     onelora.summary(model)
     onelora.detach(model)
-    del model._onelora_state
+    for module in model.modules():
+        del module._onelora_state
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from onelora_compile.adapting.adapter import saved_tensors, vectors
-from onelora_compile.adapting.adapter_state import adapted_part, state_or_none
+from onelora_compile.adapting.adapter import vectors
+from onelora_compile.adapting.adapter_state import adapted_part, saved_tensors, state_or_none
 from onelora_compile.adapting.module_names import clean_name
 from onelora_compile.weights.adapter_content import digest, float32
 from onelora_compile.weights.adapter_file import bases_of

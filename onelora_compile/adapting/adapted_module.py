@@ -111,6 +111,8 @@ class OneLoRALayer(Adapted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward, then the rank-1 update of its output by its input."""
+        if not is_adapted(self):  # a tool holds this method, bound, from before the vector was taken off
+            return type(self).forward(self, *args, **kwargs)
         refuse_other_values(self)
         chosen = chosen_rows(self)
         if eager_linear.takes(self, args, kwargs, self.onelora_vector):

@@ -7,16 +7,21 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from onelora_compile.adapting.adapted_module import is_adapted, made_by_attach, remove
 from onelora_compile.adapting.adapter_state import (
     STATE,
     AdapterState,
     adapted_weights,
+    all_saved_tensors,
+    mark,
     refuse_offloaded_vectors,
+    refuse_weights_in_files,
+    saved_tensors,
     state_of,
     state_or_none,
+    unmark,
 )
 from onelora_compile.adapting.base_checkpoints import forget_base_checkpoints, take_base_checkpoints
 from onelora_compile.adapting.config import OneLoRAConfig
@@ -29,7 +34,6 @@ from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
 from onelora_compile.adapting.weight_target import attach
 from onelora_compile.errors import StateError, TargetError
-from onelora_compile.printable import shortened
 from onelora_compile.sharded import is_fully_sharded, is_sharded, whole
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -66,6 +70,7 @@ def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: st
     check_name(adapter_name)
     refuse_fully_sharded(root, "call onelora.adapt before fully_shard")
     refuse_wrapped(model, "call onelora.adapt on the model before you wrap it")
+    refuse_weights_in_files(root, "adapt")
     config = OneLoRAConfig() if config is None else config
     attach_vectors(root, select(root, config), config)
     state_of(root, "name").pool.active = adapter_name
@@ -84,7 +89,7 @@ def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig)
         state = AdapterState(config, {n: p.requires_grad for n, p in parameters.items()}, originals)
         state.skipped, state.not_linear = dict(selection.skipped), dict(selection.not_linear)
         state.uses, state.made = dict(selection.uses), list(selection.targets)
-        setattr(root, STATE, state)
+        mark(root, state)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         for name in selection.saved:
@@ -117,8 +122,8 @@ def detach(model: Model) -> Model:
     """Remove the vectors: the model is the base again, bit for bit.
 
     Also restores what modules_to_save, train_norms and batch-norm statistics changed, and which parameters
-    require a gradient. One attribute stays, `_onelora_state = None`: it keeps the next compiled call from adapting the
-    model, its copies and its pickles again, which nothing beside the model could.
+    require a gradient. One attribute stays, `_onelora_state`, None on the model and False on those in it. It keeps the
+    next compiled call from adapting them, their copies and their pickles again, which nothing beside them could.
 
     Returns:
         The same object.
@@ -162,7 +167,7 @@ def release(root: nn.Module, state: AdapterState) -> None:
 def undo_adapt(root: nn.Module) -> None:
     """As if `adapt` had not been called: `detach`, and the next compiled call adapts the model again."""
     detach(root)
-    delattr(root, STATE)
+    unmark(root)
 
 
 def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -261,31 +266,6 @@ def refuse_sharded(root: nn.Module, purpose: str, remedy: str) -> None:
     """
     if (name := next((name for name, p in root.named_parameters() if is_sharded(p)), None)) is not None:
         raise StateError(f"can't {purpose} a model that is sharded over processes ({name!r} is): {remedy}")
-
-
-def saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
-    """What travels with the vectors: trained base parameters and batch-norm statistics, by name."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]:
-        if clean_name(name) in state.originals:
-            tensors[clean_name(name)] = tensor
-    return tensors
-
-
-def all_saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
-    """`saved_tensors`, none of which may be missing.
-
-    Raises:
-        StateError: a layer that held one was removed or replaced after `adapt`.
-    """
-    tensors = saved_tensors(root, state)
-    gone = [name for name, one in state.originals.items() if name not in tensors or tensors[name].shape != one.shape]
-    if gone:
-        raise StateError(
-            f"the adapter holds {shortened(gone)}, which the model has no more, or of another shape: a layer was "
-            "removed or replaced after adapt. Put it back; merge and the exporters need it not"
-        )
-    return tensors
 
 
 def running_statistics(root: nn.Module, selection: Selection) -> list[str]:

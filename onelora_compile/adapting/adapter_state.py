@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.dispatched import is_offloaded
-from onelora_compile.adapting.module_names import named_modules
+from onelora_compile.adapting.dispatched import is_in_files, is_offloaded
+from onelora_compile.adapting.module_names import clean_name, named_modules
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.adapting.weight_target import Target, targets_of
 from onelora_compile.errors import OneLoRAWarning, StateError
@@ -20,6 +20,7 @@ from onelora_compile.printable import shortened
 from onelora_compile.sharded import is_piece
 
 STATE = "_onelora_state"
+PART = False  # what the modules inside of a model that was given to `adapt` have there: no state of their own
 
 
 @dataclasses.dataclass
@@ -83,8 +84,25 @@ def adapted_part(root: nn.Module) -> tuple[str, nn.Module]:
 
 
 def was_adapted(root: nn.Module) -> bool:
-    """Whether the model or a part of it is adapted, or was until `detach` or `merge`."""
-    return any(is_adapted(module) or STATE in vars(module) for module in root.modules())
+    """Whether the model, a part of it or one around it is adapted, or was until `detach` or `merge`."""
+    if STATE in vars(root):
+        return True
+    return any(is_adapted(module) or vars(module).get(STATE, PART) is not PART for module in root.modules())
+
+
+def mark(root: nn.Module, state: AdapterState) -> None:
+    """Give a model its state, and let each module inside know that it is a part: a block may be compiled by itself."""
+    setattr(root, STATE, state)
+    for module in root.modules():
+        vars(module).setdefault(STATE, PART)
+
+
+def unmark(root: nn.Module) -> None:
+    """Undo `mark`."""
+    delattr(root, STATE)
+    for module in root.modules():
+        if vars(module).get(STATE) is PART:
+            del vars(module)[STATE]
 
 
 def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False, allow_lost: bool = False) -> AdapterState:
@@ -162,8 +180,22 @@ def refuse_offloaded_vectors(root: nn.Module, purpose: str) -> None:
     Raises:
         StateError: the model was adapted, and dispatched with offloading afterwards.
     """
+    refuse_weights_in_files(root, purpose)
     for name, target in adapted_weights(root).items():
         refuse_offloaded_vector(name, target.module, target.vector, purpose)
+
+
+def refuse_weights_in_files(root: nn.Module, purpose: str) -> None:
+    """Check that the model holds its numbers: vectors that diffusers writes to files would be trained in vain.
+
+    Raises:
+        StateError: diffusers has put weights into files.
+    """
+    if is_in_files(root):
+        raise StateError(
+            f"can't {purpose}: diffusers has put weights of the model into files (enable_group_offload with "
+            "offload_to_disk_path) and left memory without numbers in their places: offload to the CPU, without files"
+        )
 
 
 def refuse_offloaded_vector(name: str, module: nn.Module, vector: Tensor, purpose: str) -> None:
@@ -185,7 +217,7 @@ def refuse_disabled(root: nn.Module, purpose: str) -> None:
     Raises:
         StateError: the model or a part of it is in a `disabled` block, or in a `rows` block of this thread.
     """
-    refuse_blocks((vars(module).get(STATE) for module in root.modules()), purpose)
+    refuse_blocks(map(state_or_none, root.modules()), purpose)
 
 
 def refuse_blocks(found: Iterable[AdapterState | None], purpose: str) -> None:
@@ -203,6 +235,36 @@ def refuse_blocks(found: Iterable[AdapterState | None], purpose: str) -> None:
 
 def state_or_none(root: nn.Module) -> AdapterState | None:
     """The state of a model that was given to `adapt`; None for any other."""
-    state = vars(root).get(STATE)
+    state = vars(root).get(STATE) or None
     assert state is None or isinstance(state, AdapterState)
     return state
+
+
+def saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
+    """What travels with the vectors: trained base parameters and batch-norm statistics, by name."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]:
+        if clean_name(name) in state.originals:
+            tensors[clean_name(name)] = tensor
+    return tensors
+
+
+def all_saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
+    """`saved_tensors`, none of which may be missing.
+
+    Raises:
+        StateError: a layer that held one was removed or replaced after `adapt`, or what it held before is not known.
+    """
+    tensors = saved_tensors(root, state)
+    gone = [name for name, one in state.originals.items() if name not in tensors or tensors[name].shape != one.shape]
+    if gone:
+        raise StateError(
+            f"the adapter holds {shortened(gone)}, which the model has no more, or of another shape: a layer was "
+            "removed or replaced after adapt. Put it back; merge and the exporters need it not"
+        )
+    if unknown := [name for name, one in state.originals.items() if one.is_meta and not tensors[name].is_meta]:
+        raise StateError(
+            f"what {shortened(unknown)} were before training is not known: the model was on the meta device at adapt, "
+            "and got trained values since. Load the base's weights (load_state_dict), then the trained ones"
+        )
+    return tensors

@@ -80,9 +80,9 @@ def check_adaptable(key: str, target: Target, from_above: set[nn.Module]) -> Non
     if target.called and own_forward(module) is not None:
         # An instance's own forward hides the class's, where the update is: the vector would be dead.
         raise TargetError(
-            f"{key!r} has a forward of its own on the instance, which hides the class's (transformers' tp_plan puts "
-            "one there): adapt the model first and parallelize it afterwards, or leave the module out with "
-            "exclude_modules"
+            f"{key!r} has a forward of its own on the instance, which hides the class's (transformers' tp_plan and "
+            "diffusers' hooks for layerwise casting and offloading put one there): adapt the model first and do that "
+            "afterwards, or leave the module out with exclude_modules"
         )
     if module in from_above:
         raise TargetError(

@@ -63,8 +63,8 @@ def observe(module: nn.Module, x: Tensor) -> None:
         return  # what vmap and its kind hand in must not outlive them
     if torch._C._len_torch_dispatch_stack():
         return  # selective checkpointing records operators, and has to meet the same ones when it runs again
-    if x.layout != torch.strided or x.is_nested:
-        return  # sparse and nested tensors have few operators
+    if x.layout != torch.strided or x.is_nested or x.is_meta:
+        return  # sparse and nested tensors have few operators, those on the meta device no numbers
     if not x.numel():
         _empty.add(module)
         return
@@ -110,7 +110,7 @@ def watch(
         return {name: vector for name, vector in vectors().items() if _holds(vector, held.get(name))}
 
     def finish() -> None:
-        trained = {name: vector for name, vector in alive().items() if vector.requires_grad}
+        trained = {name: vector for name, vector in alive().items() if vector.requires_grad and not vector.is_meta}
         if _inside_another_backward():
             trained = {name: vector for name, vector in trained.items() if vector.grad is not None}
         called = {name: module for name, ref in modules.items() if (module := ref()) is not None}
@@ -176,7 +176,9 @@ def _after_constant_norm(node: fx.Node, value_of: Callable[[fx.Node], Tensor | N
     if weight is None:
         return True
     value = value_of(weight) if isinstance(weight, fx.Node) else None
-    return value is not None and not value.requires_grad and bool(value.min() == value.max())
+    if value is None or value.requires_grad or value.is_meta:
+        return False
+    return bool(value.min() == value.max())
 
 
 def _inside_another_backward() -> bool:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted
-from onelora_compile.adapting.adapter import all_saved_tensors, unwrap, vectors
-from onelora_compile.adapting.adapter_state import state_of
+from onelora_compile.adapting.adapter import unwrap, vectors
+from onelora_compile.adapting.adapter_state import all_saved_tensors, state_of
 from onelora_compile.adapting.stand_ins import stand_in
 
 

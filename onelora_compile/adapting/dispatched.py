@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from onelora_compile.looking.unannounced import subclass
 
-_HOOK, _OLD = "_hf_hook", "_old_forward"
+_HOOK, _OLD, _GROUPS = "_hf_hook", "_old_forward", "_diffusers_hook"
 # What it puts on instances besides: calls of these would move the model.
 _ADDED = ("forward", _OLD, _HOOK, "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
 
@@ -79,6 +79,16 @@ def offloaded_from_above(model: nn.Module) -> set[nn.Module]:
     """The modules whose weights come with a call of a module around them (`preload_module_classes`)."""
     above = [module for module in model.modules() if getattr(_offloading(module), "place_submodules", False)]
     return {inner for module in above for inner in module.modules() if inner is not module}
+
+
+def is_in_files(model: nn.Module) -> bool:
+    """Whether diffusers keeps weights in files between calls: `enable_group_offload(offload_to_disk_path=)`.
+
+    Private names of it, as in diffusers/hooks/group_offloading.py of 0.42.  What the model holds meanwhile is memory
+    that nobody has written to.
+    """
+    hooks = [hook for one in model.modules() for hook in getattr(vars(one).get(_GROUPS), "hooks", {}).values()]
+    return any(getattr(getattr(hook, "group", None), "_is_offloaded_to_disk", False) for hook in hooks)
 
 
 def device_of_calls(module: nn.Module, stored: torch.device) -> torch.device:

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted
-from onelora_compile.adapting.adapter import saved_tensors, vectors
-from onelora_compile.adapting.adapter_state import STATE, AdapterState, state_or_none, was_adapted
+from onelora_compile.adapting.adapter import vectors
+from onelora_compile.adapting.adapter_state import STATE, AdapterState, saved_tensors, state_or_none, was_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import constant_inputs
 from onelora_compile.backend.first_call import FirstCall

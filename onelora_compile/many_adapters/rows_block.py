@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import OneLoRALayer
-from onelora_compile.adapting.adapter import saved_tensors, unwrap
-from onelora_compile.adapting.adapter_state import AdapterState, own_state
+from onelora_compile.adapting.adapter import unwrap
+from onelora_compile.adapting.adapter_state import AdapterState, own_state, saved_tensors
 from onelora_compile.adapting.batch_rows import Chosen
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.errors import ConfigError, StateError

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import Adapted, vector_name
-from onelora_compile.adapting.adapter import all_saved_tensors
-from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, refuse_offloaded_vector
+from onelora_compile.adapting.adapter_state import (
+    AdapterState,
+    adapted_weights,
+    all_saved_tensors,
+    refuse_offloaded_vector,
+)
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.module_names import named_modules
 from onelora_compile.adapting.pool import Held, Places, Pool

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapter import saved_tensors, unwrap
-from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, state_of
+from onelora_compile.adapting.adapter import unwrap
+from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, saved_tensors, state_of
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.module_names import named_modules
 from onelora_compile.errors import AdapterFileError, ConfigError, one_of

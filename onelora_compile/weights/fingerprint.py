@@ -31,6 +31,7 @@ from torch import Tensor
 
 from onelora_compile.adapting.module_effect import base_effect
 from onelora_compile.adapting.weight_target import Target
+from onelora_compile.errors import StateError
 from onelora_compile.kinds import is_plain
 from onelora_compile.sharded import whole
 
@@ -181,6 +182,11 @@ def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerpri
     by_row, by_column = left.new_zeros(rows), left.new_zeros(())
     with torch.no_grad():
         for block in blocks:
+            if block.is_meta:
+                raise StateError(
+                    f"a weight {list(block.shape)} is on the meta device and has no numbers, so which base it is "
+                    "can't be told: load the base's weights first (load_state_dict(..., assign=True)), then the adapter"
+                )
             columns = block.shape[1]
             right = torch.from_numpy(signs(columns, 1)).to(block.device, dtype)
             step = max(1, _CHUNK // max(1, columns))

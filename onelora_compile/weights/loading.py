@@ -18,12 +18,18 @@ from onelora_compile.adapting.adapter import (
     refuse_wrapped,
     release,
     running_statistics,
-    saved_tensors,
     undo_adapt,
     unwrap,
     vectors,
 )
-from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, state_of, was_adapted
+from onelora_compile.adapting.adapter_state import (
+    AdapterState,
+    adapted_weights,
+    refuse_weights_in_files,
+    saved_tensors,
+    state_of,
+    was_adapted,
+)
 from onelora_compile.adapting.pool import DEFAULT, check_name
 from onelora_compile.adapting.select_targets import Selection, available_targets, saved_parameters, select
 from onelora_compile.errors import AdapterFileError, OneLoRAWarning, TargetError
@@ -134,6 +140,7 @@ def _load_as_active(model: nn.Module, file: AdapterFile, path: PathLike, name: s
     if fresh:
         refuse_fully_sharded(root, "load the adapter before fully_shard")
         refuse_wrapped(model, "load the adapter into the model before you wrap it")
+        refuse_weights_in_files(root, "load an adapter")
     state = attach_like(root, file, path) if fresh else state_of(root, "load")
     try:
         targets = on_the_base(adapted_weights(root), state.originals)
