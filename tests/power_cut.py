@@ -12,6 +12,7 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _current = None
 
@@ -30,7 +31,7 @@ class Disk:
 
     folder: Path
     before: dict[str, bytes | None]
-    steps: list[tuple[str, str, str | bytes]] = field(default_factory=list)
+    steps: list[tuple[str, str, Any]] = field(default_factory=list)
     busy: bool = False
 
     def note(self, what, path, other=""):
@@ -55,7 +56,8 @@ class Disk:
 
     def _kept(self, done):
         """Sets of the steps that changed names, as the disk may have kept them."""
-        sure, open_ = set(), []
+        sure: set[int] = set()
+        open_: list[int] = []
         for number, (what, path, _) in enumerate(self.steps[:done]):
             if what == "sync":
                 there = {one for one in open_ if path in self._folders(one)}

@@ -105,6 +105,10 @@ def test_verdicts():
     }
     assert said([switch], "One function")[0] == "does not hold"
     assert said([switch], "graphs don't")[0] == "does not hold"
+    call = {"part": "engines", "what": "engine call", "block": "ViT-L", "way": "load", "ratio": 1.1}
+    assert said([call], "Zero cost") == ("does not hold", "1 of 1: ViT-L load: 1.100")
+    # The update is beside the matmul there, as in mode input.
+    assert said([{**call, "way": "refit"}], "Zero cost")[0] == "not run"
     skipped = {"part": "gpu_tests", "what": "tests", "skipped": 21, "note": "21 skipped"}
     assert said([skipped], "tests that need a GPU")[0] == "not run"
     assert said([{**skipped, "passed": 20, "failed": 1}], "tests that need a GPU")[0] == "does not hold"
