@@ -102,7 +102,7 @@ gpu:  ## Measure everything that a GPU can prove, and say which claims hold (10 
 bench: $(READY)  ## Run the CPU benchmarks and print their tables (ROUNDS=5: quicker, noisier)
 	@for one in linear spelling siblings train swap adapters fold onnx; do \
 	  $(BIN)/python benchmarks/bench_$$one.py $(if $(ROUNDS),--rounds $(ROUNDS)) || exit 1; done
-	@for one in memory compile engine cold; do $(BIN)/python benchmarks/bench_$$one.py || exit 1; done
+	@for one in memory pool compile engine cold; do $(BIN)/python benchmarks/bench_$$one.py || exit 1; done
 
 # setuptools maps passes/ and exporters/ into the package, mypy sees them there by links; and only from another folder.
 lint: $(READY)  ## Check style and types

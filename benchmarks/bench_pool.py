@@ -1,7 +1,7 @@
 """What do a thousand adapters take in memory, and a switch between them in time?
 
-Blocks of six linears, with vectors alone and with the norms trained too.  Each kind is a process of its own.  A switch is CPU
-time of one thread, the median of 400: what other programs do meanwhile is none of it.
+Blocks of six linears, with vectors alone and with the norms trained too.  Each kind is a process of its own.  A switch
+is CPU time of one thread, the median of 400: what other programs do meanwhile is none of it.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ def measure(kind: str, adapters: int, blocks: int, width: int) -> dict[str, obje
     for number in range(1, adapters):
         onelora.add_adapter(model, str(number))
     onelora.set_adapter(model, "1")
-    held, peak = _mib("VmRSS") - before, _mib("VmHWM") - before
+    held, peak = (round(_mib(field) - before) for field in ("VmRSS", "VmHWM"))
     times = []
     for turn in range(400):
         start = time.thread_time()
         onelora.set_adapter(model, str(turn * 7 % adapters))
         times.append(1e3 * (time.thread_time() - start))
     row: dict[str, object] = {"kind": kind, "linears": len(onelora.vectors(model)), "adapters": adapters}
-    row |= {"numbers": numbers, "numbers_mib": round(4 * numbers * adapters / 2**20, 1)}
+    row |= {"numbers": numbers, "numbers_mib": round(4 * numbers * adapters / 2**20)}
     return row | {"held_mib": held, "peak_mib": peak, "switch_cpu_ms": round(statistics.median(times), 3)}
 
 
 def _mib(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return round(next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024, 1)
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def main() -> None:
