@@ -1,4 +1,4 @@
-"""What do a thousand adapters take in memory, and a switch between them in time?
+"""What do eight and a thousand adapters take in memory, and a switch between them in time?
 
 Blocks of six linears, with vectors alone and with the norms trained too.  Each kind is a process of its own.  A switch
 is CPU time of one thread, the median of 400: what other programs do meanwhile is none of it.
@@ -7,6 +7,7 @@ is CPU time of one thread, the median of 400: what other programs do meanwhile i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from environment import save
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import onelora_compile as onelora
 
@@ -40,8 +41,7 @@ def measure(kind: str, adapters: int, blocks: int, width: int) -> dict[str, obje
     """One kind, in this process."""
     model = nn.Sequential(*(Block(width) for _ in range(blocks)))
     onelora.adapt(model, onelora.OneLoRAConfig(train_norms=kind != KINDS[0]), adapter_name="0")
-    trained: list[Tensor] = onelora.trainable_parameters(model)
-    numbers, before = sum(one.numel() for one in trained), _mib("VmRSS")
+    numbers, before = sum(one.numel() for one in onelora.trainable_parameters(model)), _mib("VmRSS")
     for number in range(1, adapters):
         onelora.add_adapter(model, str(number))
     onelora.set_adapter(model, "1")
@@ -63,20 +63,19 @@ def _mib(field: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--adapters", type=int, default=1000)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[8, 1000])
     parser.add_argument("--blocks", type=int, default=34)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         torch.set_num_threads(1)
-        print(json.dumps(measure(arguments.one, arguments.adapters, arguments.blocks, arguments.width)))
+        print(json.dumps(measure(arguments.one, arguments.adapters[0], arguments.blocks, arguments.width)))
         return
     rows: list[dict[str, Any]] = []
-    for kind in KINDS:
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--one", kind], capture_output=True, text=True, check=True
-        )
+    for kind, count in itertools.product(KINDS, arguments.adapters):
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", kind, "--adapters", str(count)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     table = Table(*(key.replace("_", " ") for key in rows[0]), title="a pool of adapters")
     for row in rows:
