@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import parts, run, verdicts
+from gpu import parts, run, training, verdicts
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "gpu"
 Row = dict[str, Any]
@@ -72,6 +72,13 @@ def test_what_is_missing_is_named():
     part = parts.Part("x", 1, ("torch", ("no_such_module", "nor_this_one")))
     assert run.missing(part, "cpu") == "no_such_module or nor_this_one is not installed"
     assert run.missing(parts.Part("x", 1, ("torch", ("no_such_module", "torch"))), "cpu") == ""
+
+
+def test_what_a_part_goes_without_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    first = next(training.rows("cpu", True))
+    run.show([{"part": "training", **first}])
+    assert "MiSS and LoRA of PEFT: skipped, peft is not installed" in " ".join(capsys.readouterr().out.split())
 
 
 def step(way, ratio, peak, **more):
