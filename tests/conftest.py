@@ -53,6 +53,7 @@ THINNED = {
     "test_jetson.py": 5,
     "test_jetson_builds.py": 3,
     "test_jetson_double.py": 3,
+    "test_jetson_power.py": 2,
     "test_jetson_refusals.py": 5,
     "test_keep_float32.py": 24,
     "test_known_faults.py": 4,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import parts, run, verdicts
+from gpu import parts, run, training, verdicts
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "gpu"
 Row = dict[str, Any]
@@ -74,6 +74,13 @@ def test_what_is_missing_is_named():
     assert run.missing(parts.Part("x", 1, ("torch", ("no_such_module", "torch"))), "cpu") == ""
 
 
+def test_what_a_part_goes_without_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    first = next(training.rows("cpu", True))
+    run.show([{"part": "training", **first}])
+    assert "MiSS and LoRA of PEFT: skipped, peft is not installed" in " ".join(capsys.readouterr().out.split())
+
+
 def step(way, ratio, peak, **more):
     row = {"part": "training", "what": "training step", "mode": "compiled", "block": "ViT-L", "way": way}
     return row | {"ratio": ratio, "peak_bytes": peak} | more
@@ -105,6 +112,10 @@ def test_verdicts():
     }
     assert said([switch], "One function")[0] == "does not hold"
     assert said([switch], "graphs don't")[0] == "does not hold"
+    call = {"part": "engines", "what": "engine call", "block": "ViT-L", "way": "load", "ratio": 1.1}
+    assert said([call], "Zero cost") == ("does not hold", "1 of 1: ViT-L load: 1.100")
+    # The update is beside the matmul there, as in mode input.
+    assert said([{**call, "way": "refit"}], "Zero cost")[0] == "not run"
     skipped = {"part": "gpu_tests", "what": "tests", "skipped": 21, "note": "21 skipped"}
     assert said([skipped], "tests that need a GPU")[0] == "not run"
     assert said([{**skipped, "passed": 20, "failed": 1}], "tests that need a GPU")[0] == "does not hold"

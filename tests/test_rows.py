@@ -76,6 +76,31 @@ def test_mixed_batches_of_64_adapters_in_one_graph(name):
     assert len(counter.graphs) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hf_vit", "llama"])
+def test_256_switches_and_mixed_batches_of_64_adapters(name):
+    """In any order: one graph for blocks and one without."""
+    base, inputs = zoo.MODELS[name]()
+    model, merged = with_adapters(base, 64)
+    wide, counter, order, active = copy.deepcopy(base).double(), Counter(), random.Random(0), 0
+    fast = build(counter, model, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for turn in range(256):
+            batch = order.randrange(2, 7)
+            given = repeated(inputs, batch)
+            ids = [order.randrange(-1, 64) for _ in range(batch)] if order.random() < 0.5 else None
+            if ids is None:
+                active = order.randrange(64)
+                onelora.set_adapter(model, str(active))
+                found = zoo.logits(fast(**given))
+            else:
+                with onelora.rows(model, ids):
+                    found = zoo.logits(fast(**given))
+            expected = each_alone(merged, wide, given, ids or [active] * batch)
+            assert_parity(found, expected, zoo.logits(base(**given)), f"turn {turn}")
+    assert len(counter.graphs) == 2
+
+
 def test_inductor():
     base = zoo.MLP()
     model, merged = with_adapters(base, 3, scale=0.5)
@@ -87,25 +112,32 @@ def test_inductor():
     assert_parity(out, expected, base(x))
 
 
-def test_threads_have_rows_of_their_own():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_threads_have_rows_of_their_own(compiled):
     base = zoo.MLP()
     model, merged = with_adapters(base, 8, scale=0.5)
-    wide, failed = copy.deepcopy(base).double(), []
+    wide, failed, counter = copy.deepcopy(base).double(), [], Counter()
+    run = build(counter, model, dynamic=True) if compiled else model
+    with torch.no_grad():
+        run(torch.randn(3, 8))
+        with onelora.rows(model, [0, 1, 2]):
+            run(torch.randn(3, 8))
 
     def serve(seed):
         order, numbers = random.Random(seed), torch.Generator().manual_seed(seed)
         try:
             for _ in range(40):
-                ids = [order.randrange(-1, 8) for _ in range(order.randrange(1, 6))]
+                ids = [order.randrange(-1, 8) for _ in range(order.randrange(2, 6))]
                 x = torch.randn(len(ids), 8, generator=numbers)
                 with torch.no_grad(), onelora.rows(model, ids):
-                    out = model(x)
+                    out = run(x)
                 expected = torch.cat(
                     [(merged[i] if i >= 0 else wide)(row[None].double()) for i, row in zip(ids, x, strict=True)]
                 )
                 assert_parity(out, expected, base(x))
                 if seed == 0:
-                    assert_parity(model(x), merged[0](x.double()), base(x))  # no block: the active one
+                    with torch.no_grad():
+                        assert_parity(run(x), merged[0](x.double()), base(x))  # no block: the active one
         except Exception as error:
             failed.append(error)
 
@@ -117,6 +149,7 @@ def test_threads_have_rows_of_their_own():
     for thread in threads:
         thread.join()
     assert not failed, failed[0]
+    assert len(counter.graphs) <= 3  # without a block, with one, without one while other threads have theirs
 
 
 def test_what_a_block_uses_stays_as_it_is():

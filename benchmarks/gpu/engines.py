@@ -19,7 +19,7 @@ from onelora_compile.report.timing import interleaved, ratios
 from onelora_compile.testing import fill_vectors
 
 BASE = "base"
-WAYS = {BASE: "fold", "fold": "fold", "input": "input", "refit": "input", "bank": "bank"}
+WAYS = {BASE: "fold", "fold": "fold", "load": "load", "input": "input", "refit": "input", "bank": "bank"}
 Row = dict[str, Any]
 
 
@@ -40,7 +40,7 @@ def _of_block(name: str, block: Any, folder: Path) -> Iterator[Row]:
     for seed, file in enumerate(files):
         onelora.save_adapter(fill_vectors(adapted, 0.01, seed), file)
     onelora.load_adapter(adapted, files[0])
-    for mode in ("fold", "input"):
+    for mode in ("fold", "load", "input"):
         export_onnx(adapted, (x,), folder / f"{mode}.onnx", adapters=mode, **quiet)
     export_onnx(adapted, (x,), folder / "bank.onnx", adapters="bank", bank=files, **quiet)
     engines = {}

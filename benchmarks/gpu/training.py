@@ -26,7 +26,10 @@ def rows(device: str, small: bool) -> Iterator[Row]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for name, block in (SMALL if small else BLOCKS).items():
         base, x = block.build(device, dtype)
-        models: dict[str, Any] = {BASE: base, OWN: onelora.adapt(copy.deepcopy(base)), **_rivals(base)}
+        rivals = _rivals(base)
+        if not rivals:
+            yield {"block": name, "what": "MiSS and LoRA of PEFT", "skipped": "peft is not installed"}
+        models: dict[str, Any] = {BASE: base, OWN: onelora.adapt(copy.deepcopy(base)), **rivals}
         for mode in ("eager", "compiled"):
             if mode == "compiled":
                 torch._dynamo.reset()

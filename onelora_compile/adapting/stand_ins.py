@@ -50,7 +50,7 @@ _meant = WeakTensorKeyDictionary()  # by the stand-in, inside of a block
 
 def meant(tensor: Any_Tensor) -> Any_Tensor:
     """The tensor itself, or the one that it stands in for."""
-    reference = _meant.get(tensor)
+    reference = _meant.get(tensor) if len(_meant) else None  # outside of blocks a switch asks for hundreds
     own: Any_Tensor | None = reference() if reference is not None else None
     return tensor if own is None else own
 

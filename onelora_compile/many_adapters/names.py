@@ -27,6 +27,7 @@ from onelora_compile.adapting.select_targets import Selection, saved_parameters
 from onelora_compile.errors import ConfigError, StateError
 from onelora_compile.many_adapters.extend import extend, refuse_replicated, select_on_base
 from onelora_compile.many_adapters.values import (
+    live_saved,
     live_vectors,
     look_again,
     one_held,
@@ -153,7 +154,7 @@ def put_adapter(
                 if key in vectors:
                     row.copy_(vectors[key])
             if name == pool.active:
-                write_active(root, state, pool, live, name, 1.0)
+                write_active(state, pool, live, live_saved(root, state), name, 1.0)
 
 
 def set_adapter(model: Model, adapter_name: str, scale: float = 1.0) -> Model:
@@ -184,9 +185,9 @@ def set_adapter(model: Model, adapter_name: str, scale: float = 1.0) -> Model:
     with pool.lock:
         if (adapter_name, scale) != (pool.active, pool.scale):
             refuse_used(pool, None, f"make {adapter_name!r} the active adapter")
-            vectors = live_vectors(root, pool)
-            store_active(root, state, pool, vectors)
-            write_active(root, state, pool, vectors, adapter_name, scale)
+            vectors, trained = live_vectors(root, pool), live_saved(root, state)
+            store_active(state, pool, vectors, trained)
+            write_active(state, pool, vectors, trained, adapter_name, scale)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -115,13 +116,20 @@ def refuse_used(pool: Pool, name: str | None, purpose: str) -> None:
         raise StateError(f"can't {purpose} while a onelora.rows block of the model is open that uses it")
 
 
-def store_active(root: nn.Module, state: AdapterState, pool: Pool, vectors: dict[str, nn.Parameter]) -> None:
-    """Copy what the model has to where its adapter waits."""
+def live_saved(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
+    """What adapters of the model train besides their vectors, by name: a walk through the whole model."""
+    return all_saved_tensors(root, state) if state.originals else {}
+
+
+def store_active(
+    state: AdapterState, pool: Pool, vectors: dict[str, nn.Parameter], trained: Mapping[str, Tensor]
+) -> None:
+    """Copy what the model has, its vectors and its `live_saved`, to where its adapter waits."""
     held = pool.held[pool.active]
     pool.reserve(vectors)
     with torch.inference_mode(False), torch.no_grad():
         torch._foreach_copy_(pool.row_of(pool.active, vectors), own_values(pool, vectors))
-        held.saved = {name: value.clone() for name, value in _live_saved(root, state, held).items()}
+        held.saved = {name: value.clone() for name, value in _own_saved(state, held, trained).items()}
 
 
 def own_values(pool: Pool, vectors: dict[str, nn.Parameter]) -> list[Tensor]:
@@ -140,30 +148,32 @@ def own_values(pool: Pool, vectors: dict[str, nn.Parameter]) -> list[Tensor]:
 
 
 def write_active(
-    root: nn.Module, state: AdapterState, pool: Pool, vectors: dict[str, nn.Parameter], name: str, scale: float
+    state: AdapterState,
+    pool: Pool,
+    vectors: dict[str, nn.Parameter],
+    trained: Mapping[str, Tensor],
+    name: str,
+    scale: float,
 ) -> None:
-    """Copy an adapter from where it waits into the model."""
+    """Copy an adapter from where it waits into the model: its vectors and its `live_saved`."""
     held = pool.held[name]
     live: list[Tensor] = [*vectors.values()]
     with torch.inference_mode(False), torch.no_grad():
         values = pool.row_of(name, vectors)
         # Multiplied before it is rounded: `own_values` compares with that.
         torch._foreach_copy_(live, values if scale == 1 else torch._foreach_mul(values, scale))
-        for key, tensor in (all_saved_tensors(root, state) if state.originals else {}).items():
+        for key, tensor in trained.items():
             tensor.copy_(held.saved.get(key, state.originals[key]))
     pool.active, pool.scale = name, scale
     pool.changes.switch()
 
 
-def _live_saved(root: nn.Module, state: AdapterState, held: Held) -> dict[str, Tensor]:
+def _own_saved(state: AdapterState, held: Held, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of the active adapter: what it trains besides its vectors, and what of the model's is not the base's any more."""
-    if not state.originals:
-        return {}
-    live = all_saved_tensors(root, state)
     return {
-        name: live[name].detach()
+        name: trained[name].detach()
         for name, original in state.originals.items()
-        if name in held.saved or not torch.equal(live[name], original.to(live[name]))
+        if name in held.saved or not torch.equal(trained[name], original.to(trained[name]))
     }
 
 
@@ -191,4 +201,5 @@ def values_of(root: nn.Module, state: AdapterState, name: str | None = None) -> 
     values = dict(zip(vectors, own_values(pool, vectors) if active else pool.row_of(name, vectors), strict=True))
     if len(pool.held) > 1:
         values = {key: value for key, value in values.items() if key in held.vectors or bool(value.any())}
-    return AdapterValues(held.config, values, _live_saved(root, state, held) if active else held.saved)
+    saved = _own_saved(state, held, live_saved(root, state)) if active else held.saved
+    return AdapterValues(held.config, values, saved)

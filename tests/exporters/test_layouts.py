@@ -22,7 +22,7 @@ from onelora_compile.testing import fill_vectors
 
 def model_config():
     """Triton's own description of `config.pbtxt`, of the package tritonclient without what it needs for calls."""
-    package = pytest.importorskip("tritonclient")
+    package = pytest.importorskip("tritonclient", reason="make test-real installs tritonclient")
     sys.path.insert(0, str(Path(package.__path__[0]) / "grpc"))
     try:
         return importlib.import_module("model_config_pb2")
@@ -58,6 +58,7 @@ def test_triton_is_told_what_the_engine_takes_and_gives(tmp_path):
     assert bundles.call(folder, "selftest") == 0
 
 
+@pytest.mark.real
 def test_triton_parses_it(tmp_path):
     pb = model_config()
     folder = for_runtime("fold", tmp_path)
@@ -78,6 +79,7 @@ class Odd(nn.Module):
         return self.line(x).sum(0) * rate, torch.where(flag, ids, -ids)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(("jetpack", "integers"), [("6.2", "TYPE_INT64"), ("6.0", "TYPE_INT32")])
 def test_triton_gets_types_and_shapes_of_any_model(jetpack, integers, tmp_path):
     args = (torch.randn(5, 4), torch.tensor(2.0), torch.arange(3), torch.tensor([True, False, True]))

@@ -7,6 +7,7 @@ import bundles
 import cudart_double
 import numpy as np
 import onnxruntime
+import power_cut
 import pytest
 import tensorrt_double
 from bundles import for_runtime
@@ -131,3 +132,21 @@ def test_killed_at_any_moment_the_place_has_the_old_engine_or_the_new(tmp_path, 
     assert device(folder, *update) == 0
     assert device(folder, "status") == 0
     assert [path.name for path in (folder / "triton" / "model" / "1").iterdir()] == ["model.plan"]
+
+
+@pytest.mark.parametrize("mode", ["refit", pytest.param("load", marks=pytest.mark.slow)])
+def test_after_a_cut_of_power_the_place_has_the_old_engine_or_the_new(mode, tmp_path, device):
+    """And the adapter in use has an engine: nothing is to be built before the device works."""
+    folder = for_runtime(mode, tmp_path)
+    assert device(folder, "build") == 0
+    old, new, seen = served(folder), expected("new"), []
+    with power_cut.watched(folder) as disk:
+        assert device(folder, "update", bundles.sources() / "new.safetensors", "--no-try") == 0
+    for over, content in disk.states():
+        power_cut.write(content, folder)
+        found = served(folder)
+        assert close(found, old) or close(found, new)
+        seen.append((close(found, new), bundles.active(folder) == "new"))
+        assert all(seen[-1]) or not over  # what was said to be done is
+        assert device(folder, "selftest") == 0
+    assert set(seen) == {(False, False), (True, False), (True, True)}

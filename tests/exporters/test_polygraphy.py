@@ -57,7 +57,7 @@ def test_a_bundle_without_reference_tensors_has_nothing_to_compare_with(tmp_path
 
 
 def polygraphy(folder, place, *arguments, backend="--onnxrt"):
-    pytest.importorskip("polygraphy", reason="needs Polygraphy")
+    pytest.importorskip("polygraphy", reason="make test-real installs Polygraphy")
     (place / "tool.py").write_text("import sys\nfrom polygraphy.tools import main\nsys.exit(main())\n")
     environment = {
         **os.environ,
@@ -71,6 +71,7 @@ def polygraphy(folder, place, *arguments, backend="--onnxrt"):
     )
 
 
+@pytest.mark.real
 def test_the_real_polygraphy_passes_and_fails(tmp_path):
     folder = bundles.fresh("input", tmp_path)
     done = polygraphy(folder, tmp_path)
@@ -85,6 +86,7 @@ def test_the_real_polygraphy_passes_and_fails(tmp_path):
     assert "Passed: 0/2 iterations" in done.stdout
 
 
+@pytest.mark.real
 def test_the_real_polygraphy_takes_the_options_of_tensorrt(tmp_path):
     folder = bundles.fresh("bank", tmp_path)
     done = polygraphy(folder, tmp_path, "--gen-script", str(tmp_path / "made.py"), backend="--trt")

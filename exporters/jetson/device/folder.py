@@ -191,7 +191,7 @@ class Folder:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Only one program changes what is in `local` at a time; the lock ends with the process that holds it."""
-        os.makedirs(self.file("local"), exist_ok=True)
+        make_folder(self.file("local"))
         with open(self.file("local", "lock"), "w") as file:
             if fcntl is not None:
                 try:
@@ -225,7 +225,7 @@ def _is_numbered(entry: Any) -> bool:
 def write_atomically(path: str, content: Any) -> None:
     """Write a file so that a cut of power or a kill leaves the old one or the new one."""
     folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     beside = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
         with open(beside, "wb") as file:
@@ -236,7 +236,23 @@ def write_atomically(path: str, content: Any) -> None:
     finally:
         with contextlib.suppress(OSError):  # it has its name by now, or another error is on its way
             os.unlink(beside)
-    # The rename itself is on the disk only with its folder.  It is done by now, so a failure here is none of the write.
+    _keep_names(folder)
+
+
+def make_folder(path: str) -> None:
+    """Make a folder, and those above it; a file in it that survives a cut of power is in a folder that does."""
+    made = []
+    above = path
+    while above and not os.path.isdir(above):
+        made.append(above)
+        above = os.path.dirname(above)
+    os.makedirs(path, exist_ok=True)
+    for one in made:
+        _keep_names(os.path.dirname(one))
+
+
+def _keep_names(folder: str) -> None:
+    """Wait until the names in a folder are on the disk; what gave them is done by now, so this never fails."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from .adapters import vectors_of
-from .folder import BundleError, Folder, sha256_of, sweep, write_atomically
+from .folder import BundleError, Folder, make_folder, sha256_of, sweep, write_atomically
 from .measure import inputs_of, references
 from .options import Options
 from .tensors import Tensor, difference
@@ -41,7 +41,7 @@ def place(folder: Folder, options: Options, adapter: dict[str, Any], check: bool
         return ""
     path = folder.file(*where.split("/"))
     content = _refitted(folder, options, adapter, check) if folder.traits.refits else _built(folder, options, adapter)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_folder(os.path.dirname(path))
     sweep(os.path.dirname(path))
     write_atomically(path, content)
     record = {"adapter": adapter, "sha256": sha256_of(path)}

@@ -16,7 +16,7 @@ from .core.build import Build, can_be_strong, can_refit, has_timings
 from .core.cuda import Cuda
 from .core.messages import Refused
 from .core.progress import Earlier, Line
-from .folder import BundleError, Folder, sha256_of, sweep, write_atomically
+from .folder import BundleError, Folder, make_folder, sha256_of, sweep, write_atomically
 from .options import Options
 
 
@@ -113,7 +113,7 @@ def build(
     plan = Plan(folder, trt, sm, adapter, watch)
     if plan.exists() and not force:
         return plan
-    os.makedirs(plan.folder, exist_ok=True)
+    make_folder(plan.folder)
     sweep(plan.folder)
     start = time.time()
     content, notes, phases = _build(trt, folder, options, plan, model_path(folder, adapter))
