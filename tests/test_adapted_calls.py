@@ -1,6 +1,7 @@
 """An adapted linear is called in any way that the linear was: shapes, dtypes, keywords, forwards of its own."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
