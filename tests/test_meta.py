@@ -9,7 +9,7 @@ from counted_graphs import Counter
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.testing import fill_vectors
+from onelora_compile.testing import fill_vectors, perturb_norms
 
 META = torch.device("meta")
 
@@ -56,9 +56,22 @@ def test_files_are_refused_where_the_base_has_no_numbers(tmp_path):
     assert torch.equal(onelora.load_adapter(model, file)(x), onelora.load_adapter(base, file)(x))
 
 
+def test_a_whole_state_with_zero_vectors_is_the_base():
+    """As set_model_state_dict of torch.distributed fills it up with what the model has."""
+    base, x = perturb_norms(nn.Sequential(nn.LayerNorm(8), zoo.MLP())), torch.randn(5, 8)
+    model = onelora.adapt(on_meta(), onelora.OneLoRAConfig(train_norms=True)).to_empty(device="cpu")
+    model.load_state_dict(model.state_dict() | base.state_dict())
+    fill_vectors(model, 0.5)
+    perturb_norms(model, seed=1)
+    model.load_state_dict(model.state_dict())  # a trained one
+    with onelora.disabled(model):
+        assert torch.equal(model(x), base(x))
+    assert torch.equal(onelora.detach(model)(x), base(x))
+
+
 def test_trained_norms_whose_base_was_never_there_are_said_to_be_unknown(tmp_path):
     config = onelora.OneLoRAConfig(train_norms=True)
-    trained = onelora.adapt(nn.Sequential(nn.LayerNorm(8), zoo.MLP()), config)
+    trained = fill_vectors(onelora.adapt(nn.Sequential(nn.LayerNorm(8), zoo.MLP()), config), 0.5)
     checkpoint = copy.deepcopy(trained.state_dict())
     model = onelora.adapt(on_meta(), config)
     model.load_state_dict(checkpoint, assign=True)

@@ -32,12 +32,22 @@ def forget_base_checkpoints(root: nn.Module) -> None:
 
 
 def _vectors_stay(root: nn.Module, found: Any) -> None:
-    own = [name for name, _ in root.named_parameters(remove_duplicate=False) if _names_vector(name)]
+    vectors = {n: p for n, p in root.named_parameters(remove_duplicate=False) if _names_vector(n)}
+    own = list(vectors)
     missing = [name for name in found.missing_keys if _names_vector(name)]
     if own and len(missing) == len(own):
         found.missing_keys[:] = [name for name in found.missing_keys if not _names_vector(name)]
         # In the names of a model around this one, all of them with the same beginning.
         _remember(root, min(missing).removesuffix(min(own)), set(found.missing_keys))
+    elif not found.missing_keys and _is_unknown(root) and not any(whole(p.detach()).any() for p in vectors.values()):
+        _remember(root, "", set())  # torch.distributed fills a checkpoint of the base up with the zeros of the model
+
+
+def _is_unknown(root: nn.Module) -> bool:
+    """Whether the model was on the meta device at `adapt`, and is not any more."""
+    state = state_or_none(root)
+    unknown = state is not None and any(one.is_meta for one in state.originals.values())
+    return unknown and not any(parameter.is_meta for parameter in root.parameters())
 
 
 def _remember(root: nn.Module, prefix: str, missing: set[str]) -> None:
