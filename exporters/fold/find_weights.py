@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.errors import require
-from onelora_compile.exporters.onnx_file.constants import Constants
+from onelora_compile.exporters.onnx_file.constants import DOMAINS, Constants
 from onelora_compile.exporters.onnx_file.load import by_rows
-from onelora_compile.exporters.quantized.products import CONVOLUTIONS, FLOATING, Product, products_of
+from onelora_compile.exporters.quantized.products import CONVOLUTIONS, Product, factors_of, products_of
 from onelora_compile.weights.fingerprint import signs
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class WeightUse:
     @property
     def linear(self) -> bool:
         """Whether the op is linear in another input; a Gather of an embedding is not."""
-        return self.product is not None or self.position in FLOATING.get(self.op.op_type, ())
+        return self.product is not None or self.position in factors_of(self.op)
 
     @property
     def strange(self) -> bool:
@@ -204,7 +204,7 @@ def _computed(model: onnx_ir.Model, constants: Constants, stored: set[onnx_ir.Va
     ir = require("onnx_ir", "onnx", "fold into an ONNX model")
     seen: dict[onnx_ir.Value, list[WeightUse]] = {}
     for node in model.graph.all_nodes():
-        for position in FLOATING.get(node.op_type, ()):
+        for position in factors_of(node):
             value = node.inputs[position] if position < len(node.inputs) else None
             if value is not None and value.const_value is None and constants.known(value):
                 seen.setdefault(value, []).append(WeightUse((node,), position))
@@ -289,7 +289,7 @@ def uses_of(value: onnx_ir.Value, before: tuple[onnx_ir.Node, ...] = ()) -> Iter
     """Every way from a value to an op that computes with it."""
     for user in value.uses():
         nodes = (*before, user.node)
-        if user.node.op_type in PASSED and user.idx == 0 and len(nodes) < 16:
+        if user.node.op_type in PASSED and user.node.domain in DOMAINS and user.idx == 0 and len(nodes) < 16:
             yield from uses_of(user.node.outputs[0], nodes)
         else:
             yield WeightUse(nodes, user.idx)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
-from onelora_compile.exporters.quantized.products import FLOATING, output_axis
+from onelora_compile.exporters.quantized.products import factors_of, output_axis
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -38,7 +38,7 @@ def is_own_transpose(weight: Weight) -> bool:
 def _turned(use: WeightUse) -> bool | None:
     if use.product is not None:  # its matrix is [out_features, in_features] whatever the op
         return False
-    if use.position not in FLOATING.get(use.op.op_type, ()):
+    if use.position not in factors_of(use.op):
         return None
     axis = output_axis(use.op, use.position)
     turns = [_turns(node) for node in use.nodes[:-1]]

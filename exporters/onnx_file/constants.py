@@ -47,7 +47,7 @@ _MOVES = {
 }
 _SHAPES = {"Shape", "ConstantOfShape", "Range", "Tile"}
 _KNOWN = _ARITHMETIC | _MOVES | _SHAPES
-_DOMAINS = ("", "ai.onnx", "com.microsoft")  # the last has a DequantizeLinear of its own
+DOMAINS = ("", "ai.onnx", "com.microsoft")  # whose operators are known; the last has a DequantizeLinear of its own
 _DEPTH = 32
 
 
@@ -78,7 +78,7 @@ class Constants:
 
     def _computed(self, value: onnx_ir.Value, depth: int) -> bool:
         node = value.producer()
-        if node is None or node.op_type not in _KNOWN or node.domain not in _DOMAINS:
+        if node is None or node.op_type not in _KNOWN or node.domain not in DOMAINS:
             return False
         given = [one for one in node.inputs if one is not None]
         return bool(given) and all(self.known(one, depth + 1) for one in given)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onelora_compile.exporters.onnx_file.constants import Constants, attribute
+from onelora_compile.exporters.onnx_file.constants import DOMAINS, Constants, attribute
 from onelora_compile.exporters.quantized.later_scales import later_scales
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ FLOATING = {
     "GemmFastGelu": (1,),
 }
 CONVOLUTIONS = {"Conv", "FusedConv", "ConvInteger", "QLinearConv"}
+
+
+def factors_of(node: onnx_ir.Node) -> tuple[int, ...]:
+    """The inputs that an op multiplies as floating matrices; none of one that only has the name of such an op."""
+    return FLOATING.get(node.op_type, ()) if node.domain in DOMAINS else ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +84,8 @@ class Product:
 def products_of(model: onnx_ir.Model, constants: Constants) -> Iterator[Product]:
     """The products with quantised weights, in the order of the model's graphs."""
     for node in model.graph.all_nodes():
+        if node.domain not in DOMAINS:
+            continue
         if node.op_type in FLOATING:
             yield from _of_floating(node, constants)
         elif node.op_type in INTEGER:

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx_graphs import adapter_of, assert_arrays, save_graph, session
 
+from onelora_compile.errors import ExportError
 from onelora_compile.exporters import fold_onnx
 
 
@@ -162,3 +163,22 @@ def test_files_of_ir_version_3_take_weights_that_are_new_in_them(tmp_path, form)
     expected = x.astype(np.float64) @ (exact.astype(np.float64) + vector[:, None]).T
     plain = x @ (exact + vector[:, None].astype(np.float32)).T
     assert_arrays(session(tmp_path / "out.onnx").run(None, {"x": x})[0], expected, plain)
+
+
+@pytest.mark.parametrize("form", ["product", "on the way", "quantised"])
+def test_operators_of_another_domain_only_have_the_name(tmp_path, form):
+    make = onnx.helper.make_node
+    product = make("MatMul", ["x", "v"], ["y"], domain="" if form == "on the way" else "custom")
+    nodes = [make("Identity", ["w"], ["v"]), product]
+    arrays: dict[str, Any] = {"w": np.ascontiguousarray(WEIGHT.T)}
+    if form == "on the way":
+        nodes[0].domain = "custom"
+    elif form == "quantised":
+        scale = np.float32(np.abs(WEIGHT).max() / 127)
+        arrays = {"w": np.round(arrays["w"] / scale).astype(np.int8), "s": scale}
+        nodes[0] = make("DequantizeLinear", ["w", "s"], ["v"])
+    save_graph(tmp_path / "m.onnx", nodes, arrays, ("x", [3, 7]), ("y", [3, 5]), [("custom", 1)])
+    adapter, _ = adapter_of(tmp_path, WEIGHT)
+    with pytest.raises(ExportError, match=r"vectors have no place .*: (its weight is 'w', which|no weight)"):
+        fold_onnx(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
