@@ -129,6 +129,10 @@ VALUES = [
     (("export", "mymodels:make", "-o", "out.onnx", "--opset", "3"), "is the oldest"),
     (("export", "mymodels:make", "-o", "out.onnx", "--dynamic", "batch"), "is not of the form 0=batch"),
     (("export", "mymodels:make", "-o", "out.onnx", "--dynamic", "5=deep"), "no input with an axis 5"),
+    (
+        ("export", "mymodels:make", "-o", "out.onnx", "--dynamic", "1=batch"),
+        "'batch' is 2 in one place and another size in axis 1",
+    ),
     (("export", "mymodels:make", "-o", "out.onnx", "--dynamic", "y:0=rows"), "no input 'y' with an axis 0"),
     (("verify", "base.onnx", "base.onnx", "--size", "batch"), "is not of the form batch=8"),
     (("verify", "base.onnx", "base.onnx", "--size", "rows=3"), "sizes of rows, which base.onnx does not have"),

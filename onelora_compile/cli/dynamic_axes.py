@@ -79,11 +79,12 @@ def _dynamic(loaded: Loaded, axes: Sequence[DynamicAxis]) -> dict[str, dict[int,
             of = f"{one.input!r} with an axis {one.axis}" if one.input else f"with an axis {one.axis}"
             raise ConfigError(f"--dynamic: {loaded.name!r} returns no input {of}; the inputs: {listed}")
         size = sizes.setdefault(one.name, next(iter(fitting.values())).shape[one.axis])
-        if one.input and any(tensor.shape[one.axis] != size for tensor in fitting.values()):
-            raise ConfigError(f"--dynamic: {one.name!r} is {size} in one input and another size in {one.input!r}")
-        for name, tensor in fitting.items():
-            if tensor.shape[one.axis] == size:  # without an input's name: those that are as the first
-                found[name][one.axis] = one.name
+        alike = [name for name, tensor in fitting.items() if tensor.shape[one.axis] == size]
+        if not alike or (one.input and len(alike) < len(fitting)):
+            where = repr(one.input) if one.input else f"axis {one.axis} of every input"
+            raise ConfigError(f"--dynamic: {one.name!r} is {size} in one place and another size in {where}")
+        for name in alike:  # without an input's name: those that are as the first
+            found[name][one.axis] = one.name
     return found
 
 
