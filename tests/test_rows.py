@@ -149,7 +149,10 @@ def test_threads_have_rows_of_their_own(compiled):
     for thread in threads:
         thread.join()
     assert not failed, failed[0]
-    assert len(counter.graphs) <= 3  # without a block, with one, without one while other threads have theirs
+    # Without a block, with one, without one while other threads have theirs; these may begin while it is captured,
+    # and Dynamo captures the same once more.
+    assert len({graph.code for graph in counter.graphs}) <= 3
+    assert len(counter.graphs) <= 4
 
 
 def test_what_a_block_uses_stays_as_it_is():
