@@ -44,35 +44,41 @@ def repeated(inputs, batch):
     return made
 
 
-def each_alone(merged, base, inputs, ids):
-    """The rows one by one, each by its own merged model; of the base for -1."""
-    out = []
-    for row, number in enumerate(ids):
-        one = {key: value[row : row + 1] for key, value in inputs.items()}
-        one = {key: value.double() if value.is_floating_point() else value for key, value in one.items()}
-        out.append(zoo.logits((merged[number] if number >= 0 else base)(**one)))
-    return torch.cat(out)
+class Alone:
+    """Rows one by one, each by its own merged model, of the base for -1: in float64, and what float32 makes of that."""
+
+    def __init__(self, merged, base):
+        self.wide = [*merged, copy.deepcopy(base).double()]
+        self.narrow = [copy.deepcopy(one).float() for one in merged] + [base]
+
+    def check(self, found, inputs, ids, what="output"):
+        both = []
+        for models, dtype in ((self.wide, torch.float64), (self.narrow, torch.float32)):
+            out = []
+            for row, number in enumerate(ids):
+                one = {key: value[row : row + 1] for key, value in inputs.items()}
+                one = {key: value.to(dtype) if value.is_floating_point() else value for key, value in one.items()}
+                out.append(zoo.logits(models[number](**one)))
+            both.append(torch.cat(out))
+        assert_parity(found, *both, what, floor=8)
 
 
 @pytest.mark.parametrize("name", ["hf_vit", "llama", "bert", "gpt2", "tiny_vit"])
 def test_mixed_batches_of_64_adapters_in_one_graph(name):
     base, inputs = zoo.MODELS[name]()
     model, merged = with_adapters(base, 64)
-    wide, counter, order = copy.deepcopy(base).double(), Counter(), random.Random(0)
+    alone, counter, order = Alone(merged, base), Counter(), random.Random(0)
     fast = build(counter, model, dynamic=True, fullgraph=True)
     with torch.no_grad():
         for turn in range(24):
             batch = order.randrange(2, 7)
             ids = [order.randrange(-1, 64) for _ in range(batch)]
             given = repeated(inputs, batch)
-            plain = zoo.logits(base(**given))
             if turn % 4 == 0:
                 onelora.set_adapter(model, str(order.randrange(64)))
             with onelora.rows(model, torch.tensor(ids)):
                 for call in (fast, model):
-                    assert_parity(
-                        zoo.logits(call(**given)), each_alone(merged, wide, given, ids), plain, f"turn {turn}"
-                    )
+                    alone.check(zoo.logits(call(**given)), given, ids, f"turn {turn}")
     assert len(counter.graphs) == 1
 
 
@@ -82,7 +88,7 @@ def test_256_switches_and_mixed_batches_of_64_adapters(name):
     """In any order: one graph for blocks and one without."""
     base, inputs = zoo.MODELS[name]()
     model, merged = with_adapters(base, 64)
-    wide, counter, order, active = copy.deepcopy(base).double(), Counter(), random.Random(0), 0
+    alone, counter, order, active = Alone(merged, base), Counter(), random.Random(0), 0
     fast = build(counter, model, dynamic=True, fullgraph=True)
     with torch.no_grad():
         for turn in range(256):
@@ -96,8 +102,7 @@ def test_256_switches_and_mixed_batches_of_64_adapters(name):
             else:
                 with onelora.rows(model, ids):
                     found = zoo.logits(fast(**given))
-            expected = each_alone(merged, wide, given, ids or [active] * batch)
-            assert_parity(found, expected, zoo.logits(base(**given)), f"turn {turn}")
+            alone.check(found, given, ids or [active] * batch, f"turn {turn}")
     assert len(counter.graphs) == 2
 
 
@@ -108,15 +113,14 @@ def test_inductor():
     x = torch.randn(4, 8)
     with onelora.rows(model, ["2", None, "0", "1"]):
         out = fast(x)
-    expected = each_alone(merged, copy.deepcopy(base).double(), {"x": x}, [2, -1, 0, 1])
-    assert_parity(out, expected, base(x))
+    Alone(merged, base).check(out, {"x": x}, [2, -1, 0, 1])
 
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_threads_have_rows_of_their_own(compiled):
     base = zoo.MLP()
     model, merged = with_adapters(base, 8, scale=0.5)
-    wide, failed, counter = copy.deepcopy(base).double(), [], Counter()
+    alone, failed, counter = Alone(merged, base), [], Counter()
     run = build(counter, model, dynamic=True) if compiled else model
     with torch.no_grad():
         run(torch.randn(3, 8))
@@ -131,13 +135,10 @@ def test_threads_have_rows_of_their_own(compiled):
                 x = torch.randn(len(ids), 8, generator=numbers)
                 with torch.no_grad(), onelora.rows(model, ids):
                     out = run(x)
-                expected = torch.cat(
-                    [(merged[i] if i >= 0 else wide)(row[None].double()) for i, row in zip(ids, x, strict=True)]
-                )
-                assert_parity(out, expected, base(x))
+                alone.check(out, {"x": x}, ids)
                 if seed == 0:
                     with torch.no_grad():
-                        assert_parity(run(x), merged[0](x.double()), base(x))  # no block: the active one
+                        alone.check(run(x), {"x": x}, [0] * len(ids))  # no block: the active one
         except Exception as error:
             failed.append(error)
 

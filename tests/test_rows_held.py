@@ -1,11 +1,13 @@
 """How a block of rows is held: in one thread, and without an await."""
 
 import asyncio
+import contextlib
 import threading
 
+import pytest
 import torch
 import zoo
-from test_rows import with_adapters
+from test_rows import Alone, with_adapters
 
 import onelora_compile as onelora
 
@@ -65,3 +67,45 @@ def test_a_block_opens_while_another_thread_compiles(monkeypatch):
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # of the process, not of a thread
     with onelora.rows(model, [1, 0]):
         pass
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("held_before", [False, True])
+def test_a_graph_that_is_captured_meanwhile_is_not_taken_for_a_block(held_before, elsewhere):
+    """Dynamo makes guards of what is there after the capture, not of what the capture saw."""
+    base, x = zoo.MLP(), torch.randn(3, 8)
+    model, merged = with_adapters(base, 3, scale=0.5)
+    other, _ = with_adapters(zoo.MLP(), 1)
+    begun, ready, opened, captured = (threading.Event() for _ in range(4))
+    found = []
+
+    def serve():
+        if held_before:
+            with onelora.rows(model, [2, 1, 0]):
+                ready.set()
+                begun.wait(60)
+        ready.set()
+        begun.wait(60)
+        with onelora.rows(model, [1, 2, 0]), torch.no_grad():
+            opened.set()
+            captured.wait(60)
+            found.append(compiled(x))
+
+    def inner(gm, given):
+        begun.set()
+        opened.wait(1)  # the time that the other thread needs, and has not
+        return gm
+
+    compiled = torch.compile(model, backend="onelora", options={"inner": inner})
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert ready.wait(60)
+    with torch.no_grad(), onelora.rows(other, [0]) if elsewhere else contextlib.nullcontext():
+        first = compiled(x)
+    captured.set()
+    thread.join()
+    alone = Alone(merged, base)
+    alone.check(first, {"x": x}, [0, 0, 0])
+    alone.check(found[0], {"x": x}, [1, 2, 0])
+    with torch.no_grad():
+        alone.check(compiled(x), {"x": x}, [0, 0, 0])

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onelora_compile.dynamo.private_api import captures
 from onelora_compile.errors import StateError
 
 ROWS = "_onelora_rows"  # the attribute of an adapted linear whose model has a table
@@ -78,7 +79,7 @@ class Block:
 
     def choose(self, chosen: Chosen | None) -> Chosen | None:
         """Set what this thread has chosen, None for nothing; returns what it had."""
-        global _count, _open, _mixed
+        global _count, _mixed
         mine = threading.get_ident()
         with _lock:
             before = self.open.pop(mine, None)
@@ -88,7 +89,8 @@ class Block:
                 self.mixed |= torch.is_grad_enabled()
                 self.recording[mine] = Recorded(mine, weakref.ref(chosen[0]), torch.is_grad_enabled(), next_node())
             _count += (chosen is not None) - (before is not None)
-            _open, _mixed = _count > 0, _mixed or self.mixed
+            _mixed = _mixed or self.mixed
+        _follow_count()
         if chosen is not None:
             self.here.rows, self.here.active = chosen
         elif before is not None:
@@ -128,6 +130,21 @@ class Block:
             f"{'which block it is of can not be told' if chosen else 'its block is closed'}: call backward inside the "
             "block of its forward, and in one thread at a time; open blocks that need no gradient inside no_grad"
         )
+
+
+def _follow_count() -> None:
+    """Let `_open` change while no thread captures: a block that opens waits, one that closes leaves it as it is.
+
+    That it stays True costs others a few guards.
+    """
+    global _open
+    if bool(_count) == _open or not (lock := captures()).acquire(blocking=_count > 0):
+        return
+    try:
+        with _lock:
+            _open = _count > 0
+    finally:
+        lock.release()
 
 
 def is_of_autograd() -> bool:

@@ -7,6 +7,7 @@ that was compiled or recorded sees a difference.  What a linear chooses from in 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections import Counter
@@ -20,7 +21,7 @@ from onelora_compile.adapting.adapted_module import OneLoRALayer
 from onelora_compile.adapting.batch_rows import ROWS, Block, LayerRows
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.recomputed import Changes
-from onelora_compile.dynamo.private_api import any_number_of_rows
+from onelora_compile.dynamo.private_api import any_number_of_rows, captures
 from onelora_compile.errors import ConfigError
 
 DEFAULT = "default"  # PEFT's name of an adapter that was given none
@@ -156,7 +157,8 @@ class Pool:
             table = self.values[:, start : start + prod(vector.shape)].detach()
             known = getattr(module, ROWS, None)
             if known is None or known.table.data_ptr() != table.data_ptr() or known.table.shape != table.shape:
-                setattr(module, ROWS, LayerRows(any_number_of_rows(table), self.block))
+                with captures() if known is None else contextlib.nullcontext():
+                    setattr(module, ROWS, LayerRows(any_number_of_rows(table), self.block))
 
 
 def check_name(name: object) -> str:

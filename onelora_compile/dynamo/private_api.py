@@ -152,6 +152,17 @@ def is_of_a_transform(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
+def captures() -> Any:  # a threading.RLock
+    """The lock that Dynamo holds from the first look at a frame until its guards are made.
+
+    Guards are made of the values that there are then, not of those that were read (PyTorch 2.11 to 2.15).  What another
+    thread changes in between turns a guard around: the graph is taken for the very state that it does not know.
+    """
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
+
+
 def any_number_of_rows(table: torch.Tensor) -> torch.Tensor:
     """A table that gets further rows in time: none of them compiles a graph again, and CUDA graphs don't copy it."""
     torch._dynamo.maybe_mark_dynamic(table, 0)
