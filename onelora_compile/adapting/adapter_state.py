@@ -133,9 +133,9 @@ def _check_lost(root: nn.Module, state: AdapterState, purpose: str) -> None:
             "other classes in their places after adapt (to_mkldnn, a float8 conversion), which compute the base: "
             "convert first, adapt afterwards"
         )
-    gone = [name for name in state.made if name not in present]
-    if len(present) < len(state.made) and gone != state.told:
-        state.told = gone
+    gone = [name for name in state.made if name not in present] if len(present) < len(state.made) else []
+    known, state.told = state.told, gone
+    if gone and gone != known:
         warnings.warn(
             f"this {type(root).__name__} was given {len(state.made)} vectors and has {len(present)}: layers were "
             f"replaced or taken out after adapt, and no layer {shortened(gone)} has one now. What took their place "
