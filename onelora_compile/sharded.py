@@ -41,6 +41,13 @@ def is_sharded(tensor: object) -> bool:
     return type(tensor).__name__ == "DTensor"  # by name: the import is slow, and needless without torch.distributed
 
 
+def memory_here(tensor: Any) -> int:
+    """The address of what this process holds of a tensor; 0 where that is not one piece of memory."""
+    here: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    ordinary = type(here) in (Tensor, nn.Parameter) and here.layout == torch.strided
+    return here.data_ptr() if ordinary else 0
+
+
 def is_partial(tensor: Any) -> bool:
     """Whether a tensor that is split over processes is the sum of what they hold (torch.distributed's `Partial`)."""
     return any(placement.is_partial() for placement in tensor.placements)

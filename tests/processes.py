@@ -18,13 +18,15 @@ def torchrun(script: Path, *args):
 
 
 def both_are_fine(code: str, folder: Path, *args):
-    """Both processes reached the end of a program that is written to the folder, which prints "fine" there."""
+    """Both processes reached the end of a program that is written to the folder, which prints "fine", rank there."""
     script = folder / "worker.py"
     script.write_text(code)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     logs = [folder / f"{rank}.log" for rank in range(2)]
+    for log in logs:  # who is ended before it can say anything has said nothing
+        log.touch()
     ranks = [FORKS.Process(target=_run, args=(rank, port, script, args, log)) for rank, log in enumerate(logs)]
     for one in ranks:
         one.start()
@@ -35,7 +37,9 @@ def both_are_fine(code: str, folder: Path, *args):
         one.kill()
         one.join()
     said = [log.read_text() for log in logs]
-    assert all("fine" in text for text in said), "\n".join(text[-4000:] for text in said)
+    # Not "fine" alone, which is in "is not defined" too; the source lines of a traceback have no rank.
+    found = [(one.exitcode, f"fine {rank}" in text) for rank, (one, text) in enumerate(zip(ranks, said, strict=True))]
+    assert found == [(0, True)] * 2, "\n".join(text[-4000:] for text in said)
 
 
 def _run(rank, port, script, args, log):

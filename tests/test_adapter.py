@@ -141,6 +141,7 @@ def test_a_checkpoint_of_the_base_loads_strictly_and_leaves_the_vectors():
     assert torch.equal(model(x), expected)
     assert torch.equal(outer["inner"](x), expected)
     onelora.detach(model)
+    assert not model._load_state_dict_pre_hooks
     assert not model._load_state_dict_post_hooks
 
 
@@ -171,6 +172,46 @@ def test_a_checkpoint_of_the_base_is_the_base_of_heads_and_norms_too(device, out
     onelora.set_adapter(model, "fresh")
     assert torch.equal(model(x), expected)
     assert torch.equal(onelora.detach(model)(x), expected)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_checkpoint_that_was_filled_up_with_the_vectors_of_the_model_is_of_the_base(outer):
+    """As set_model_state_dict(full_state_dict=True) of torch.distributed and `model.state_dict() | base` are."""
+    base, x = _normed().eval(), torch.randn(5, 8)
+    model = onelora.adapt(_normed().eval(), onelora.OneLoRAConfig(modules_to_save=["3"], train_norms=True))
+    holder, prefix = (nn.ModuleDict({"inner": model}), "inner.") if outer else (model, "")
+    train(fill_vectors(model, 0.5), {"input": x})
+    holder.load_state_dict(holder.state_dict() | {prefix + name: value for name, value in base.state_dict().items()})
+    with onelora.disabled(model):
+        assert torch.equal(model(x), base(x))
+    train(model, {"input": x})
+    trained = state(model)
+    holder.load_state_dict(holder.state_dict())  # nothing that is new
+    holder.load_state_dict(copy.deepcopy(holder.state_dict()))  # a trained one
+    holder.load_state_dict(holder.state_dict() | {prefix + "3.weight": torch.randn(2, 6)})  # a head of somebody's
+    model.load_state_dict(trained)
+    assert torch.equal(onelora.detach(model)(x), base(x))
+
+
+def test_a_load_that_fails_makes_no_trained_head_the_base():
+    model = onelora.adapt(_normed().eval(), onelora.OneLoRAConfig(modules_to_save=["3"], train_norms=True))
+    base, x = copy.deepcopy(model), torch.randn(5, 8)
+    train(fill_vectors(model, 0.5), {"input": x})
+    checkpoint = onelora.detach(base).state_dict()
+    with pytest.raises(RuntimeError, match=r"size mismatch for 3\.weight"):
+        model.load_state_dict(checkpoint | {"3.weight": torch.zeros(9, 6), "3.bias": torch.zeros(9)}, strict=False)
+    assert torch.equal(onelora.detach(model)(x), base(x))
+
+
+def test_missing_vectors_are_counted_for_each_adapted_part():
+    pair, config = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), onelora.OneLoRAConfig(target_modules=r"\d")
+    parts = nn.ModuleList(onelora.adapt(copy.deepcopy(pair), config) for _ in range(2))
+    checkpoint = parts.state_dict()
+    names = [name for name in checkpoint if "onelora_vector" in name]
+    for name in (left_out := [names[0], names[-1]]):  # as many in all as one part has
+        del checkpoint[name]
+    with pytest.raises(RuntimeError, match="Missing key.*" + ".*".join(left_out)):
+        parts.load_state_dict(checkpoint)
 
 
 def test_a_checkpoint_with_some_of_the_vectors_is_no_base():

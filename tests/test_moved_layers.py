@@ -86,6 +86,18 @@ def saved_whole(model):
     return torch.load(buffer, weights_only=False)
 
 
+def test_a_new_layer_with_a_vector_takes_the_place_of_the_lost_one():
+    model = fill_vectors(onelora.adapt(Layers()), 0.5)
+    replaced(model)
+    with pytest.warns(onelora.OneLoRAWarning, match=r"given 3 vectors and has 2.*no layer layers\.1 has one"):
+        onelora.add_adapter(model, "b", onelora.OneLoRAConfig())
+    onelora.summary(model)  # a warning is an error here
+    onelora.delete_adapter(model, "b")
+    replaced(model)
+    with pytest.warns(onelora.OneLoRAWarning, match=r"given 3 vectors and has 2.*no layer layers\.1 has one"):
+        onelora.summary(model)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, saved_whole])
 @pytest.mark.parametrize("change", [turned, cut, replaced])
 def test_a_copy_knows_the_layers_of_its_adapters(change, copied):

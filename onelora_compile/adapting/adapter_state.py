@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,6 +21,20 @@ from onelora_compile.sharded import is_piece
 
 STATE = "_onelora_state"
 PART = False  # what the modules inside of a model that was given to `adapt` have there: no state of their own
+
+
+class Arriving(NamedTuple):
+    """What `load_state_dict` is about to load.
+
+    Attributes:
+        prefix: of the model's names in it.
+        errors: what goes wrong on the way; the load raises it at its end.
+        brought: names of the model for which it has other tensors than the model's own.
+    """
+
+    prefix: str
+    errors: list[str]
+    brought: set[str]
 
 
 @dataclasses.dataclass
@@ -42,6 +56,7 @@ class AdapterState:
         uses: how often one forward uses a weight, at least and at most, where that may be more than once.
         made: names of the vectors that the model was given.
         told: those of which somebody was told that they are gone.
+        arriving: of the state_dict that is being loaded, before it is; see base_checkpoints.py.
     """
 
     config: OneLoRAConfig
@@ -53,6 +68,7 @@ class AdapterState:
     uses: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     made: list[str] = dataclasses.field(default_factory=list)
     told: list[str] = dataclasses.field(default_factory=list)
+    arriving: Arriving | None = None
     fast_paths: list[tuple[nn.Module, str, Any]] = dataclasses.field(default_factory=list)
     disabled: int = 0
     pool: Pool = dataclasses.field(default_factory=Pool)
@@ -133,9 +149,9 @@ def _check_lost(root: nn.Module, state: AdapterState, purpose: str) -> None:
             "other classes in their places after adapt (to_mkldnn, a float8 conversion), which compute the base: "
             "convert first, adapt afterwards"
         )
-    gone = [name for name in state.made if name not in present]
-    if len(present) < len(state.made) and gone != state.told:
-        state.told = gone
+    gone = [name for name in state.made if name not in present] if len(present) < len(state.made) else []
+    known, state.told = state.told, gone
+    if gone and gone != known:
         warnings.warn(
             f"this {type(root).__name__} was given {len(state.made)} vectors and has {len(present)}: layers were "
             f"replaced or taken out after adapt, and no layer {shortened(gone)} has one now. What took their place "

@@ -8,39 +8,67 @@ some of the vectors is none of the base; what it lacks is missing, as PyTorch sa
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_vector
-from onelora_compile.adapting.adapter_state import state_or_none
+from onelora_compile.adapting.adapter_state import AdapterState, Arriving, state_or_none
 from onelora_compile.adapting.module_names import clean_name
-from onelora_compile.sharded import whole
+from onelora_compile.sharded import memory_here, whole
 
 
 def take_base_checkpoints(root: nn.Module) -> None:
     """Let `load_state_dict` of an adapted model take what has no vector at all, with strict=True too."""
+    root.register_load_state_dict_pre_hook(_look)
     root.register_load_state_dict_post_hook(_vectors_stay)
 
 
 def forget_base_checkpoints(root: nn.Module) -> None:
     """Undo `take_base_checkpoints`."""
-    hooks = root._load_state_dict_post_hooks
-    for key in [key for key, hook in hooks.items() if hook is _vectors_stay]:
-        del hooks[key]
+    for hooks in (root._load_state_dict_pre_hooks, root._load_state_dict_post_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in (_look, _vectors_stay)]:
+            del hooks[key]
+
+
+def _look(root: nn.Module, checkpoint: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    """Note what comes from elsewhere: afterwards its numbers are the model's, whoever they came from."""
+    names = [name for name in checkpoint if name.startswith(prefix)]
+    given = {clean_name(name.removeprefix(prefix)): checkpoint[name] for name in names}
+    brought = {name for name, own in _named_tensors(root) if name in given and not _is_own(given[name], own)}
+    if (state := state_or_none(root)) is not None:
+        state.arriving = Arriving(prefix, rest[-1], brought)
+
+
+def _is_own(given: Any, own: Tensor) -> bool:
+    """Whether a checkpoint has the model's own tensor, as `state_dict` gives it."""
+    if not isinstance(given, Tensor) or own.is_meta:
+        return isinstance(given, Tensor) and given.is_meta
+    return given is own or memory_here(given) == memory_here(own) != 0
 
 
 def _vectors_stay(root: nn.Module, found: Any) -> None:
-    vectors = {n: p for n, p in root.named_parameters(remove_duplicate=False) if _names_vector(n)}
-    own = list(vectors)
-    missing = [name for name in found.missing_keys if _names_vector(name)]
-    if own and len(missing) == len(own):
-        found.missing_keys[:] = [name for name in found.missing_keys if not _names_vector(name)]
-        # In the names of a model around this one, all of them with the same beginning.
-        _remember(root, min(missing).removesuffix(min(own)), set(found.missing_keys))
-    elif not found.missing_keys and _is_unknown(root) and not any(whole(p.detach()).any() for p in vectors.values()):
-        _remember(root, "", set())  # torch.distributed fills a checkpoint of the base up with the zeros of the model
+    state = state_or_none(root)
+    if state is None:
+        return
+    prefix, errors, brought = state.arriving or Arriving("", [], set())  # a loader of the user's own calls no hook
+    state.arriving = None
+    named = dict(_named_tensors(root))
+    missing = {clean_name(name.removeprefix(prefix)) for name in found.missing_keys if name.startswith(prefix)}
+    vectors = {name for name in named if _names_vector(name)}
+    loaded: set[str] = set()
+    if vectors and vectors <= missing:
+        found.missing_keys[:] = [n for n in found.missing_keys if not (n.startswith(prefix) and _names_vector(n))]
+        loaded = named.keys() - missing
+    elif vectors and vectors.isdisjoint(brought) and not brought <= state.originals.keys():
+        # Filled up with what the model has: by torch.distributed, or `model.state_dict() | checkpoint`.
+        loaded = brought
+    elif not missing and _is_unknown(root) and not any(whole(named[name].detach()).any() for name in vectors):
+        loaded = set(named)  # the same, of vectors that were copied
+    if not errors:  # of a load that fails something is not there, and nothing says what
+        _remember(state, named, loaded)
 
 
 def _is_unknown(root: nn.Module) -> bool:
@@ -50,14 +78,18 @@ def _is_unknown(root: nn.Module) -> bool:
     return unknown and not any(parameter.is_meta for parameter in root.parameters())
 
 
-def _remember(root: nn.Module, prefix: str, missing: set[str]) -> None:
+def _remember(state: AdapterState, named: Mapping[str, Tensor], loaded: Collection[str]) -> None:
     """What was loaded is what trained parameters and statistics were before training."""
-    state = state_or_none(root)
-    originals = {} if state is None else state.originals
     with torch.inference_mode(False), torch.no_grad():
-        for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]:
-            if clean_name(name) in originals and prefix + name not in missing:
-                originals[clean_name(name)] = whole(tensor.detach()).clone()
+        for name in state.originals:
+            if name in named and name in loaded:
+                state.originals[name] = whole(named[name].detach()).clone()
+
+
+def _named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, by every name that they have, and buffers."""
+    for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]:
+        yield clean_name(name), tensor
 
 
 def _names_vector(name: str) -> bool:

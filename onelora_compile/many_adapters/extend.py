@@ -44,7 +44,7 @@ def extend(root: nn.Module, state: AdapterState, selection: Selection) -> None:
         _attach(new, state)
     state.fast_paths += close_fast_paths(root)
     state.uses |= selection.uses
-    state.made += new
+    state.made += [name for name in new if name not in state.made]  # in the place of a lost layer
     for name in new:
         state.skipped.pop(name, None)
         state.not_linear.pop(name, None)
