@@ -11,9 +11,10 @@ import zoo
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import onelora_compile as onelora
-from onelora_compile.testing import fill_vectors
+from onelora_compile.testing import fill_vectors, perturb_norms
 
 
 @pytest.fixture
@@ -30,6 +31,30 @@ def test_round_trip_into_a_fresh_base(name, tmp_path):
     assert loaded is base
     assert torch.equal(zoo.logits(loaded(**inputs)), zoo.logits(model(**inputs)))
     assert not any(p.requires_grad for n, p in base.named_parameters() if "onelora" not in n)
+
+
+@pytest.mark.parametrize("order", ["adapt first", "wrap first"])
+def test_names_are_those_of_the_model_without_checkpoint_wrappers(order, tmp_path):
+    def wrap(model):
+        return apply_activation_checkpointing(model, check_fn=lambda one: isinstance(one, (nn.Linear, nn.LayerNorm)))
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    config = onelora.OneLoRAConfig(target_modules=["0", "2"], train_norms=True)
+    model, expected = copy.deepcopy(base), fill_vectors(onelora.adapt(copy.deepcopy(base), config), 0.5)
+    steps = [lambda: onelora.adapt(model, config), lambda: wrap(model)]
+    for step in steps if order == "adapt first" else reversed(steps):
+        step()
+    x = torch.randn(5, 4)
+    assert list(onelora.vectors(fill_vectors(model, 0.5))) == list(onelora.vectors(expected)) == ["0", "2"]
+    assert torch.equal(torch.compile(model, backend="onelora", options={"inner": "eager"})(x), expected(x))
+    perturb_norms(model)
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(onelora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")(x), model(x))
+    onelora.add_adapter(model, "b")
+    assert torch.equal(onelora.set_adapter(model, "b")(x), base(x))
+    model.load_state_dict(base.state_dict())
+    assert torch.equal(onelora.detach(model)(x), base(x))
 
 
 def test_the_file_holds_float32_vectors_by_module_name_and_says_what_it_is(saved):

@@ -1,4 +1,4 @@
-"""Names of modules as they are in the model that was not compiled, and PEFT's rule for matching them."""
+"""Names of modules as they are in the model that was not compiled or wrapped, and PEFT's rule for matching them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from onelora_compile.kinds import WRAPPED
+
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by qualified name, each once, without the `_orig_mod` that `torch.compile` puts in between."""
+    """Modules by qualified name, each once, without what wrappers put in between."""
     for name, module in model.named_modules():
         yield clean_name(name), module
 
 
 def clean_name(name: str) -> str:
-    """A qualified name as it is in the model that was not compiled."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """A qualified name as it is in the model that was not compiled or wrapped."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def any_match(patterns: str | Sequence[str], names: Sequence[str]) -> bool:

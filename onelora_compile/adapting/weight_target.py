@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapted_module import VECTOR, Adapted, OneLoRALayer, vector_name
 from onelora_compile.adapting.adapted_module import attach as attach_vectors
 from onelora_compile.adapting.dispatched import device_of_calls, value_of
+from onelora_compile.adapting.module_names import clean_name
 from onelora_compile.kinds import is_plain
 from onelora_compile.sharded import split_like_outputs, whole
 
@@ -91,7 +92,7 @@ def vector_of(target: str) -> str | None:
     module, _, own = target.rpartition(".")
     if own != VECTOR and not own.startswith(f"{VECTOR}_"):
         return None
-    return f"{module}.{own.removeprefix(VECTOR).removeprefix('_')}".strip(".")
+    return clean_name(f"{module}.{own.removeprefix(VECTOR).removeprefix('_')}".strip("."))
 
 
 def calling(module: nn.Module, dims: tuple[int, ...] | None) -> Target:

@@ -20,6 +20,7 @@ from typing import Literal
 from torch import fx
 from torch.export import ExportedProgram
 
+from onelora_compile.adapting.module_names import clean_name
 from onelora_compile.adapting.weight_target import vector_of
 from onelora_compile.errors import PassError
 from onelora_compile.ops import ADAPTED_WEIGHT, VECTOR
@@ -57,7 +58,7 @@ def carry_vectors(
         target = specs[node.name].target
         if target is None:
             continue
-        if whole := (trained or {}).get(target):
+        if whole := (trained or {}).get(clean_name(target)):
             if node.users:
                 _named(gm.graph, node, whole)
             continue

@@ -9,11 +9,12 @@ import pytest
 import torch
 from mode_cases import Case
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import onelora_compile as onelora
 from onelora_compile.errors import ExportError, StateError
 from onelora_compile.exporters import OnnxRunner, export_onnx
-from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
+from onelora_compile.testing import assert_parity, fill_vectors, merged_copy, perturb_norms
 
 
 def test_rows_of_one_batch_use_different_adapters(tmp_path):
@@ -159,3 +160,18 @@ def test_a_layer_may_be_called_as_what_an_export_adds(name, mode, tmp_path):
     export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode, **options)
     (outputs,) = OnnxRunner(tmp_path / "m.onnx", tmp_path / "a.safetensors").run([x.numpy()])
     assert_parity(torch.from_numpy(outputs), merged_copy(model, torch.float64)(x.double()), merged_copy(model)(x))
+
+
+@pytest.mark.parametrize("mode", ["load", "input", "bank"])
+def test_checkpoint_wrappers_are_not_in_the_names_of_a_file(mode, tmp_path):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4)).eval(), torch.randn(4, 6)
+    config = onelora.OneLoRAConfig(target_modules=["0", "2"], train_norms=True)
+    model = perturb_norms(fill_vectors(onelora.adapt(copy.deepcopy(base), config), 0.5))
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    plain = copy.deepcopy(model)
+    apply_activation_checkpointing(model, check_fn=lambda one: isinstance(one, (nn.Linear, nn.LayerNorm)))
+    options: dict[str, Any] = {"bank": [tmp_path / "a.safetensors"]} if mode == "bank" else {}
+    export_onnx(model, (x,), tmp_path / "m.onnx", adapters=mode, **options)
+    (outputs,) = OnnxRunner(tmp_path / "m.onnx", tmp_path / "a.safetensors").run([x.numpy()])
+    assert_parity(torch.from_numpy(outputs), merged_copy(plain, torch.float64)(x.double()), merged_copy(plain)(x))
