@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from onelora_compile.sharded import is_sharded
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of which one may be a linear map of patches; none is transposed
+# Names of the one module inside a wrapper: of torch.compile, checkpoint_wrapper and FullyShardedDataParallel.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def as_args(given: Any) -> tuple[Any, ...]:

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-# Of torch.compile, checkpoint_wrapper and FullyShardedDataParallel.
-_BETWEEN = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+from onelora_compile.kinds import WRAPPED
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -19,7 +18,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def clean_name(name: str) -> str:
     """A qualified name as it is in the model that was not compiled or wrapped."""
-    return ".".join(part for part in name.split(".") if part not in _BETWEEN)
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def any_match(patterns: str | Sequence[str], names: Sequence[str]) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from onelora_compile.adapting.module_names import clean_name
+from onelora_compile.kinds import WRAPPED
 from onelora_compile.ops import ADAPTED_WEIGHT, ADD_RANK1, RANK1_UPDATE
 from onelora_compile.passes.sites.contractions import Contraction, use_of
 from onelora_compile.passes.sites.einsum import Labels
@@ -174,7 +174,7 @@ def plain_path(text: str) -> str:
     path = re.sub(r"^[LG]\['[^']*'\]", "", text)  # Dynamo starts at a local or global variable
     path = re.sub(r"\._(?:modules|parameters)\['([^']*)'\]", r".\1", path)
     path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
-    return clean_name(".".join(part for part in path.split(".") if part))
+    return ".".join(part for part in path.split(".") if part and part not in WRAPPED)
 
 
 def source_line(node: fx.Node) -> str:
