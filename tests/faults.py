@@ -90,6 +90,11 @@ def content(folder):
     }
 
 
+def path_of(file):
+    """The path of an open file or folder, or of its number."""
+    return os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
+
+
 def _install():
     if getattr(os.fsync, "fails", False):
         return
@@ -97,8 +102,7 @@ def _install():
 
     def fsync(file):
         if _current is not None:  # there is no audit event of it
-            descriptor = file if isinstance(file, int) else file.fileno()
-            _current.check("os.fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+            _current.check("os.fsync", path_of(file))
         return real(file)
 
     vars(fsync)["fails"] = True

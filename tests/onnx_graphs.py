@@ -1,5 +1,7 @@
 """Small ONNX graphs by hand, and adapters of their weights."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -26,6 +28,17 @@ def adapter_of(folder, *weights, scale=0.3):
 def assert_arrays(found, exact, plain):
     """`assert_parity` of arrays."""
     assert_parity(torch.from_numpy(found), torch.from_numpy(exact), torch.from_numpy(plain))
+
+
+def four_bits(rng, n=8, k=64, block=16):
+    """A MatMulNBits with floating zero points, its arrays, and numbers, scales and zero points by blocks."""
+    q = rng.integers(0, 16, (n, k // block, block), dtype=np.uint8)
+    scale = rng.uniform(0.01, 0.1, (n, k // block)).astype(np.float32)
+    zero = rng.uniform(6, 9, (n, k // block)).astype(np.float32)
+    sizes: Any = {"K": k, "N": n, "bits": 4, "block_size": block, "accuracy_level": 1}
+    node = onnx.helper.make_node("MatMulNBits", ["x", "q", "s", "z"], ["y"], domain="com.microsoft", **sizes)
+    arrays = {"q": q[..., 0::2] | q[..., 1::2] << 4, "s": scale.flatten(), "z": zero.flatten()}
+    return node, arrays, q, scale[..., None], zero[..., None]
 
 
 def save_graph(path, nodes, arrays, x, y, opsets=()):

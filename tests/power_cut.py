@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from faults import path_of
+
 _current = None
 
 
@@ -141,7 +143,7 @@ def _install():
 
     def fsync(file):
         if _current is not None:  # there is no audit event of it
-            path = os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
+            path = path_of(file)
             if os.path.isdir(path):
                 _current.note("sync", path)
             else:

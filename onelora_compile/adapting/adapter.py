@@ -188,12 +188,12 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
         StateError: the model is not adapted, so that its whole base would be trained.
     """
     root = unwrap(model)
-    if not adapted_weights(root):
+    if not (present := adapted_weights(root)):
         raise StateError(
             "the model is not adapted yet: call onelora.adapt(model) before you build the optimizer, or run a model "
             "compiled with backend='onelora' once"
         )
-    refuse_offloaded_vectors(root, "train")
+    refuse_offloaded_vectors(root, present, "train")
     others = _of_other_adapters(root)
     parameters = [meant(parameter) for parameter in root.parameters() if parameter.requires_grad]
     return [parameter for parameter in parameters if id(parameter) not in others]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapted_module import is_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dispatched import is_in_files, is_offloaded
-from onelora_compile.adapting.module_names import clean_name, named_modules
+from onelora_compile.adapting.module_names import named_modules, named_tensors
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.adapting.weight_target import Target, targets_of
 from onelora_compile.errors import OneLoRAWarning, StateError
@@ -134,15 +134,15 @@ def state_of(root: nn.Module, purpose: str, allow_disabled: bool = False, allow_
     state = own_state(root, purpose)
     if not allow_disabled:
         refuse_disabled(root, purpose)
-    refuse_offloaded_vectors(root, purpose)
+    present = adapted_weights(root)
+    refuse_offloaded_vectors(root, present, purpose)
     if not allow_lost:
-        _check_lost(root, state, purpose)
+        _check_lost(root, state, present, purpose)
     return state
 
 
-def _check_lost(root: nn.Module, state: AdapterState, purpose: str) -> None:
+def _check_lost(root: nn.Module, state: AdapterState, present: Mapping[str, Target], purpose: str) -> None:
     """Whether something put other layers in the places of adapted ones; a layer that moved has its vector still."""
-    present = adapted_weights(root)
     if not present:
         raise StateError(
             f"can't {purpose}: no layer of this {type(root).__name__} has its vector any more. Something put layers of "
@@ -190,14 +190,14 @@ def refuse_flattened(root: nn.Module, purpose: str) -> None:
         )
 
 
-def refuse_offloaded_vectors(root: nn.Module, purpose: str) -> None:
+def refuse_offloaded_vectors(root: nn.Module, present: Mapping[str, Target], purpose: str) -> None:
     """Check that accelerate has not put the vectors away: each call would get new ones, whatever is done to them.
 
     Raises:
         StateError: the model was adapted, and dispatched with offloading afterwards.
     """
     refuse_weights_in_files(root, purpose)
-    for name, target in adapted_weights(root).items():
+    for name, target in present.items():
         refuse_offloaded_vector(name, target.module, target.vector, purpose)
 
 
@@ -258,11 +258,7 @@ def state_or_none(root: nn.Module) -> AdapterState | None:
 
 def saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
     """What travels with the vectors: trained base parameters and batch-norm statistics, by name."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]:
-        if clean_name(name) in state.originals:
-            tensors[clean_name(name)] = tensor
-    return tensors
+    return {name: tensor for name, tensor in named_tensors(root).items() if name in state.originals}
 
 
 def all_saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ some of the vectors is none of the base; what it lacks is missing, as PyTorch sa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_vector
 from onelora_compile.adapting.adapter_state import AdapterState, Arriving, state_or_none
-from onelora_compile.adapting.module_names import clean_name
+from onelora_compile.adapting.module_names import clean_name, named_tensors
 from onelora_compile.sharded import memory_here, whole
 
 
@@ -37,7 +37,7 @@ def _look(root: nn.Module, checkpoint: Mapping[str, Any], prefix: str, *rest: An
     """Note what comes from elsewhere: afterwards its numbers are the model's, whoever they came from."""
     names = [name for name in checkpoint if name.startswith(prefix)]
     given = {clean_name(name.removeprefix(prefix)): checkpoint[name] for name in names}
-    brought = {name for name, own in _named_tensors(root) if name in given and not _is_own(given[name], own)}
+    brought = {name for name, own in named_tensors(root).items() if name in given and not _is_own(given[name], own)}
     if (state := state_or_none(root)) is not None:
         state.arriving = Arriving(prefix, rest[-1], brought)
 
@@ -55,7 +55,7 @@ def _vectors_stay(root: nn.Module, found: Any) -> None:
         return
     prefix, errors, brought = state.arriving or Arriving("", [], set())  # a loader of the user's own calls no hook
     state.arriving = None
-    named = dict(_named_tensors(root))
+    named = named_tensors(root)
     missing = {clean_name(name.removeprefix(prefix)) for name in found.missing_keys if name.startswith(prefix)}
     vectors = {name for name in named if _names_vector(name)}
     loaded: set[str] = set()
@@ -65,16 +65,15 @@ def _vectors_stay(root: nn.Module, found: Any) -> None:
     elif vectors and vectors.isdisjoint(brought) and not brought <= state.originals.keys():
         # Filled up with what the model has: by torch.distributed, or `model.state_dict() | checkpoint`.
         loaded = brought
-    elif not missing and _is_unknown(root) and not any(whole(named[name].detach()).any() for name in vectors):
+    elif not missing and _is_unknown(root, state) and not any(whole(named[name].detach()).any() for name in vectors):
         loaded = set(named)  # the same, of vectors that were copied
     if not errors:  # of a load that fails something is not there, and nothing says what
         _remember(state, named, loaded)
 
 
-def _is_unknown(root: nn.Module) -> bool:
+def _is_unknown(root: nn.Module, state: AdapterState) -> bool:
     """Whether the model was on the meta device at `adapt`, and is not any more."""
-    state = state_or_none(root)
-    unknown = state is not None and any(one.is_meta for one in state.originals.values())
+    unknown = any(one.is_meta for one in state.originals.values())
     return unknown and not any(parameter.is_meta for parameter in root.parameters())
 
 
@@ -84,12 +83,6 @@ def _remember(state: AdapterState, named: Mapping[str, Tensor], loaded: Collecti
         for name in state.originals:
             if name in named and name in loaded:
                 state.originals[name] = whole(named[name].detach()).clone()
-
-
-def _named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, by every name that they have, and buffers."""
-    for name, tensor in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]:
-        yield clean_name(name), tensor
 
 
 def _names_vector(name: str) -> bool:

