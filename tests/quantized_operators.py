@@ -31,7 +31,7 @@ def quantized_input(g, how):
     return g.add("QuantizeLinear", "x", scale, zero), scale, zero
 
 
-def matmul_integer(side, how, by_axis, constants_first):
+def matmul_integer(side, how, by_axis, scales):
     def write(g, weight):
         q, scale, zero, exact = stored(g, weight.T if side else weight, side, by_axis, "uint8")
         if by_axis and not side:
@@ -40,8 +40,11 @@ def matmul_integer(side, how, by_axis, constants_first):
         x, x_scale, x_zero = quantized_input(g, how)
         y = g.add("MatMulInteger", *((x, q, x_zero, zero) if side else (q, x, zero, x_zero)))
         y = g.add("Cast", y, to=TensorProto.FLOAT)
-        if constants_first:
+        if scales == ", scales in turn":
             return g.add("Mul", g.add("Mul", y, scale), x_scale), exact.T if side else exact
+        if scales == ", divided":
+            divisor = g.hold((1 / g.arrays[scale]).astype(np.float32))
+            return g.add("Div", g.add("Mul", y, x_scale), divisor), exact.T if side else exact
         return g.add("Mul", y, g.add("Mul", x_scale, scale)), exact.T if side else exact
 
     return (2, ROWS, IN) if side else (IN, ROWS), write, _product(side)
@@ -161,10 +164,10 @@ OPERATORS = {}
 for _how in ("dynamic", "static", "unnamed"):
     for _axis in (False, True):
         _name = f"{_how}{', by axis' * _axis}"
-        for _first in (False, True):
-            _label = f"{_name}{', scales in turn' * _first}"
-            OPERATORS[f"MatMulInteger {_label}"] = matmul_integer(1, _how, _axis, _first)
-            OPERATORS[f"MatMulInteger left {_label}"] = matmul_integer(0, _how, _axis, _first)
+        for _scales in ("", ", scales in turn", ", divided"):
+            _label = f"{_name}{_scales}"
+            OPERATORS[f"MatMulInteger {_label}"] = matmul_integer(1, _how, _axis, _scales)
+            OPERATORS[f"MatMulInteger left {_label}"] = matmul_integer(0, _how, _axis, _scales)
         OPERATORS[f"ConvInteger {_name}"] = conv_integer(_how, _axis)
     OPERATORS[f"MatMulIntegerToFloat {_how}"] = to_float(1, _how)
     OPERATORS[f"MatMulIntegerToFloat left {_how}"] = to_float(0, _how)

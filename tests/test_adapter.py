@@ -189,6 +189,9 @@ def test_a_checkpoint_that_was_filled_up_with_the_vectors_of_the_model_is_of_the
     holder.load_state_dict(holder.state_dict())  # nothing that is new
     holder.load_state_dict(copy.deepcopy(holder.state_dict()))  # a trained one
     holder.load_state_dict(holder.state_dict() | {prefix + "3.weight": torch.randn(2, 6)})  # a head of somebody's
+    holder.load_state_dict({prefix + "3.weight": torch.randn(2, 6)}, strict=False)  # the same alone
+    without = {name: value for name, value in holder.state_dict().items() if "onelora_vector" not in name}
+    holder.load_state_dict(without, strict=False)
     model.load_state_dict(trained)
     assert torch.equal(onelora.detach(model)(x), base(x))
 
@@ -242,6 +245,25 @@ def test_adapted_in_inference_mode_can_still_be_trained():
             model(torch.randn(5, 8))
     train(model, {"x": torch.randn(5, 8)})
     assert all(v.any() for v in onelora.vectors(model).values())
+
+
+@pytest.mark.parametrize("how", ["parametrized", "normed", "pruned"])
+def test_a_vector_that_is_computed_from_others_is_named(how):
+    from torch.nn.utils import parametrizations, parametrize, prune
+
+    model, x = fill_vectors(onelora.adapt(zoo.MLP()), 0.5), torch.randn(5, 8)
+    if how == "parametrized":
+        parametrize.register_parametrization(model.b, "onelora_vector", nn.Tanh())
+    elif how == "normed":
+        parametrizations.weight_norm(model.b, "onelora_vector")
+    else:
+        prune.l1_unstructured(model.b, "onelora_vector", 1)
+    y = torch.tanh(model.a(x))
+    merged = model.b.weight + model.b.onelora_vector[:, None]
+    torch.testing.assert_close(model.b(y), y @ merged.T + model.b.bias)
+    for asked in (onelora.vectors, onelora.merge, onelora.detach, lambda m: onelora.save_adapter(m, "a.safetensors")):
+        with pytest.raises(onelora.StateError, match=r"'onelora_vector' of .*in_features.* is no parameter any more"):
+            asked(model)
 
 
 def test_a_module_that_another_tool_gave_a_class_is_not_broken():

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from onelora_compile.errors import BaseMismatchError, ExportError
 from onelora_compile.exporters.fold.match_fingerprints import Matches
 from onelora_compile.exporters.fold.match_trained import TrainedPlaces
 from onelora_compile.exporters.jetson.device.core.modes import FOLD
 from onelora_compile.exporters.onnx_file.metadata import Metadata
+from onelora_compile.exporters.quantized.products import unread_ops
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_file import AdapterFile
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 _MANY = (
     " (of experts or heads, of which only weights of two axes are looked for: export the adapted model by export_onnx)"
@@ -39,7 +43,7 @@ def leave_zeros(matches: Matches, file: AdapterFile) -> dict[str, str]:
     return dict.fromkeys(zeros, NOTHING)
 
 
-def check_places(matches: Matches, file: AdapterFile, base: Path, on_unmatched: str, props: Mapping[str, str]) -> None:
+def check_places(matches: Matches, file: AdapterFile, base: Path, on_unmatched: str, model: onnx_ir.Model) -> None:
     """Whether every vector has a place.
 
     Raises:
@@ -48,7 +52,7 @@ def check_places(matches: Matches, file: AdapterFile, base: Path, on_unmatched: 
     """
     if matches.unmatched and not matches.places and set(matches.unmatched) <= set(matches.nearest):
         worst = ", ".join(f"{name} (differs by {matches.nearest[name]:.1%})" for name in list(matches.unmatched)[:5])
-        held = Metadata.from_props(props, str(base))
+        held = Metadata.from_props(model.metadata_props, str(base))
         hint = f". It holds an adapter already ({', '.join(held.adapters) or 'unnamed'})" if held.traits is FOLD else ""
         if median(matches.nearest[name] for name in matches.unmatched) < _RELATED:
             hint += _SCALED
@@ -57,10 +61,11 @@ def check_places(matches: Matches, file: AdapterFile, base: Path, on_unmatched: 
         many = {name: _MANY for name in matches.unmatched if file.vectors[name].ndim > 1}
         listed = "; ".join(f"{name}: {why}{many.get(name, '')}" for name, why in list(matches.unmatched.items())[:8])
         free = shortened((f"{one.name} {list(one.shape)} {one.dtype}" for one in matches.free), 12)
+        packed = f". Not read are the weights of {', '.join(unread)}" if (unread := unread_ops(model)) else ""
         raise ExportError(
             f"{len(matches.unmatched)} of {len(file.vectors)} vectors have no place in {base}: {listed}. Weights of "
-            f"the model that no vector took: {free}. Nothing was written; on_unmatched='skip' folds the others, as "
-            "where the file leaves out layers that its tool saw no use of"
+            f"the model that no vector took: {free}{packed}. Nothing was written; on_unmatched='skip' folds the "
+            "others, as where the file leaves out layers that its tool saw no use of"
         )
 
 

@@ -118,7 +118,7 @@ def fold_onnx(
             matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints, known)
             folder.refuse(matches)
             zeros = leave_zeros(matches, file)
-            check_places(matches, file, base, on_unmatched, model.metadata_props)
+            check_places(matches, file, base, on_unmatched, model)
             missing = missing_uses(matches, file, base, on_missing_uses)
             named = ((name, use) for name, places in matches.places.items() for one in places for use in one.uses)
             trained = match_trained(model, file, named, held)

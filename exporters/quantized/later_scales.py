@@ -1,6 +1,6 @@
 """The scales of an integer product that are multiplied later, behind a Cast.
 
-    y = Cast(MatMulInteger(q, w)) * (s_x * s_w)      in any order, and as several multiplications
+    y = Cast(MatMulInteger(q, w)) * (s_x * s_w)      in any order, as several multiplications or divisions
 
 Whose the factors are is known where an op quantises q: it names s_x.  What looks q up in a table of integers (a
 quantised embedding) names none; then every factor is put into the matrix, which is s_x times the base's.
@@ -64,15 +64,19 @@ def later_scales(node: onnx_ir.Node, constants: Constants) -> Later | None:
     y = _only_user(node.outputs[0], "Cast")
     factors: list[np.ndarray] = []
     found = seen = False
-    while y is not None and (following := _only_user(y, "Mul")) is not None:
-        mul = following.producer()
-        assert mul is not None
-        leaves = list(_factors(next((one for one in mul.inputs if one is not y), None)))
+    while y is not None and (following := _only_user(y, "Mul", "Div")) is not None:
+        scaling = following.producer()
+        assert scaling is not None
+        divides = scaling.op_type == "Div"
+        leaves = list(_factors(next((one for one in scaling.inputs if one is not y), None)))
+        if divides and (scaling.inputs[0] is not y or any(leaf is own for leaf in leaves)):
+            break
         if not all((leaf is not None and leaf is own) or constants.known(leaf) for leaf in leaves):
             break
         y, found = following, True
         seen = seen or (own is not None and any(leaf is own for leaf in leaves))
-        factors += [constants.numbers(leaf) for leaf in leaves if leaf is not None and leaf is not own]
+        numbers = [constants.numbers(leaf) for leaf in leaves if leaf is not None and leaf is not own]
+        factors += [1 / one for one in numbers] if divides else numbers
     if y is None or not found:
         return None
     if own is None:
@@ -99,9 +103,9 @@ def as_stored(factor: float, multiples: Sequence[float]) -> float:
     return nearest if abs(nearest - factor) <= _NEAR * abs(factor) else factor
 
 
-def _only_user(value: onnx_ir.Value, op_type: str) -> onnx_ir.Value | None:
+def _only_user(value: onnx_ir.Value, *op_types: str) -> onnx_ir.Value | None:
     users = [use.node for use in value.uses()]
-    return users[0].outputs[0] if len(users) == 1 and users[0].op_type == op_type else None
+    return users[0].outputs[0] if len(users) == 1 and users[0].op_type in op_types else None
 
 
 def _factors(value: onnx_ir.Value | None) -> Iterator[onnx_ir.Value | None]:

@@ -47,6 +47,8 @@ FLOATING = {
     "GemmFastGelu": (1,),
 }
 CONVOLUTIONS = {"Conv", "FusedConv", "ConvInteger", "QLinearConv"}
+# Contrib ops with integers that are read, and those that quantise or look up.
+_OPENED = {"MatMulNBits", "QuantizeLinear", "DequantizeLinear", "GatherBlockQuantized", "EmbedLayerNormalization"}
 
 
 def factors_of(node: onnx_ir.Node) -> tuple[int, ...]:
@@ -92,6 +94,19 @@ def products_of(model: onnx_ir.Model, constants: Constants) -> Iterator[Product]
             yield from _of_integers(node, constants)
         elif node.op_type == "MatMulNBits":
             yield from _of_blocks(node, constants)
+
+
+def unread_ops(model: onnx_ir.Model) -> list[str]:
+    """The op types that hold integers in a packing that is not read, as MatMulBnb4 and QMoE do."""
+    kinds = {
+        node.op_type
+        for node in model.graph.all_nodes()
+        if node.domain not in ("", "ai.onnx") and node.op_type not in {*INTEGER, *FLOATING, *_OPENED}
+        for one in node.inputs
+        if one is not None and one.const_value is not None
+        if one.const_value.dtype.is_integer() and one.const_value.dtype.itemsize <= 1 and one.const_value.size > 1
+    }
+    return sorted(kinds)
 
 
 def _given(node: onnx_ir.Node, index: int | None) -> onnx_ir.Value | None:

@@ -58,11 +58,12 @@ def _vectors_stay(root: nn.Module, found: Any) -> None:
     named = named_tensors(root)
     missing = {clean_name(name.removeprefix(prefix)) for name in found.missing_keys if name.startswith(prefix)}
     vectors = {name for name in named if _names_vector(name)}
+    of_the_base = not brought <= state.originals.keys()  # not a trained head alone
     loaded: set[str] = set()
     if vectors and vectors <= missing:
         found.missing_keys[:] = [n for n in found.missing_keys if not (n.startswith(prefix) and _names_vector(n))]
-        loaded = named.keys() - missing
-    elif vectors and vectors.isdisjoint(brought) and not brought <= state.originals.keys():
+        loaded = named.keys() - missing if of_the_base else set()
+    elif vectors and vectors.isdisjoint(brought) and of_the_base:
         # Filled up with what the model has: by torch.distributed, or `model.state_dict() | checkpoint`.
         loaded = brought
     elif not missing and _is_unknown(root, state) and not any(whole(named[name].detach()).any() for name in vectors):

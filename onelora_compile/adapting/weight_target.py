@@ -13,6 +13,7 @@ from onelora_compile.adapting.adapted_module import VECTOR, Adapted, OneLoRALaye
 from onelora_compile.adapting.adapted_module import attach as attach_vectors
 from onelora_compile.adapting.dispatched import device_of_calls, value_of
 from onelora_compile.adapting.module_names import clean_name
+from onelora_compile.errors import StateError
 from onelora_compile.kinds import is_plain
 from onelora_compile.sharded import split_like_outputs, whole
 
@@ -39,9 +40,19 @@ class Target:
 
     @property
     def vector(self) -> nn.Parameter:
-        """The vector; only of an adapted module."""
-        vector = self.module._parameters[vector_name(self.parameter)]
-        assert isinstance(vector, nn.Parameter)
+        """The vector; only of an adapted module.
+
+        Raises:
+            StateError: something computes it from other parameters now.
+        """
+        name = vector_name(self.parameter)
+        vector = self.module._parameters.get(name)
+        if vector is None:
+            layer = f"{type(self.module).__name__}({self.module.extra_repr()})"
+            raise StateError(
+                f"{name!r} of a {layer} is no parameter any more: it was parametrized or pruned after adapt. Undo that "
+                "first (parametrize.remove_parametrizations, prune.remove), or detach before it"
+            )
         return vector
 
     @property

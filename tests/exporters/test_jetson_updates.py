@@ -17,9 +17,11 @@ import onnxruntime
 import pytest
 import torch
 import zoo
-from bundles import ORT, active, call, changed
+from bundles import ORT, active, call, changed, exported
+from torch import nn
 
 import onelora_compile as onelora
+from onelora_compile.exporters import bundle
 from onelora_compile.weights import fingerprint
 from onelora_compile.weights.adapter_file import read_adapter
 
@@ -63,6 +65,44 @@ def test_an_adapter_file_alone_updates_a_device(mode, tmp_path):
     assert "adapter   arrived" in status.stdout
     assert "engines   none: run build" in status.stdout
     assert "engines   none, and none are needed" in command(folder, *ORT, "status").stdout
+
+
+class Two(nn.Module):
+    """One linear, given twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y, -y
+
+
+@pytest.mark.parametrize(
+    ("outputs", "into", "error"),
+    [
+        (("a/b", "a.b"), "out", None),
+        (("a/b", "a_b"), "out", "output 'a_b' would be written over output 'a/b'"),
+        (("y", "given"), ".", "output 'given' would be written over an input"),
+    ],
+)
+def test_run_writes_over_nothing(outputs, into, error, tmp_path):
+    x = torch.randn(2, 6)
+    model = exported(Two(), (x,), tmp_path / "two.onnx", output_names=list(outputs))
+    folder = tmp_path / "b"
+    bundle(model, folder, shapes={"x": ((2, 6),) * 3})
+    np.save(tmp_path / "given.npy", x.numpy())
+    done = command(folder, *ORT, "run", f"x={tmp_path / 'given.npy'}", "-o", tmp_path / into)
+    np.testing.assert_array_equal(np.load(tmp_path / "given.npy"), x.numpy())
+    if error is None:
+        assert done.returncode == 0, done.stderr
+        first, second = (np.load(tmp_path / into / f"{name.replace('/', '_')}.npy") for name in outputs)
+        np.testing.assert_array_equal(first, -second)
+    else:
+        assert done.returncode == 1
+        assert error in done.stderr
+        assert len(list(tmp_path.rglob("*.npy"))) == 1 + len(list(folder.rglob("*.npy")))
 
 
 @pytest.mark.parametrize("mode", bundles.MODES)

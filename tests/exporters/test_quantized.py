@@ -11,6 +11,7 @@ import pytest
 import quantized_graphs as graphs
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import adapter_of
+from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from quantized_operators import OPERATORS, build_operator
 from quantized_storage import STORAGE, Graph, quantized
 
@@ -161,6 +162,21 @@ def test_what_takes_no_branch_is_refused_by_the_names_of_its_vectors(write, tmp_
     report = fold_onnx(tmp_path / "m.onnx", path, tmp_path / "out.onnx", on_unmatched="skip", progress=False)
     assert set(report.folded) == {"3"}
     assert set(report.skipped) == {"0", "1", "2"}
+
+
+def test_packings_that_are_not_read_are_named(tmp_path):
+    weights = [np.random.default_rng(seed).normal(size=(32, 64)).astype(np.float32) for seed in range(2)]
+    path, _ = adapter_of(tmp_path, *weights)
+    g = Graph(17)
+    for weight, name in zip(weights, "ho", strict=True):
+        g.nodes.append(helper.make_node("Identity", [g.add("MatMul", "x", g.hold(weight.T))], [name]))
+    model = graphs.wrapped(g, np.zeros((1, 3, 64), np.float32), "main", 17)
+    model.graph.output.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, None))
+    quantizer = MatMulBnb4Quantizer(model, MatMulBnb4Quantizer.NF4, 32)
+    quantizer.process()
+    onnx.save(quantizer.model.model, tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=r"0: no weight of its shape; 1: .*Not read are the weights of MatMulBnb4\."):
+        fold_onnx(tmp_path / "m.onnx", path, tmp_path / "out.onnx", progress=False)
 
 
 @pytest.mark.parametrize("level", graphs.LEVELS)

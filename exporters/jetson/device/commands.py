@@ -161,15 +161,23 @@ def _bench(folder: Folder, options: Options, chosen: argparse.Namespace) -> None
 
 
 def _run(folder: Folder, options: Options, chosen: argparse.Namespace) -> None:
-    inputs = {}
+    inputs, read = {}, set()
     for one in chosen.inputs:
         name, found, path = one.partition("=")
         if not found:
             raise BundleError(f"{one!r} is not of the form NAME=FILE.npy")
         inputs[name] = read_npy(path)
+        read.add(os.path.realpath(path))
     outputs = Deployed(folder.path, options).run(inputs)
-    for name, value in outputs.items():
+    files: dict[str, str] = {}  # path -> output
+    for name in outputs:
         path = os.path.join(chosen.output, name.replace("/", "_") + ".npy")
+        if os.path.realpath(path) in read or path in files:
+            other = f"output {files[path]!r}" if path in files else "an input"
+            raise BundleError(f"output {name!r} would be written over {other}, to {path}; nothing was written")
+        files[path] = name
+    for path, name in files.items():
+        value = outputs[name]
         write_atomically(os.path.abspath(path), npy_bytes(value))
         print(f"{path}: {value.dtype} {list(value.shape)}")
 
