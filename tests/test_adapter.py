@@ -259,7 +259,7 @@ def test_a_vector_that_is_computed_from_others_is_named(how):
     else:
         prune.l1_unstructured(model.b, "onelora_vector", 1)
     y = torch.tanh(model.a(x))
-    merged = model.b.weight + model.b.onelora_vector[:, None]
+    merged = model.b.weight + model.b.onelora_vector.unsqueeze(1)
     torch.testing.assert_close(model.b(y), y @ merged.T + model.b.bias)
     for asked in (onelora.vectors, onelora.merge, onelora.detach, lambda m: onelora.save_adapter(m, "a.safetensors")):
         with pytest.raises(onelora.StateError, match=r"'onelora_vector' of .*in_features.* is no parameter any more"):

@@ -129,6 +129,7 @@ def projected(weight: Weight, transposed: bool) -> np.ndarray:
     for start, numbers in weight.by_rows():
         part = as_torch(numbers)
         part = part if part.dtype == torch.float64 else part.float()
+        part = part.nan_to_num(0.0, 0.0, 0.0)  # as the fingerprint counts them
         if transposed:
             parts.append((right[start : start + len(part)].to(part.dtype).T @ part).T.double())
         else:

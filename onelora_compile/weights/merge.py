@@ -141,8 +141,6 @@ class FoldByRows:
         first: the row of the stored matrix that is the weight's first.
         columns: of the stored matrix.
         measured: entries on which the loss is measured.
-
-    The weight is known to be finite.
     """
 
     def __init__(
@@ -170,12 +168,12 @@ class FoldByRows:
         part = rows[begin - start : end - start, self._columns]
         update = _update(self._shape, part, self._vector, self._dims)[begin - self._first : end - self._first]
         sample = slice(-(begin - self._first) % self._every, None, self._every)
-        before = part[sample].double()
+        before, finite = part[sample].double(), _finite(part)
         if part.dtype == update.dtype:
             part.add_(update)
         else:
             part.copy_(part.to(update.dtype) + update)
-        if not _finite(part):
+        if finite and not _finite(part):
             raise _overflow(part)
         self._sampled.append((before, part[sample].clone(), update[sample]))
 

@@ -101,3 +101,24 @@ def test_a_layer_of_anything_that_no_forward_uses(case, value):
     vectors = {name: vector.clone() for name, vector in onelora.vectors(model).items()}
     onelora.load_adapter(model, folder / "a.safetensors")
     assert all(torch.equal(vector, vectors[name]) for name, vector in onelora.vectors(model).items())
+
+
+@pytest.mark.parametrize("write", [dynamo, torchscript])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("width", [8, 24])
+def test_a_weight_with_numbers_that_are_none(write, value, width, tmp_path):
+    """Its other rows are found and folded, and a layer of the same shape is as well."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, width), nn.Linear(width, 8)), torch.randn(3, 8)
+    damaged = {"weight": base[1].weight.detach().clone()}
+    damaged["weight"][2, 1] = value
+    base[1].load_state_dict(damaged, strict=False)
+    write(copy.deepcopy(base), (x,), tmp_path / "m.onnx")
+    model = fill_vectors(onelora.adapt(base), 0.5)
+    assert set(folded(model, tmp_path).folded) == {"0", "1"}
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx")
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    kept = torch.arange(8) != 2
+    assert not found[:, ~kept].isfinite().any()
+    exact, plain = merged_copy(model, torch.float64)(x.double()), merged_copy(model)(x)
+    assert_parity(found[:, kept], exact[:, kept], plain[:, kept])
