@@ -251,16 +251,18 @@ def test_adapted_in_inference_mode_can_still_be_trained():
 def test_a_vector_that_is_computed_from_others_is_named(how):
     from torch.nn.utils import parametrizations, parametrize, prune
 
-    model, x = fill_vectors(onelora.adapt(zoo.MLP()), 0.5), torch.randn(5, 8)
+    base = zoo.MLP()
+    model, layer = fill_vectors(onelora.adapt(base), 0.5), base.b
     if how == "parametrized":
-        parametrize.register_parametrization(model.b, "onelora_vector", nn.Tanh())
+        parametrize.register_parametrization(layer, "onelora_vector", nn.Tanh())
     elif how == "normed":
-        parametrizations.weight_norm(model.b, "onelora_vector")
+        parametrizations.weight_norm(layer, "onelora_vector")
     else:
-        prune.l1_unstructured(model.b, "onelora_vector", 1)
-    y = torch.tanh(model.a(x))
-    merged = model.b.weight + model.b.onelora_vector.unsqueeze(1)
-    torch.testing.assert_close(model.b(y), y @ merged.T + model.b.bias)
+        prune.l1_unstructured(layer, "onelora_vector", 1)
+    y = torch.randn(5, 6)
+    vector: Any = layer.onelora_vector
+    merged = layer.weight + vector.unsqueeze(1)
+    torch.testing.assert_close(layer(y), y @ merged.T + layer.bias)
     for asked in (onelora.vectors, onelora.merge, onelora.detach, lambda m: onelora.save_adapter(m, "a.safetensors")):
         with pytest.raises(onelora.StateError, match=r"'onelora_vector' of .*in_features.* is no parameter any more"):
             asked(model)
