@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import export_tables
 import torch
+from hub_places import cache, hub, trained  # noqa: F401  (fixtures)
 from hypothesis import settings
 
 # Each collection of the old walks all that is imported: a fifth of the time at Python's own thresholds.

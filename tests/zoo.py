@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import onelora_compile as onelora
 from onelora_compile.testing import perturb_norms
 
 
@@ -109,6 +110,15 @@ MODELS = {"tiny_vit": tiny_vit, "hf_vit": hf_vit, "bert": bert, "llama": llama, 
 # How many linears the default configuration adapts: 4 per plain block + embed + head; 6 per hf block;
 # bert also adapts its pooler; llama 7 per block; gpt2 4 Conv1D per block. Heads of transformers models stay.
 SITES = {"tiny_vit": 10, "hf_vit": 12, "bert": 13, "llama": 14, "gpt2": 8}
+
+
+def train(model, inputs, steps=3):
+    """A few steps of everything that is trained."""
+    optimizer = torch.optim.AdamW(onelora.trainable_parameters(model), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits(model(**inputs)).square().mean().backward()
+        optimizer.step()
 
 
 def logits(output):

@@ -1,0 +1,85 @@
+"""Modules that other tools gave a class, and parameters that they compute, after adapt."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import onelora_compile as onelora
+from onelora_compile.testing import fill_vectors
+
+
+@pytest.mark.parametrize("how", ["parametrized", "normed", "pruned"])
+def test_a_vector_that_is_computed_from_others_is_named(how):
+    from torch.nn.utils import parametrizations, parametrize, prune
+
+    base = zoo.MLP()
+    model, layer = fill_vectors(onelora.adapt(base), 0.5), base.b
+    if how == "parametrized":
+        parametrize.register_parametrization(layer, "onelora_vector", nn.Tanh())
+    elif how == "normed":
+        parametrizations.weight_norm(layer, "onelora_vector")
+    else:
+        prune.l1_unstructured(layer, "onelora_vector", 1)
+    y = torch.randn(5, 6)
+    vector: Any = layer.onelora_vector
+    merged = layer.weight + vector.unsqueeze(1)
+    torch.testing.assert_close(layer(y), y @ merged.T + layer.bias)
+    for asked in (onelora.vectors, onelora.merge, onelora.detach, lambda m: onelora.save_adapter(m, "a.safetensors")):
+        with pytest.raises(onelora.StateError, match=r"'onelora_vector' of .*in_features.* is no parameter any more"):
+            asked(model)
+
+
+def test_a_module_that_another_tool_gave_a_class_is_not_broken():
+    from torch.nn.utils import parametrizations, parametrize
+
+    model, x = fill_vectors(onelora.adapt(zoo.MLP()), 0.5), torch.randn(5, 8)
+    expected = model(x)
+    parametrizations.weight_norm(model.b)
+    with pytest.raises(onelora.StateError, match=r"'b' is a ParametrizedOneLoRALinear now.*undo that first"):
+        onelora.detach(model)
+    torch.testing.assert_close(model(x), expected)
+    parametrize.remove_parametrizations(model.b, "weight")
+    onelora.detach(model)
+    assert type(model.b) is nn.Linear
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_a_layer_that_is_parametrized_since_is_saved_and_loaded(norm, tmp_path):
+    def parametrized(model):
+        torch.manual_seed(0)
+        getattr(nn.utils.parametrizations, norm)(model.b)
+        return model.eval()
+
+    base, x = zoo.MLP(), torch.randn(5, 8)
+    model = parametrized(fill_vectors(onelora.adapt(copy.deepcopy(base)), 0.5))
+    expected, own = model(x), parametrized(copy.deepcopy(base))
+    onelora.save_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(model(x), expected)
+    fill_vectors(model, 3.0, seed=9)
+    onelora.load_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(model(x), expected)
+    torch.testing.assert_close(onelora.load_adapter(own, tmp_path / "a.safetensors")(x), expected)
+    other = zoo.MLP()
+    with torch.no_grad():
+        other.b.weight.add_(torch.randn_like(other.b.weight))
+    with pytest.raises(onelora.BaseMismatchError):
+        onelora.load_adapter(parametrized(other), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_a_read_weight_that_a_parametrization_took_away_is_never_the_base(norm):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 8))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.w)
+
+    model = fill_vectors(onelora.adapt(Reading()), 0.5)
+    with pytest.raises(onelora.StateError, match=r"'w'.*is gone.*before adapt"):
+        getattr(nn.utils.parametrizations, norm)(model, "w")
