@@ -13,9 +13,9 @@ import pytest
 import torch
 import zoo
 from adapter_files import saved
+from hub_places import cached, in_cache
 from huggingface_hub import EvalResult, ModelCard
 from safetensors.torch import load_file, save_file
-from test_hub import cached, in_cache
 
 import onelora_compile as onelora
 from onelora_compile.testing import fill_vectors
