@@ -1,9 +1,11 @@
 """Folders that PEFT writes and reads, quietly: the other side of the tests of `test_peft*.py`."""
 
+import copy
 import json
 import warnings
 from pathlib import Path
 
+import architectures
 import peft
 import torch
 import zoo
@@ -13,6 +15,7 @@ import onelora_compile as onelora
 from onelora_compile.testing import fill_vectors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+BUILDERS = {**zoo.MODELS, "dit": architectures.ARCHITECTURES["dit"]}
 
 
 def loaded(base, folder):
@@ -59,3 +62,14 @@ def ours(folder):
     onelora.save_adapter(fill_vectors(onelora.adapt(base)), folder, format="peft")
     edit_tensors(folder, lambda tensors: None)
     return folder
+
+
+def output(model, inputs):
+    found = model(**inputs)
+    return (found.sample if hasattr(found, "sample") else zoo.logits(found)).detach()
+
+
+def adapted(name, **config):
+    base, inputs = BUILDERS[name]()
+    model = onelora.adapt(copy.deepcopy(base), onelora.OneLoRAConfig(**config))
+    return base, fill_vectors(model), inputs

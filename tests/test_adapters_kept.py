@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from test_rows import with_adapters
+from row_models import with_adapters
 from torch.nn.parallel import DistributedDataParallel
 
 import onelora_compile as onelora

@@ -11,6 +11,7 @@ import pytest
 import torch
 import zoo
 from counted_graphs import Counter, build
+from row_models import Headed
 from torch import nn
 
 import onelora_compile as onelora
@@ -33,19 +34,6 @@ def doubled(inputs):
 
 def compare(actual, wide, plain, what):
     assert_parity(zoo.logits(actual), zoo.logits(wide), zoo.logits(plain), what, floor=8)
-
-
-class Headed(nn.Module):
-    """A body and a head, a norm and a batch norm: all that an adapter may train besides its vectors."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.norm, self.batch = nn.Linear(8, 6), nn.LayerNorm(6), nn.BatchNorm1d(6)
-        self.b, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.b(torch.relu(self.batch(self.norm(self.a(x))))))
 
 
 @pytest.mark.parametrize("name", ["hf_vit", "llama"])

@@ -11,29 +11,18 @@ import peft_folders
 import pytest
 import torch
 import zoo
+from peft_folders import BUILDERS, adapted, output
 from safetensors.torch import load_file
 from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
 
-BUILDERS = {**zoo.MODELS, "dit": architectures.ARCHITECTURES["dit"]}
 WAYS = [(name, way) for name in BUILDERS for way in ("peft", "peft-miss") if (name, way) != ("gpt2", "peft-miss")]
-
-
-def output(model, inputs):
-    found = model(**inputs)
-    return (found.sample if hasattr(found, "sample") else zoo.logits(found)).detach()
 
 
 def wide(inputs):
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-
-
-def adapted(name, **config):
-    base, inputs = BUILDERS[name]()
-    model = onelora.adapt(copy.deepcopy(base), onelora.OneLoRAConfig(**config))
-    return base, fill_vectors(model), inputs
 
 
 @pytest.mark.parametrize(("name", "way"), WAYS)

@@ -8,7 +8,7 @@ import peft_folders
 import pytest
 import torch
 import zoo
-from test_peft import adapted, output
+from peft_folders import adapted, output
 
 import onelora_compile as onelora
 from onelora_compile.cli import main

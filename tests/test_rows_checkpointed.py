@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import zoo
-from test_rows import with_adapters
+from row_models import with_adapters
 from torch.utils.checkpoint import checkpoint
 
 import onelora_compile as onelora

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import zoo
-from test_rows import Alone, with_adapters
+from row_models import Alone, with_adapters
 
 import onelora_compile as onelora
 

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 import zoo
-from test_named_adapters import Headed
-from test_rows import with_adapters
+from row_models import Headed, with_adapters
 from torch import nn
 
 import onelora_compile as onelora

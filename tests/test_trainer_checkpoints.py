@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from loops import CONFIG, Digits, assert_same, bert, state
 from safetensors.torch import load_file
-from test_training_loops import CONFIG, Digits, assert_same, bert, state
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import onelora_compile as onelora

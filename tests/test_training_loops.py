@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from loops import CONFIG, Digits, assert_same, bert, state
 from torch import nn
 
 import onelora_compile as onelora
@@ -18,32 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
 ]
 BACKEND: dict[str, Any] = {"backend": "onelora", "options": {"inner": "aot_eager"}}
-
-
-class Digits(torch.utils.data.Dataset):
-    """Sequences of token ids whose label is whether the first is large."""
-
-    def __init__(self, n=64):
-        self.ids = torch.randint(0, 64, (n, 9), generator=torch.Generator().manual_seed(3))
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        return {"input_ids": self.ids[i], "labels": (self.ids[i, 0] >= 32).long()}
-
-
-def bert():
-    """Dropout off, so that runs can be compared."""
-    model, _ = zoo.bert()
-    model.config.problem_type = "single_label_classification"
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-CONFIG = onelora.OneLoRAConfig(modules_to_save=["classifier"])
 
 
 def trained(model, tmp_path, data=None, **settings):
@@ -59,15 +34,6 @@ def trained(model, tmp_path, data=None, **settings):
     arguments |= {"output_dir": str(tmp_path), "logging_strategy": "no", "max_grad_norm": 0.0} | settings
     trainer = Trainer(model, TrainingArguments(**arguments), train_dataset=data or Digits())
     return trainer.train().training_loss
-
-
-def state(model):
-    extra = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {name: p.detach().clone() for name, p in extra.items()}
-
-
-def assert_same(a, b):
-    torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
 
 
 def test_trainer_eager_and_compiled(tmp_path):
