@@ -19,7 +19,7 @@ from onelora_compile.exporters.fold.often import bodies_of
 from onelora_compile.exporters.fold.one_thread import one_thread
 from onelora_compile.exporters.fold.owners import Known
 from onelora_compile.exporters.fold.place_trained import fold_trained
-from onelora_compile.exporters.fold.put_vectors import Folder
+from onelora_compile.exporters.fold.put_vectors import Folding
 from onelora_compile.exporters.fold.report import FoldReport
 from onelora_compile.exporters.fold.strip_vectors import strip_vectors
 from onelora_compile.exporters.jetson.device.core.modes import FOLD
@@ -113,7 +113,7 @@ def fold_onnx(
         external = any(_external(value) for value in model.graph.initializers.values())
         with counting(f"fold {base.name}", progress) as count, one_thread():
             _prepare(model)
-            folder = Folder(model, file)
+            folder = Folding(model, file)
             known = Known(file.config, frozenset(names_of(model)), file.uses, bodies_of(model))
             matches = match_weights(count.over("find the weights", weights_of(model)), file.fingerprints, known)
             folder.refuse(matches)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _SAME = 1e-6  # distance of a base that is the very same; what is left of it is the rounding of sums in float32
 
 
-class Folder:
+class Folding:
     """Changes a model; what is folded is computed when it is written."""
 
     def __init__(self, model: onnx_ir.Model, file: AdapterFile) -> None:

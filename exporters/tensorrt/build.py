@@ -19,7 +19,7 @@ from onelora_compile.exporters.jetson.device.core.modes import FOLD
 from onelora_compile.exporters.onnx_file.save import data_files
 from onelora_compile.exporters.onnx_runtime.convert_adapter import adapter_of
 from onelora_compile.exporters.tensorrt.library import Api, find_api
-from onelora_compile.exporters.tensorrt.manifest import Manifest, Tensor, l4t_release, system
+from onelora_compile.exporters.tensorrt.manifest import EngineTensor, Manifest, l4t_release, system
 from onelora_compile.exporters.tensorrt.messages import in_our_words
 from onelora_compile.exporters.tensorrt.network import check_inputs, dims_of
 from onelora_compile.exporters.tensorrt.options import (
@@ -255,8 +255,8 @@ def _manifest(api: Api, model: Prepared, onnx: Path, adapter: Any) -> Manifest:
     )
 
 
-def _tensors(count: int, get: Any) -> tuple[Tensor, ...]:
-    return tuple(Tensor(one.name, one.dtype.name, tuple(one.shape)) for one in map(get, range(count)))
+def _tensors(count: int, get: Any) -> tuple[EngineTensor, ...]:
+    return tuple(EngineTensor(one.name, one.dtype.name, tuple(one.shape)) for one in map(get, range(count)))
 
 
 def _adapter_name(model: Prepared, adapter: Any) -> str:

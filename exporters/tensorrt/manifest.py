@@ -30,7 +30,7 @@ _SINCE_2: dict[str, Any] = {"trained": {}, "constant": {}, "digests": []}  # wha
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class EngineTensor:
     """An input or output of an engine; -1 is a dynamic dimension, dtype is ONNX's name of it."""
 
     name: str
@@ -86,8 +86,8 @@ class Manifest(HasMode):
     trained: Mapping[str, Fingerprint] = dataclasses.field(default_factory=dict)
     constant: Mapping[str, str] = dataclasses.field(default_factory=dict)
     digests: tuple[str, ...] = ()
-    inputs: tuple[Tensor, ...] = ()
-    outputs: tuple[Tensor, ...] = ()
+    inputs: tuple[EngineTensor, ...] = ()
+    outputs: tuple[EngineTensor, ...] = ()
     profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...] = ()
     precision: str = ""
     flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -236,7 +236,7 @@ def _typed(raw: dict[str, Any]) -> dict[str, Any]:
     for key in ("fingerprints", "trained"):
         raw[key] = {str(name): Fingerprint.from_json(one) for name, one in raw[key].items()}
     for key in ("inputs", "outputs"):
-        raw[key] = tuple(Tensor(one["name"], one["dtype"], tuple(map(int, one["shape"]))) for one in raw[key])
+        raw[key] = tuple(EngineTensor(one["name"], one["dtype"], tuple(map(int, one["shape"]))) for one in raw[key])
     raw["profiles"] = tuple(
         {str(name): tuple(tuple(map(int, shape)) for shape in shapes) for name, shapes in one.items()}
         for one in raw["profiles"]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from onelora_compile.errors import ExportError, StateError
-from onelora_compile.exporters.jetson.device.core.engine import Engine, Weight, refit
+from onelora_compile.exporters.jetson.device.core.engine import Engine, RefitWeight, refit
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.save import data_files
 from onelora_compile.exporters.tensorrt.library import Api, find_api
@@ -159,7 +159,7 @@ def refit_loaded(
     """
     held = {name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}
 
-    def more(names: list[str]) -> dict[str, Weight]:
+    def more(names: list[str]) -> dict[str, RefitWeight]:
         held.update(_base_weights(names, manifest, engine, onnx))
         return {name: _weight(held[name]) for name in names}
 
@@ -167,8 +167,8 @@ def refit_loaded(
         return refit(opened, {name: _weight(value) for name, value in held.items()}, more)
 
 
-def _weight(value: np.ndarray) -> Weight:
-    return Weight(str(value.dtype), value.ctypes.data, value.size)
+def _weight(value: np.ndarray) -> RefitWeight:
+    return RefitWeight(str(value.dtype), value.ctypes.data, value.size)
 
 
 def _base_weights(

@@ -23,7 +23,7 @@ from onelora_compile.exporters.tensorrt.feed import (
 )
 from onelora_compile.exporters.tensorrt.gpu_memory import Array, device_memory
 from onelora_compile.exporters.tensorrt.library import find_api
-from onelora_compile.exporters.tensorrt.manifest import Manifest, Tensor
+from onelora_compile.exporters.tensorrt.manifest import EngineTensor, Manifest
 from onelora_compile.exporters.tensorrt.messages import engine_error, in_our_words
 from onelora_compile.exporters.tensorrt.refit import load_engine, refit_loaded, vectors_for
 from onelora_compile.file_names import as_path
@@ -201,7 +201,7 @@ class EngineRunner:
             )
         self._memory.upload(self._buffer(name, _bytes(array)), 0, array)
 
-    def _prepare_outputs(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+    def _prepare_outputs(self) -> list[tuple[EngineTensor, tuple[int, ...]]]:
         found = []
         for tensor in self.manifest.outputs:
             shape = self._context.shape(tensor.name)

@@ -226,7 +226,7 @@ def made_by_attach(module: nn.Module) -> bool:
     return "_onelora_base" in vars(type(module))
 
 
-def attach(
+def attach_vectors(
     module: nn.Module, called: bool, weights: Mapping[str, tuple[int, ...] | None], vectors: Mapping[str, Tensor]
 ) -> None:
     """Give a module its vectors and make it an adapted one.
@@ -246,7 +246,7 @@ def attach(
 
 
 def remove(module: nn.Module) -> None:
-    """Undo `attach`: the vectors are dropped, the class is the base's again."""
+    """Undo `attach_vectors`: the vectors are dropped, the class is the base's again."""
     assert isinstance(module, Adapted)
     for parameter in module._onelora_weights:
         del module._parameters[vector_name(parameter)]

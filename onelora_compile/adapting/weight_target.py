@@ -9,8 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapted_module import VECTOR, Adapted, OneLoRALayer, vector_name
-from onelora_compile.adapting.adapted_module import attach as attach_vectors
+from onelora_compile.adapting.adapted_module import VECTOR, Adapted, OneLoRALayer, attach_vectors, vector_name
 from onelora_compile.adapting.dispatched import device_of_calls, value_of
 from onelora_compile.adapting.module_names import clean_name
 from onelora_compile.errors import StateError

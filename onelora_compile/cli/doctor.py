@@ -18,7 +18,7 @@ from onelora_compile.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class MachinePart:
     """One part of the machine.
 
     Attributes:
@@ -37,7 +37,7 @@ class Checkup(Printable):
     """Versions and devices, with what each means."""
 
     version: str
-    parts: list[Part]
+    parts: list[MachinePart]
 
     def __rich__(self) -> Table:
         table = Table("part", "found", "what it means", title=f"onelora-compile {self.version}")
@@ -51,21 +51,21 @@ def examine() -> Checkup:
     return Checkup(__version__, [*_needed(), *_optional(), *map(_tensorrt, ("tensorrt", "rtx"))])
 
 
-def _needed() -> Iterator[Part]:
-    yield Part("Python", platform.python_version(), platform.platform())
-    yield Part("torch", str(torch.__version__), "2.11 or newer is needed")
+def _needed() -> Iterator[MachinePart]:
+    yield MachinePart("Python", platform.python_version(), platform.platform())
+    yield MachinePart("torch", str(torch.__version__), "2.11 or newer is needed")
     if "onelora" in torch.compiler.list_backends():
-        yield Part('backend "onelora"', "registered", "torch.compile finds it")
+        yield MachinePart('backend "onelora"', "registered", "torch.compile finds it")
     else:
-        yield Part('backend "onelora"', None, "install the package with pip: a source tree alone is not enough")
+        yield MachinePart('backend "onelora"', None, "install the package with pip: a source tree alone is not enough")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     can = "Inductor can compile for the CPU" if compiler else "on a CPU use options={'inner': 'aot_eager'}"
-    yield Part("C++ compiler", compiler, can)
+    yield MachinePart("C++ compiler", compiler, can)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    yield Part("CUDA GPU", gpu, "Inductor compiles for it" if gpu else "training and export run on the CPU")
+    yield MachinePart("CUDA GPU", gpu, "Inductor compiles for it" if gpu else "training and export run on the CPU")
 
 
-def _optional() -> Iterator[Part]:
+def _optional() -> Iterator[MachinePart]:
     for name, extra, use in (
         ("triton", "", "runs the fused kernel on a CUDA GPU; comes with CUDA builds of torch"),
         ("onnxruntime", "onnx", "runs and verifies exported models"),
@@ -75,10 +75,10 @@ def _optional() -> Iterator[Part]:
     ):
         found = _version(name)
         missing = f"optional: pip install 'onelora-compile[{extra}]'" if extra else "optional"
-        yield Part(name, found, use if found else f"{missing} ({use})")
+        yield MachinePart(name, found, use if found else f"{missing} ({use})")
 
 
-def _tensorrt(flavour: str) -> Part:
+def _tensorrt(flavour: str) -> MachinePart:
     """What is found of a TensorRT, and what it can."""
     from onelora_compile.exporters.tensorrt.library import find_api
 
@@ -86,13 +86,13 @@ def _tensorrt(flavour: str) -> Part:
     try:
         api = find_api(flavour)
     except MissingExtraError as error:
-        return Part(title, None, f"optional. {error}")
+        return MachinePart(title, None, f"optional. {error}")
     targets = ", ".join(api.capabilities)
     can = [f"builds engines for {targets}, also without a GPU" if targets else "builds engines for the GPU at hand"]
     typed = api.flag("NetworkDefinitionCreationFlag", "STRONGLY_TYPED") is not None
     can.append("dtypes as in the ONNX model" if typed else "float32 unless precision= allows less")
     can.append("single vectors refittable" if api.flag("BuilderFlag", "REFIT_INDIVIDUAL") is not None else "no refit")
-    return Part(title, api.version, "; ".join(can))
+    return MachinePart(title, api.version, "; ".join(can))
 
 
 def _version(name: str) -> str | None:

@@ -38,7 +38,7 @@ _BAR = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class LayerSum:
     """One linear.
 
     Attributes:
@@ -71,7 +71,7 @@ class LayerReport(Printable):
         norms: whether the model has norms that could be trained.
     """
 
-    layers: list[Layer]
+    layers: list[LayerSum]
     loss: str
     norms: bool
 
@@ -159,7 +159,7 @@ def diagnose(
         for name, gradient in zip(weights, gradients, strict=True)
     }
     layers = [
-        Layer(name, target.in_features, shares.get(name), sums.constant(name))
+        LayerSum(name, target.in_features, shares.get(name), sums.constant(name))
         for name, target in selection.targets.items()
     ]
     return LayerReport(layers, what, any(is_norm(module) for module in model.modules()))

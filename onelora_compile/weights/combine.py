@@ -33,7 +33,7 @@ from onelora_compile.weights.combine_trained import (
     ADD,
     REFUSE,
     BaseValue,
-    Trained,
+    TrainedSum,
     check_word,
     combined_trained,
     weighted_sum,
@@ -217,7 +217,7 @@ def _moved(term: Term) -> Term:
     return dataclasses.replace(term, file=dataclasses.replace(term.file, saved=saved, bases=bases))
 
 
-def _config(files: Sequence[AdapterFile], names: list[str], besides: Trained) -> OneLoRAConfig:
+def _config(files: Sequence[AdapterFile], names: list[str], besides: TrainedSum) -> OneLoRAConfig:
     """The selection that all have, else the layers by name."""
     first = files[0].config
     axes: dict[str, int] = {}

@@ -28,7 +28,7 @@ _COUNTER = ".num_batches_tracked"
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainedSum:
     """What a sum holds besides vectors, as the fields of `AdapterFile` and of its configuration."""
 
     saved: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -38,7 +38,7 @@ class Trained:
     train_norms: bool = False
 
 
-def combined_trained(terms: Sequence[Term], trained: str, base_value: BaseValue | None) -> Trained:
+def combined_trained(terms: Sequence[Term], trained: str, base_value: BaseValue | None) -> TrainedSum:
     """What becomes of what the adapters trained besides vectors.
 
     Args:
@@ -55,7 +55,7 @@ def combined_trained(terms: Sequence[Term], trained: str, base_value: BaseValue 
     if trained.startswith(FROM):
         found = _as_trained([_named(terms, trained.removeprefix(FROM))])
     elif trained == DROP or not holding:
-        return Trained()
+        return TrainedSum()
     elif trained == ADD:
         found = _as_trained(holding)
         found = dataclasses.replace(found, saved=_added(holding, found, base_value))
@@ -96,7 +96,7 @@ def _named(terms: Sequence[Term], name: str) -> Term:
     raise ConfigError(f"trained='{FROM}{name}' is none of the adapters: {shortened(term.name for term in terms)}")
 
 
-def _as_trained(terms: Sequence[Term]) -> Trained:
+def _as_trained(terms: Sequence[Term]) -> TrainedSum:
     """What adapters say of what they trained, with the values of the first."""
     files = [term.file for term in terms]
     bases, wrong = agreed({term.name: term.file.bases for term in terms})
@@ -106,7 +106,7 @@ def _as_trained(terms: Sequence[Term]) -> Trained:
             f"{one} and {other} trained {shortened(names, 5)} from different values, so what training changed does not "
             f"add: a new head begins at random in every program. Take one ('{FROM}{one}') or none ({DROP!r})"
         )
-    return Trained(
+    return TrainedSum(
         files[0].saved,
         bases,
         aliases_together(files),
@@ -115,7 +115,7 @@ def _as_trained(terms: Sequence[Term]) -> Trained:
     )
 
 
-def _added(terms: Sequence[Term], known: Trained, base_value: BaseValue | None) -> dict[str, Tensor]:
+def _added(terms: Sequence[Term], known: TrainedSum, base_value: BaseValue | None) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in names_of(term.file.saved for term in terms):
         held = [term for term in terms if name in term.file.saved]
@@ -148,7 +148,7 @@ def _check_begin(name: str, held: Sequence[Term]) -> None:
         )
 
 
-def _base_of(name: str, held: Sequence[Term], known: Trained, base_value: BaseValue | None) -> Tensor:
+def _base_of(name: str, held: Sequence[Term], known: TrainedSum, base_value: BaseValue | None) -> Tensor:
     """What a tensor was before training."""
     if base_value is None:
         weights = ", ".join(f"{term.weight:g}" for term in held)
@@ -174,7 +174,7 @@ def _counted(name: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
     raise AdapterFileError(f"{name!r} is {values[0].dtype} and differs between the adapters: it does not add")
 
 
-def _check_places(found: Trained, terms: Sequence[Term]) -> None:
+def _check_places(found: TrainedSum, terms: Sequence[Term]) -> None:
     """Whether a model can hold it all: a weight has a vector or is trained itself, and under one name."""
     tied = [
         (name, other) for name, others in found.aliases.items() for other in others if {name, other} <= {*found.saved}

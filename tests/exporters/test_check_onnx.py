@@ -8,7 +8,7 @@ from onnx_graphs import adapter_of
 
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters import fold_onnx
-from onelora_compile.exporters.fold.put_vectors import Folder
+from onelora_compile.exporters.fold.put_vectors import Folding
 from onelora_compile.exporters.onnx_file.check import check_opens
 
 
@@ -56,7 +56,7 @@ def test_fold_onnx_gives_no_name_to_a_file_that_does_not_open(tmp_path, monkeypa
 
         folder.model.graph.append(onnx_ir.node("Nothing", []))
 
-    monkeypatch.setattr(Folder, "fold", damage)
+    monkeypatch.setattr(Folding, "fold", damage)
     with pytest.raises(ExportError, match="Nothing was written"):
         fold_onnx(base, adapter, tmp_path / "out.onnx")
     assert sorted(tmp_path.iterdir()) == before

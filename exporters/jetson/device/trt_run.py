@@ -9,7 +9,7 @@ from typing import Any, Sequence
 from . import trt_module
 from .adapters import Vectors
 from .core.cuda import Cuda
-from .core.engine import Context, Engine, Weight, refit
+from .core.engine import Context, Engine, RefitWeight, refit
 from .core.faults import Fault, known
 from .core.messages import Refused
 from .folder import BundleError, Folder
@@ -145,7 +145,7 @@ class TensorRT:
             raise BundleError("the engine was built without refit: run `build --force`")
         self.cuda.synchronize()
         held = {name: ctypes.create_string_buffer(one.data, len(one.data)) for name, one in vectors.items()}
-        weights = {n: Weight(one.dtype, ctypes.addressof(held[n]), one.count) for n, one in vectors.items()}
+        weights = {n: RefitWeight(one.dtype, ctypes.addressof(held[n]), one.count) for n, one in vectors.items()}
         refit(self.engine, weights, _no_more)
 
 
@@ -157,7 +157,7 @@ def _faults(folder: Folder, options: Options, plan: Plan) -> list[Fault] | None:
     return known(plan.identity["version"], plan.identity["sm"], half, model["graphs"])
 
 
-def _no_more(names: list[str]) -> dict[str, Weight]:
+def _no_more(names: list[str]) -> dict[str, RefitWeight]:
     """A bundle has the model, but nothing on a device reads it weight by weight."""
     raise BundleError(
         "TensorRT has combined the vectors with other weights and wants those too: "

@@ -128,7 +128,7 @@ class Context:
             raise Refused("run", self.log)
 
 
-class Weight(NamedTuple):
+class RefitWeight(NamedTuple):
     """Numbers somewhere in memory: a value of `DTYPES`, the address, which the caller keeps, and how many."""
 
     dtype: str
@@ -137,7 +137,7 @@ class Weight(NamedTuple):
 
 
 def refit(
-    engine: Engine, vectors: Mapping[str, Weight], more: Callable[[list[str]], Mapping[str, Weight]]
+    engine: Engine, vectors: Mapping[str, RefitWeight], more: Callable[[list[str]], Mapping[str, RefitWeight]]
 ) -> list[str]:
     """Set the vectors of a loaded engine to values, never by a difference: what was there before does not matter.
 
@@ -166,7 +166,7 @@ def refit(
     return asked
 
 
-def _set(engine: Engine, refitter: Any, step: str, weights: Mapping[str, Weight]) -> None:
+def _set(engine: Engine, refitter: Any, step: str, weights: Mapping[str, RefitWeight]) -> None:
     names = {ours: theirs for theirs, ours in DTYPES.items()}
     for name, one in weights.items():
         dtype = getattr(engine.trt.DataType, names[one.dtype])
