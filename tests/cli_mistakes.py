@@ -174,7 +174,7 @@ VALUES = [
     (("combine", "a.safetensors:1e60", "-o", "out.safetensors"), "the sum does not fit its dtype"),
     (("combine", "a.safetensors:1", "-o", "out.safetensors", "--trained", "glue"), "trained='glue' is not one of"),
     (("combine", "a.safetensors:1", "-o", "out.safetensors", "--trained", "from:b"), "is none of the adapters"),
-    (("combine", "a.safetensors:1", "-o", "out.safetensors", "--base", "b"), "base= is for trained='add'"),
+    (("combine", "a.safetensors:1", "-o", "out.safetensors", "--base", "b"), "base= is for an adapter .gguf, or for"),
     (("combine", "a.safetensors:1", "-o", "out.onnx"), "a file that ends in .onnx is an ONNX model"),
 ]
 # A name of a file that is empty, as of a variable that is not set: what stands before it is told.

@@ -94,6 +94,7 @@ THINNED = {
 @pytest.fixture(autouse=True)
 def fresh():
     torch.compiler.reset()
+    torch._dynamo.config.assume_static_by_default = True  # PyTorch 2.11: threads that compile dynamically leave it off
     torch.manual_seed(0)
     yield
     torch.compiler.reset()

@@ -35,6 +35,7 @@ from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.module_names import matches
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
 from onelora_compile.exporters.fold.often import times_of
+from onelora_compile.exporters.fold.same_values import SameValues
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -55,17 +56,21 @@ class Known:
         parameters: names of the file's values.
         uses: as in `AdapterFile`.
         bodies: the node that each body in the file belongs to.
+        values: which values of the file are one.
     """
 
     config: OneLoRAConfig = dataclasses.field(default_factory=OneLoRAConfig)
     parameters: Collection[str] = ()
     uses: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     bodies: Mapping[Any, onnx_ir.Node] = dataclasses.field(default_factory=dict)
+    values: SameValues = dataclasses.field(default_factory=SameValues)
 
     def too_many(self, name: str, uses: Sequence[WeightUse]) -> bool:
         """Whether one run of the file has more of these uses than a forward of the model has of the vector's weight."""
-        most = self.uses.get(name, (1, 1))[1]
-        return most > 0 and times_of(_distinct(uses), self.bodies) > most
+        most, distinct = self.uses.get(name, (1, 1))[1], _distinct(uses)
+        if most <= 0 or times_of(distinct, self.bodies) <= most:
+            return False
+        return times_of(_computed_once(distinct, self.values), self.bodies) > most
 
     def often(self, name: str, uses: Sequence[WeightUse]) -> str:
         """Of a message: how often the model uses the weight, where the file has more."""
@@ -195,6 +200,15 @@ def _distinct(uses: Sequence[WeightUse]) -> list[WeightUse]:
     for use in uses:
         others = tuple(one for place, one in enumerate(use.op.inputs) if place != use.position)
         found.setdefault(use if (bias := _bias(use.op)) is None else (bias, others), use)
+    return list(found.values())
+
+
+def _computed_once(uses: Sequence[WeightUse], same: SameValues) -> list[WeightUse]:
+    """The uses without those of the same module whose input and product are computed again."""
+    found: dict[Any, WeightUse] = {}
+    for use in uses:
+        again = (use.modules[-1], same.number(use.op.outputs[0]), _bias(use.op)) if use.modules else use
+        found.setdefault(again, use)
     return list(found.values())
 
 

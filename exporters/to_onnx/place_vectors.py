@@ -117,6 +117,7 @@ class _Bank:
             raise ExportError("a bank needs a first input with a batch axis, which chooses the rows of adapter_ids")
         self.batch = first.shape[0]
         int64 = self.ir.TensorType(self.ir.DataType.INT64)
+        _rename(self.graph, IDS)  # as an argument of the model may be called, too
         ids = self.ir.Value(name=IDS, shape=self.ir.Shape([self.batch]), type=int64)
         self.graph.inputs.append(ids)
         whole = [(node.outputs[0], _name(node)) for node in marks if _name(node) in self.bases]

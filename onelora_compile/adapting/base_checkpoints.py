@@ -58,15 +58,16 @@ def _vectors_stay(root: nn.Module, found: Any) -> None:
     named = named_tensors(root)
     missing = {clean_name(name.removeprefix(prefix)) for name in found.missing_keys if name.startswith(prefix)}
     vectors = {name for name in named if _names_vector(name)}
+    unknown = _is_unknown(root, state)
     of_the_base = not brought <= state.originals.keys()  # not a trained head alone
     loaded: set[str] = set()
     if vectors and vectors <= missing:
         found.missing_keys[:] = [n for n in found.missing_keys if not (n.startswith(prefix) and _names_vector(n))]
-        loaded = named.keys() - missing if of_the_base else set()
+        loaded = named.keys() - missing if of_the_base or unknown else set()
     elif vectors and vectors.isdisjoint(brought) and of_the_base:
         # Filled up with what the model has: by torch.distributed, or `model.state_dict() | checkpoint`.
         loaded = brought
-    elif not missing and _is_unknown(root, state) and not any(whole(named[name].detach()).any() for name in vectors):
+    elif not missing and unknown and not any(whole(named[name].detach()).any() for name in vectors):
         loaded = set(named)  # the same, of vectors that were copied
     if not errors:  # of a load that fails something is not there, and nothing says what
         _remember(state, named, loaded)
