@@ -38,7 +38,7 @@ class SameValues:
         return self._known[value]
 
     def _key(self, value: onnx_ir.Value, node: onnx_ir.Node | None) -> Hashable:
-        if node is None or node.domain not in DOMAINS or node.op_type.startswith(_RANDOM):
+        if node is None or node.domain not in DOMAINS or any(word in node.op_type for word in _RANDOM):
             return id(value)
         inputs = tuple(None if one is None else self._known[one] for one in node.inputs)
         attributes = tuple(sorted((name, _shown(one)) for name, one in node.attributes.items()))
@@ -48,12 +48,7 @@ class SameValues:
 def _shown(attribute: onnx_ir.Attr) -> str:
     """A text that tells the attribute from others."""
     value: Any = attribute.value
-    if hasattr(value, "numpy"):
-        small = value.size <= _SMALL
-        return f"{value.dtype} {list(value.shape)} {value.numpy().tobytes().hex()}" if small else str(id(value))
-    plain = isinstance(value, str | int | float | tuple | list)
-    return repr(value) if plain and not any(hasattr(one, "all_nodes") for one in _listed(value)) else str(id(value))
-
-
-def _listed(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else ()
+    if hasattr(value, "numpy") and value.size <= _SMALL:
+        return f"{value.dtype} {list(value.shape)} {value.numpy().tobytes().hex()}"
+    listed = value if isinstance(value, tuple | list) else (value,)
+    return repr(value) if all(isinstance(one, str | int | float) for one in listed) else f"object {id(value)}"

@@ -47,8 +47,7 @@ FLOATING = {
     "GemmFastGelu": (1,),
 }
 CONVOLUTIONS = {"Conv", "FusedConv", "ConvInteger", "QLinearConv"}
-# Contrib ops with integers that are read, and those that quantise or look up.
-_OPENED = {"MatMulNBits", "QuantizeLinear", "DequantizeLinear", "GatherBlockQuantized", "EmbedLayerNormalization"}
+_MULTIPLY = ("MatMul", "Gemm", "MoE", "Attention")  # in the names of what multiplies
 
 
 def factors_of(node: onnx_ir.Node) -> tuple[int, ...]:
@@ -101,7 +100,8 @@ def unread_ops(model: onnx_ir.Model) -> list[str]:
     kinds = {
         node.op_type
         for node in model.graph.all_nodes()
-        if node.domain not in ("", "ai.onnx") and node.op_type not in {*INTEGER, *FLOATING, *_OPENED}
+        if any(word in node.op_type for word in _MULTIPLY)
+        if node.op_type not in {*INTEGER, *FLOATING, "MatMulNBits"}
         for one in node.inputs
         if one is not None and one.const_value is not None
         if one.const_value.dtype.is_integer() and one.const_value.dtype.itemsize <= 1 and one.const_value.size > 1
