@@ -82,7 +82,7 @@ def updates(folder):
     backend = served(pool, adapters, len(next(iter(x.values()))) // len(BATCH))
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = head * config.num_key_value_heads
-    sizes = {"qkv_proj": (head * config.num_attention_heads, kept, kept)}
+    sizes: dict[str, tuple[int, ...]] = {"qkv_proj": (head * config.num_attention_heads, kept, kept)}
     sizes["gate_up_proj"] = (config.intermediate_size, config.intermediate_size)
     found = {}
     for layer, module in itertools.product(range(config.num_hidden_layers), sorted(pool.target_modules)):
