@@ -61,15 +61,18 @@ test-runtimes: $(RUNTIMES)/.ready  ## Install ExecuTorch, OpenVINO, NNCF, onnxru
 	$(RUNTIMES)/bin/pytest -n auto --maxprocesses 4 -m runtimes
 
 # vLLM pins its own PyTorch and transformers, so no constraints here; its torchvision is for CUDA and does not load.
+# SGLang's code that reads adapters runs with vLLM's packages; its torchvision is kept from vLLM in a folder.
 # The source of llama-cpp-python holds the converter that the tests compare with.
 SERVERS := $(VENV)-servers
 LLAMA_CPP := llama-cpp-python==0.3.36
 
-$(SERVERS)/.ready: pyproject.toml tests/server_packages.txt
+$(SERVERS)/.ready: pyproject.toml tests/server_packages.txt tests/sglang_packages.txt
 	$(PYTHON) -m venv $(SERVERS)
 	$(SERVERS)/bin/pip install --disable-pip-version-check -q 'setuptools>=77' wheel -r tests/server_packages.txt
 	$(SERVERS)/bin/pip uninstall --disable-pip-version-check -q -y torchvision torchaudio torchcodec
 	$(SERVERS)/bin/pip install --disable-pip-version-check -q --no-build-isolation -e .
+	rm -rf $(SERVERS)/sglang
+	$(SERVERS)/bin/pip install --disable-pip-version-check -q --no-deps --target $(SERVERS)/sglang -r tests/sglang_packages.txt
 	$(SERVERS)/bin/pip download --disable-pip-version-check -q --no-deps --no-binary :all: -d $(SERVERS)/source $(LLAMA_CPP)
 	tar -xzf $(SERVERS)/source/*.tar.gz -C $(SERVERS)/source --strip-components 1
 	rm -rf $(SERVERS)/llama.cpp && mv $(SERVERS)/source/vendor/llama.cpp $(SERVERS)/llama.cpp
@@ -77,8 +80,8 @@ $(SERVERS)/.ready: pyproject.toml tests/server_packages.txt
 	$(SERVERS)/bin/pip install --disable-pip-version-check -q $(LLAMA_CPP)
 	touch $@
 
-test-servers: $(SERVERS)/.ready  ## Install vLLM, build llama.cpp and run the tests that serve adapters with them
-	$(SERVERS)/bin/pytest -m servers tests/test_llama_cpp.py tests/test_vllm.py
+test-servers: $(SERVERS)/.ready  ## Install vLLM and SGLang, build llama.cpp and run the tests that serve adapters with them
+	$(SERVERS)/bin/pytest -m servers tests/test_llama_cpp.py tests/test_sglang.py tests/test_vllm.py
 
 # What depends on PyTorch's version goes with it; the rest is as tested.
 $(OTHER)/.ready: pyproject.toml constraints.txt

@@ -1,9 +1,12 @@
 """The exporters of transformers: adapted models go through them, adapters into what they wrote of the base."""
 
 import contextlib
+import copy
 import logging
+from collections import Counter
 from typing import Any
 
+import onnx
 import onnxruntime
 import paths
 import pytest
@@ -15,6 +18,7 @@ from onelora_compile.testing import assert_parity, fill_vectors
 
 exporters = pytest.importorskip("transformers.exporters")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # theirs
+FUSIONS = pytest.mark.parametrize("fusions", [None, "cpu"])  # into ONNX Runtime's own operators
 
 
 def decoder():
@@ -32,12 +36,13 @@ def built(folder):
     return model, base, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def written(model, inputs, folder, way="export"):
+def written(model, inputs, folder, way="export", fusions=None):
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(None):
             exporter = exporters.OnnxExporter()
-            getattr(exporter, way)(model, inputs, exporters.OnnxConfig(dynamic=True)).save_pretrained(folder)
+            config = exporters.OnnxConfig(dynamic=True, ort_fusions=fusions)
+            getattr(exporter, way)(model, inputs, config).save_pretrained(folder)
     finally:
         logging.disable(logging.NOTSET)
     return folder
@@ -55,19 +60,38 @@ def only(folder):
     return path
 
 
-def test_an_adapted_model_goes_through_and_an_adapter_goes_in(tmp_path):
+def kinds(path):
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@FUSIONS
+def test_an_adapted_model_goes_through_and_an_adapter_goes_in(fusions, tmp_path):
     model, base, inputs = built(tmp_path)
     oracle = paths.Oracle(model, inputs, grad=False)
-    oracle.check(logits(only(written(model, inputs, tmp_path / "own")), inputs), "through the exporter")
-    file = only(written(base, inputs, tmp_path / "base"))
+    own = only(written(model, inputs, tmp_path / "own", fusions=fusions))
+    oracle.check(logits(own, inputs), "through the exporter")
+    file = only(written(base, inputs, tmp_path / "base", fusions=fusions))
+    assert ("MultiHeadAttention" in kinds(file) or "GroupQueryAttention" in kinds(file)) == (fusions is not None)
     report = fold_onnx(file, tmp_path / "a.safetensors", tmp_path / "folded.onnx", progress=False)
     assert set(report.folded) == set(onelora.vectors(model))
     oracle.check(logits(tmp_path / "folded.onnx", inputs), "folded")
+    assert kinds(tmp_path / "folded.onnx") == kinds(file)
+    assert kinds(own).total() > kinds(file).total()  # the updates are in the graph
 
 
-def test_prefill_and_decode_take_the_adapter(tmp_path):
+def test_a_merged_copy_goes_through_as_the_graph_of_the_base(tmp_path):
     model, base, inputs = built(tmp_path)
-    folder = written(base, inputs, tmp_path / "base", "export_for_generation")
+    merged = copy.deepcopy(model)
+    onelora.merge(merged)
+    file = only(written(merged, inputs, tmp_path / "merged"))
+    paths.Oracle(model, inputs, grad=False).check(logits(file, inputs), "merged")
+    assert kinds(file) == kinds(only(written(base, inputs, tmp_path / "base")))
+
+
+@FUSIONS
+def test_prefill_and_decode_take_the_adapter(fusions, tmp_path):
+    model, base, inputs = built(tmp_path)
+    folder = written(base, inputs, tmp_path / "base", "export_for_generation", fusions)
     with torch.no_grad():
         wanted = model(**inputs, use_cache=True)
     for part in ("prefill", "decode"):
