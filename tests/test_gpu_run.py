@@ -76,7 +76,7 @@ def test_a_switch_is_compared_with_the_base_and_looked_at_for_addresses():
 
 
 def test_a_disabled_block_that_is_not_the_base_is_seen(monkeypatch):
-    monkeypatch.setattr(swaps.onelora, "disabled", lambda model: contextlib.nullcontext())
+    monkeypatch.setattr("onelora_compile.disabled", lambda model: contextlib.nullcontext())
     assert next(swaps.rows("cpu", True))["error_ratio"] > 2
 
 
