@@ -64,6 +64,27 @@ def test_another_base_is_refused_and_left_alone(saved, damage):
     assert all(p.requires_grad for p in base.parameters())
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight.mul_(1.05),
+        lambda weight: weight.data.mul_(1.05),
+        lambda weight: weight.detach().numpy().__imul__(1.05),
+        lambda weight: setattr(weight, "data", weight.data * 1.05),
+    ],
+    ids=["in place", "through .data", "through NumPy", "another .data"],
+)
+def test_a_base_that_was_written_to_since_the_last_adapter_is_another(write, saved):
+    # No version counter and no address tells of the second and the third: `.data` is how PEFT merges.
+    base, _, path, _ = saved
+    onelora.load_adapter(base, path, adapter_name="a")
+    with torch.no_grad():
+        write(base.blocks[1].fc2.weight)
+    with pytest.raises(onelora.BaseMismatchError, match=r"blocks\.1\.fc2 \(differs"):
+        onelora.load_adapter(base, path, adapter_name="b")
+    assert list(onelora.adapters(base)) == ["a"]
+
+
 def test_a_model_without_the_layers_names_them(saved):
     _, _, path, _ = saved
     other = zoo.TinyViT(depth=1)

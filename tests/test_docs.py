@@ -101,6 +101,21 @@ def test_names_are_real(name):
         assert hasattr(onelora, used), used
 
 
+def test_every_row_about_a_device_says_whether_it_was_run():
+    tables = re.findall(r"(?:^\|.*\n)+", PAGES["docs/deploy.md"], re.M)
+    assert len(tables) > 5
+    for table in tables:
+        head, _, *rows = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines())
+        assert head[-1] == "run", head
+        assert {row[-1] for row in rows} <= {"run here", "run on a GPU", "not run"}, head
+
+
+@pytest.mark.parametrize("name", list(PAGES))
+def test_files_of_tests_that_a_page_names_are_there(name):
+    for used in re.findall(r"\btest_[\w*]+\.py", PAGES[name]):
+        assert list((ROOT / "tests").rglob(used)), used
+
+
 def test_every_decision_is_in_the_index():
     folder = ROOT / "docs" / "decisions"
     named = re.findall(r"\((\d{3}-[\w-]+\.md)\)", PAGES["docs/decisions/index.md"])

@@ -1,5 +1,6 @@
 """`make gpu` on a machine without a GPU: every path that has a meaning there, what is kept, and what is said of it."""
 
+import contextlib
 import csv
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import parts, run, training, verdicts
+from gpu import parts, run, swaps, training, verdicts
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "gpu"
 Row = dict[str, Any]
@@ -68,6 +69,17 @@ def test_what_a_part_measured_before_it_ended_is_kept(code, end, tmp_path, monke
     assert last["note"].startswith(end)
 
 
+def test_a_switch_is_compared_with_the_base_and_looked_at_for_addresses():
+    row = next(swaps.rows("cpu", True))
+    assert row["error_ratio"] <= 2
+    assert (row["new_graphs"], row["new_addresses"]) == (0, 0)
+
+
+def test_a_disabled_block_that_is_not_the_base_is_seen(monkeypatch):
+    monkeypatch.setattr("onelora_compile.disabled", lambda model: contextlib.nullcontext())
+    assert next(swaps.rows("cpu", True))["error_ratio"] > 2
+
+
 def test_what_is_missing_is_named():
     part = parts.Part("x", 1, ("torch", ("no_such_module", "nor_this_one")))
     assert run.missing(part, "cpu") == "no_such_module or nor_this_one is not installed"
@@ -100,6 +112,7 @@ def test_verdicts():
         assert verdict == "does not hold"
         assert number in by
         assert said([base, rival], text) == ("not run", "")
+    assert said([good], "The memory") == ("not run", "")  # the frozen base ended before it was measured
     cut = {"part": "training", "what": "part", "note": "stopped after 9 s"}
     assert said([base, good, cut], "The memory")[0] == "holds as far as it ran"
     switch = {
@@ -109,9 +122,12 @@ def test_verdicts():
         "mode": "default",
         "error_ratio": 2.1,
         "new_graphs": 1,
+        "new_addresses": 0,
     }
     assert said([switch], "One function")[0] == "does not hold"
     assert said([switch], "graphs don't")[0] == "does not hold"
+    assert said([switch | {"new_graphs": 0}], "graphs don't")[0] == "holds"
+    assert said([switch | {"new_graphs": 0, "new_addresses": 2}], "graphs don't")[0] == "does not hold"
     call = {"part": "engines", "what": "engine call", "block": "ViT-L", "way": "load", "ratio": 1.1}
     assert said([call], "Zero cost") == ("does not hold", "1 of 1: ViT-L load: 1.100")
     # The update is beside the matmul there, as in mode input.

@@ -27,18 +27,15 @@ def rows(device: str, small: bool) -> Iterator[Row]:
 
 
 def _swapped(model: Any, x: torch.Tensor, mode: str) -> Row:
+    expected = {"base": _outputs(copy.deepcopy(model), x)}
     onelora.adapt(model, adapter_name="a")
-    wide: dict[str, torch.Tensor] = {}
-    plain: dict[str, torch.Tensor] = {}
     for seed, name in enumerate("ab"):
         if seed:
             onelora.add_adapter(model, name)
             onelora.set_adapter(model, name)
-        merged = merged_copy(fill_vectors(model, 0.01, seed))
-        plain[name] = merged(x)
-        wide[name] = merged.double()(x.double())
+        expected[name] = _outputs(merged_copy(fill_vectors(model, 0.01, seed)), x)
     fast: Any = torch.compile(model, backend="onelora", mode=mode)
-    worst, seconds, graphs = 0.0, [], 0
+    errors, seconds, graphs, before = [], [], 0, _addresses(model)
     with torch.no_grad():
         for turn in range(12):
             name = "ab"[turn % 2]
@@ -47,19 +44,34 @@ def _swapped(model: Any, x: torch.Tensor, mode: str) -> Row:
             if x.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-            torch.compiler.cudagraph_mark_step_begin()
-            error = (fast(x).double() - wide[name]).abs().max().item()
-            worst = max(worst, error / (plain[name].double() - wide[name]).abs().max().item())
+            errors.append(_error(fast, x, *expected[name]))
             if turn == 1:
                 graphs = _graphs()
         with onelora.disabled(model):
-            pass
+            errors.append(_error(fast, x, *expected["base"]))
     return {
         "what": "switch",
         "milliseconds": 1e3 * sorted(seconds)[len(seconds) // 2],
-        "error_ratio": worst,
+        "error_ratio": max(errors),
         "new_graphs": _graphs() - graphs,
+        "new_addresses": sum(a != b for a, b in zip(before, _addresses(model), strict=True)),
     }
+
+
+def _outputs(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model computes in its dtype, and in float64, which it is in then."""
+    with torch.no_grad():
+        return model(x), model.double()(x.double())
+
+
+def _error(fast: Any, x: torch.Tensor, plain: torch.Tensor, wide: torch.Tensor) -> float:
+    """The error of a call, over that of plain PyTorch."""
+    torch.compiler.cudagraph_mark_step_begin()
+    return ((fast(x).double() - wide).abs().max() / (plain.double() - wide).abs().max()).item()
+
+
+def _addresses(model: Any) -> list[int]:
+    return [vector.data_ptr() for vector in onelora.vectors(model).values()]
 
 
 def _graphs() -> int:

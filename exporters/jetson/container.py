@@ -27,7 +27,7 @@ def dockerfile(jetpack: JetPack, manifest: dict[str, Any]) -> str:
     updates = [f"#   {run} -v $PWD/new:/new:ro model update /new/c.safetensors"] if manifest["vectors"] else []
     lines = [
         f"# This bundle in a container, for JetPack {jetpack.version}: TensorRT {jetpack.tensorrt}.",
-        "# This recipe was not run. On the device, in this folder:",
+        "# This recipe was not run, and the tag of its image not looked up. On the device, in this folder:",
         "#",
         "#   docker build -t model .",
         f"#   {run} model build",

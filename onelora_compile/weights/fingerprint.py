@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from onelora_compile.adapting.module_effect import base_effect
 from onelora_compile.adapting.weight_target import Target
@@ -61,7 +62,7 @@ class Fingerprint:
         norm: Frobenius norm.
         sketch: float32 [16].
         columns, rows: the levels of its columns and rows, float32 [16], rounded to float16; None where there are few,
-            where the weight can't be read, and in files of older versions.
+            where the weight can't be read, where nobody asked for them, and in files of older versions.
     """
 
     shape: tuple[int, int]
@@ -144,15 +145,19 @@ def fingerprint(weight: Tensor) -> Fingerprint:
     return _of_blocks([weight], weight.shape[0], weight)
 
 
-def fingerprint_of(target: Target) -> Fingerprint:
+def fingerprint_of(target: Target, with_levels: bool = True) -> Fingerprint:
     """The fingerprint of the base weight of a target; its experts, if any, count as rows after each other.
 
     A weight that can't be read (quantised) is judged by what its module does to the columns of R; its norm is an
     estimate then.  Of a module that computes something else than W x + c the dtype is "output".
+
+    Args:
+        target: the weight.
+        with_levels: files need them; to compare two weights (`agrees`) they are not needed, and take longest.
     """
     weight = target.weight
     if weight is not None:
-        return _of_blocks(target.blocks(), target.out_features, weight)
+        return _of_blocks(target.blocks(), target.out_features, weight, with_levels)
     return _of_effect(target) if target.dims is not None else _of_output(target)
 
 
@@ -174,7 +179,7 @@ def fingerprint_of_values(values: Tensor) -> Fingerprint:
     return dataclasses.replace(known, columns=None, rows=None)  # nothing is folded beside such a tensor
 
 
-def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerprint:
+def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor, with_levels: bool = True) -> Fingerprint:
     dtype = torch.float64 if stored.dtype == torch.float64 or stored.is_cuda else torch.float32
     left = torch.from_numpy(signs(rows, 0))
     sketch = left.new_zeros(_WIDTH, _WIDTH)
@@ -188,22 +193,24 @@ def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor) -> Fingerpri
                     "can't be told: load the base's weights first (load_state_dict(..., assign=True)), then the adapter"
                 )
             columns = block.shape[1]
-            right = torch.from_numpy(signs(columns, 1)).to(block.device, dtype)
+            right = torch.from_numpy(signs(columns, 1).T.copy()).to(block.device, dtype)  # [4, columns], see below
             step = max(1, _CHUNK // max(1, columns))
             for start in range(0, block.shape[0], step):
                 chunk = block[start : start + step].to(dtype)
                 if not math.isfinite(norm := torch.linalg.vector_norm(chunk).item()):
                     chunk = chunk.nan_to_num(0.0, 0.0, 0.0)
                     norm = torch.linalg.vector_norm(chunk.cpu().double()).item()
-                sketch += left[done : done + len(chunk)].T @ (chunk @ right).cpu().double()
+                # As `chunk @ R` it takes three times as long on a CPU: four columns are few for that kernel.
+                sketch += left[done : done + len(chunk)].T @ linear(chunk, right).cpu().double()
                 square += norm**2
-                squares = chunk.square()
-                by_row[done : done + len(chunk)] = squares.sum(1).cpu().double()
-                by_column = by_column + squares.sum(0).cpu().double()
+                if with_levels:
+                    squares = chunk.square()
+                    by_row[done : done + len(chunk)] = squares.sum(1).cpu().double()
+                    by_column = by_column + squares.sum(0).cpu().double()
                 done += len(chunk)
     name = str(stored.dtype).removeprefix("torch.")
     known = Fingerprint((rows, columns), name, square**0.5, sketch.flatten().numpy().astype(np.float32))
-    if min(rows, columns) < _LEAST:
+    if not with_levels or min(rows, columns) < _LEAST:
         return known
     return dataclasses.replace(known, columns=levels(by_column.numpy(), 2), rows=levels(by_row.numpy(), 3))
 

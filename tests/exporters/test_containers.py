@@ -71,6 +71,12 @@ def test_the_commands_that_it_names_are_the_programs(made, capsys):
     capsys.readouterr()
 
 
+def test_it_says_what_nobody_has_tried(made):
+    said = "\n".join(line for line in made[1].splitlines() if line.startswith("#"))
+    assert "not run" in said
+    assert "looked up" in said  # the tag of its image, in a registry
+
+
 def test_every_jetpack_has_an_image_of_its_kind():
     assert set(IMAGES) == set(JETPACKS)
     for version, image in IMAGES.items():
