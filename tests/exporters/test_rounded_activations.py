@@ -38,12 +38,12 @@ def run(path, x):
 def test_the_fold_adds_nothing_to_what_the_base_rounds(symmetric, tmp_path):
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Linear(WIDE, OUT, bias=False)).eval()
-    x = torch.randn(1, 32, WIDE) + 0.2
-    x[..., ::97] *= 10  # outliers are what rounding hurts by
-    export_onnx(base, (x,), tmp_path / "base.onnx")
+    given = torch.randn(1, 32, WIDE) + 0.2
+    given[..., ::97] *= 10  # outliers are what rounding hurts by
+    export_onnx(base, (given,), tmp_path / "base.onnx")
     model = fill_vectors(onelora.adapt(copy.deepcopy(base)), 0.02)
     onelora.save_adapter(model, tmp_path / "a.safetensors")
-    x = x.numpy()
+    x: np.ndarray = given.numpy()
     exact = quantized(tmp_path / "base.onnx", tmp_path / "exact.onnx", symmetric, 1)
     rounded = quantized(tmp_path / "base.onnx", tmp_path / "rounded.onnx", symmetric, INT8)
     fold_onnx(rounded, tmp_path / "a.safetensors", tmp_path / "folded.onnx", progress=False)
