@@ -199,3 +199,15 @@ def test_what_is_outside_of_the_adapted_part_stays_the_bases():
     onelora.merge(model["enc"])
     assert torch.equal(dec.weight, before)
     assert not torch.equal(enc.weight, before)
+
+
+def test_merged_in_inference_mode_can_still_be_trained():
+    model = fill_vectors(onelora.adapt(zoo.MLP()), 0.3)
+    x = torch.randn(5, 8)
+    exact, plain = copy.deepcopy(model).double()(x.double()), model(x)
+    with torch.inference_mode():
+        onelora.merge(model)
+    assert_parity(model(x), exact, plain)
+    model(x).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(model(x), plain)

@@ -90,8 +90,8 @@ def merge(model: nn.Module) -> MergeReport:
     state = state_of(root, "merge")
     refuse_sharded(root, "merge", "save the adapter, load it into the whole model, and merge there")
     targets = adapted_weights(root)
-    folded = {name: _folded(name, target) for name, target in over_weights("merge", targets)}
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
+        folded = {name: _folded(name, target) for name, target in over_weights("merge", targets)}
         for name, target in targets.items():
             weight = target.weight
             assert weight is not None
