@@ -90,8 +90,8 @@ def merge(model: nn.Module) -> MergeReport:
     state = state_of(root, "merge")
     refuse_sharded(root, "merge", "save the adapter, load it into the whole model, and merge there")
     targets = adapted_weights(root)
-    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
-        folded = {name: _folded(name, target) for name, target in over_weights("merge", targets)}
+    folded = {name: _folded(name, target) for name, target in over_weights("merge", targets)}
+    with torch.inference_mode(False):
         for name, target in targets.items():
             weight = target.weight
             assert weight is not None
@@ -123,8 +123,9 @@ def fold_weight(
             f"a weight of {type(weight).__name__} in {weight.dtype} can't take the vector without quantising again; "
             "dequantise the base first, or keep the vectors beside it"
         )
-    update = _update(weight.shape, weight, vector, dims)
-    stored = (weight.to(update.dtype) + update).to(stored_dtype or weight.dtype)
+    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
+        update = _update(weight.shape, weight, vector, dims)
+        stored = (weight.to(update.dtype) + update).to(stored_dtype or weight.dtype)
     if not _finite(stored) and _finite(weight):
         raise _overflow(stored)
     rows = slice(None, None, _every(weight.shape, measured))
