@@ -10,7 +10,7 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
-from onelora_compile.weights.merge import fold_weight
+from onelora_compile.weights.merge import FoldByRows, fold_weight
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
@@ -199,3 +199,31 @@ def test_what_is_outside_of_the_adapted_part_stays_the_bases():
     onelora.merge(model["enc"])
     assert torch.equal(dec.weight, before)
     assert not torch.equal(enc.weight, before)
+
+
+@pytest.mark.parametrize("none", [float("nan"), float("inf")])
+def test_a_sum_that_does_not_fit_is_told_beside_numbers_that_are_none(none):
+    weight, vector = torch.zeros(4, 8, dtype=torch.float16), torch.tensor([0.0, 0.0, 1e5, 0.0])
+    weight[0, 1] = none
+    with pytest.raises(onelora.MergeError, match=r"does not fit torch\.float16"):
+        fold_weight(weight, vector)
+    with pytest.raises(onelora.MergeError, match=r"does not fit torch\.float16"):
+        FoldByRows((4, 8), vector).add(0, weight.clone())
+    vector[2] = 1
+    stored, _ = fold_weight(weight, vector)
+    FoldByRows((4, 8), vector).add(0, rows := weight.clone())
+    expected = weight.double() + vector.double()[:, None]
+    for one in (stored, rows):
+        torch.testing.assert_close(one.double(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_merged_in_inference_mode_can_still_be_trained():
+    model = fill_vectors(onelora.adapt(zoo.MLP()), 0.3)
+    x = torch.randn(5, 8)
+    exact, plain = copy.deepcopy(model).double()(x.double()), model(x)
+    with torch.inference_mode():
+        onelora.merge(model)
+    assert_parity(model(x), exact, plain)
+    model(x).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(model(x), plain)

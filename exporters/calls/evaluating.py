@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from onelora_compile.dynamo.private_api import in_eager
+from onelora_compile.looking.process_flags import no_autocast
 from onelora_compile.looking.untouched import Kept
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients and without compiled calls; whatever the model can reach is put back."""
+    """Evaluation mode, without gradients, autocast and compiled calls; whatever the model can reach is put back."""
     # Not for others: under this stance torch.cond, which compiles its branches, is captured with constants.
     eager = in_eager() if _compiled(model) else contextlib.nullcontext()
-    with Kept(model, tensors=True), torch.no_grad(), eager:
+    with Kept(model, tensors=True), torch.no_grad(), no_autocast(), eager:
         model.eval()
         yield
 

@@ -31,6 +31,7 @@ from onelora_compile.exporters.onnx_file.save import bytes_of, save_model
 from onelora_compile.exporters.quantized.pairs import open_operators
 from onelora_compile.exporters.quantized.ranges import ON_SATURATION, settle_ranges
 from onelora_compile.file_names import as_file, as_path
+from onelora_compile.looking.process_flags import no_autocast
 from onelora_compile.progress import counting
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_content import digest, float32
@@ -111,7 +112,7 @@ def fold_onnx(
         strip_vectors(model, held, str(base))
         given = overridable(model)
         external = any(_external(value) for value in model.graph.initializers.values())
-        with counting(f"fold {base.name}", progress) as count, one_thread():
+        with counting(f"fold {base.name}", progress) as count, one_thread(), no_autocast():
             _prepare(model)
             folder = Folding(model, file)
             known = Known(file.config, frozenset(names_of(model)), file.uses, bodies_of(model))

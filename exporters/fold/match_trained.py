@@ -22,7 +22,7 @@ import torch
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.fold.find_weights import WeightUse, uses_of
 from onelora_compile.exporters.fold.head_biases import bias_shape, scale_of
-from onelora_compile.exporters.fold.owners import calls_again
+from onelora_compile.exporters.fold.later_calls import later_calls, numbered_paths
 from onelora_compile.exporters.fold.parameter_reads import SLOTS, SLOTTED, ParameterRead, ParameterReads, uniform
 from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.printable import shortened
@@ -99,12 +99,13 @@ class _Matcher:
         self.file = file
         self.added, self.cut = renaming
         self.floating = {name: value for name, value in file.saved.items() if value.is_floating_point()}
-        self.parameters = [*model.graph.initializers]
+        self.parameters = [*model.graph.initializers, *(other for name in self.floating for other in self._names(name))]
         self.places = TrainedPlaces()
         self.unclear: dict[str, str] = {}  # why what was found is no place
         self.model = model
         self.reads = ParameterReads(model, self.floating)
         self.fitting = {name: self.reads.by_numbers(name, file.bases.get(name)) for name in self.floating}
+        self.numbered = numbered_paths(read.use for reads in self.fitting.values() for read in reads)
 
     def match(self) -> TrainedPlaces:
         """The places, what tells most first; weights before the biases beside them."""
@@ -124,7 +125,8 @@ class _Matcher:
     def _by_names(self, name: str) -> bool:
         """Reads at the parameter's own module, or of the constant of its name."""
         names, fitting = self._names(name), self.fitting[name]
-        modules = self._with_later_calls({one.rpartition(".")[0] for one in names})
+        own = {one.rpartition(".")[0] for one in names}
+        modules = own | (again := later_calls(self.numbered, own, self.parameters))
         here = [read for read in fitting if _module(read.use) in modules]
         if not here and (not fitting or self._uniform(name)):
             # A new head, whose numbers are others in every process; or ops that do not say where they come from.
@@ -139,6 +141,13 @@ class _Matcher:
             here = [read for read in here if read.value.name in names] or here
         else:
             here += [read for read in fitting if here and read not in here and _module(read.use) is None]
+        # A norm of another name that was left as it is (`norm_1` beside `norm`) looks the same.
+        if (
+            self._uniform(name)
+            and not self.file.config.train_norms
+            and any(_module(read.use) in again for read in here)
+        ):
+            return False
         held = {read.value for read in here}
         unclear = [read for value in held for read in (*fitting, *here) if read.value is value]
         # Of a value that others have by chance, a use without a name may be theirs.
@@ -146,12 +155,6 @@ class _Matcher:
             if len({(read.use.op, read.use.position) for read in unclear}) > 1:
                 return False
         return self._take(name, here)
-
-    def _with_later_calls(self, modules: set[str]) -> set[str]:
-        """The paths of modules with those that TorchScript gives to later calls of them, `head_1`."""
-        paths = {path for reads in self.fitting.values() for read in reads if (path := _module(read.use))}
-        again = {path for path in paths - modules if any(calls_again(path, module) for module in modules if module)}
-        return modules | {path for path in again if not any(one.startswith(f"{path}.") for one in self.parameters)}
 
     def _can_be_new(self, name: str, read: ParameterRead) -> bool:
         """Whether numbers that are not the base's can be a new head's, and not the base's with something merged in.

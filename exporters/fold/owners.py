@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.module_names import matches
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
+from onelora_compile.exporters.fold.later_calls import calls_again
 from onelora_compile.exporters.fold.often import times_of
 from onelora_compile.exporters.fold.same_values import SameValues
 
@@ -247,14 +248,6 @@ def _owner(use: WeightUse, weight: Weight, names: Sequence[str], known: Known) -
 def _ends(path: str, name: str) -> bool:
     """Whether one path is the end of the other: tools add and drop what is around a model."""
     return bool(path) and bool(name) and (f".{path}".endswith(f".{name}") or f".{name}".endswith(f".{path}"))
-
-
-def calls_again(path: str, name: str) -> bool:
-    """Whether a path is that of a module's second call or a later one: TorchScript puts numbers behind its parts."""
-    parts, own = path.split("."), name.split(".")
-    count = min(len(parts), len(own))
-    pairs = zip(parts[-count:], own[-count:], strict=True)
-    return all(part == one or re.fullmatch(re.escape(one) + r"_\d+", part) for part, one in pairs)
 
 
 def _numbered(path: str, name: str) -> bool:

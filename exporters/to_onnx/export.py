@@ -34,6 +34,7 @@ from onelora_compile.exporters.to_program.capture import VectorPlace
 from onelora_compile.exporters.to_program.report import ExportReport
 from onelora_compile.exporters.to_program.source import Source, exportable
 from onelora_compile.file_names import as_file, as_paths
+from onelora_compile.looking.process_flags import no_autocast
 from onelora_compile.progress import steps
 from onelora_compile.version import __version__
 from onelora_compile.weights.adapter_content import digest
@@ -232,9 +233,9 @@ def _check_kept(keep: str | Sequence[str] | None, calibration: Any, dtype: torch
 
 
 def _converted(program: ExportedProgram, opset_version: int | None, axes: Sequence[Axes]) -> onnx_ir.Model:
-    # Without gradients, as it was captured: with them, attention has other kernels with other strides, and a view that
-    # was captured for the one layout fails on the other.
-    with quiet("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad():
+    # Without autocast and gradients, as it was captured: with gradients, attention has other kernels with other
+    # strides, and a view that was captured for the one layout fails on the other.
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"), no_autocast(), torch.no_grad():
         try:
             converted = torch.onnx.export(
                 program,

@@ -15,6 +15,7 @@ from onelora_compile.exporters.calls.evaluating import evaluating
 from onelora_compile.exporters.calls.signature import Call, outputs_of
 from onelora_compile.exporters.onnx_file.trained import Swapped
 from onelora_compile.exporters.to_program.source import Source
+from onelora_compile.looking.process_flags import no_autocast
 from onelora_compile.weights.fingerprint import fingerprint_of
 
 Feed = Callable[[tuple[Tensor, ...], dict[str, Tensor]], list[Tensor]]  # positional and keyword inputs -> outputs
@@ -47,7 +48,7 @@ def check_program(
         with evaluating(source.root):
             outcome: Any = torch.func.functional_call(source.root, parameters, *call.fresh())
         args, kwargs = call.by_name([tensor.detach().clone() for tensor in call.tensors.values()])
-        with torch.no_grad():
+        with no_autocast(), torch.no_grad():
             try:
                 actual = feed(args, kwargs | vectors)
             except Exception as error:  # runtimes raise what they like

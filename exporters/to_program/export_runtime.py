@@ -20,6 +20,7 @@ from onelora_compile.exporters.to_program.export import PROGRAM_MODES, Exported,
 from onelora_compile.exporters.to_program.report import ExportReport
 from onelora_compile.exporters.to_program.runtimes import RUNTIMES, Runtime
 from onelora_compile.file_names import as_file
+from onelora_compile.looking.process_flags import no_autocast
 from onelora_compile.progress import steps
 from onelora_compile.weights.atomic_write import TEMPORARY, check_writable, replacing_all
 from onelora_compile.weights.file_kinds import refuse_other_kinds
@@ -129,7 +130,8 @@ def _files(path: Path, runtime: Runtime) -> list[Path]:
 
 def _write(exported: Exported, runtime: Runtime, path: Path) -> None:
     try:
-        runtime.write(exported.program, path)
+        with no_autocast():  # as it was captured: AOTInductor takes the program apart once more
+            runtime.write(exported.program, path)
     except (OSError, OneLoRAError):
         raise
     except Exception as error:  # each has exceptions of its own

@@ -29,6 +29,13 @@ def process_flags() -> Iterator[None]:
                 write(before)
 
 
+@contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """In the dtypes that tensors have, whatever block of autocast the caller is in: it rounds products of float32."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
 def _now(read: Callable[[], Any]) -> Any:
     with contextlib.suppress(RuntimeError, OSError):
         return read()

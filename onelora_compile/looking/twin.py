@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from onelora_compile.looking.one_at_a_time import LOOKING, silent
 from onelora_compile.looking.outside import kept_outside
-from onelora_compile.looking.process_flags import process_flags
+from onelora_compile.looking.process_flags import no_autocast, process_flags
 from onelora_compile.looking.undo import environment
 
 _OWN = ("torch", "builtins", "onelora_compile")
@@ -73,8 +73,7 @@ def no_trace(module: nn.Module) -> Iterator[None]:
                 warnings.catch_warnings(action="ignore"),
                 torch.random.fork_rng(devices),
                 torch.no_grad(),
-                torch.autocast("cpu", enabled=False),
-                torch.autocast("cuda", enabled=False),
+                no_autocast(),
                 torch.compiler.set_stance("force_eager"),
                 silent("stdout", "stderr"),
                 environment(),

@@ -34,6 +34,7 @@ from onelora_compile.adapting.module_effect import base_effect
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.errors import StateError
 from onelora_compile.kinds import is_plain
+from onelora_compile.looking.process_flags import no_autocast
 from onelora_compile.sharded import whole
 
 _WIDTH = 4  # columns of L and of R
@@ -185,7 +186,7 @@ def _of_blocks(blocks: Iterable[Tensor], rows: int, stored: Tensor, with_levels:
     sketch = left.new_zeros(_WIDTH, _WIDTH)
     square, done, columns = 0.0, 0, 0
     by_row, by_column = left.new_zeros(rows), left.new_zeros(())
-    with torch.no_grad():
+    with torch.no_grad(), no_autocast():
         for block in blocks:
             if block.is_meta:
                 raise StateError(

@@ -123,10 +123,11 @@ def fold_weight(
             f"a weight of {type(weight).__name__} in {weight.dtype} can't take the vector without quantising again; "
             "dequantise the base first, or keep the vectors beside it"
         )
-    update = _update(weight.shape, weight, vector, dims)
-    stored = (weight.to(update.dtype) + update).to(stored_dtype or weight.dtype)
-    if not _finite(stored) and _finite(weight):
-        raise _overflow(stored)
+    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could never be trained
+        update = _update(weight.shape, weight, vector, dims)
+        stored = (weight.to(update.dtype) + update).to(stored_dtype or weight.dtype)
+    if not _finite(stored):
+        _check_fits(stored, weight.isfinite())
     rows = slice(None, None, _every(weight.shape, measured))
     return stored, _loss(weight[rows].double(), stored[rows], update[rows])
 
@@ -168,13 +169,12 @@ class FoldByRows:
         part = rows[begin - start : end - start, self._columns]
         update = _update(self._shape, part, self._vector, self._dims)[begin - self._first : end - self._first]
         sample = slice(-(begin - self._first) % self._every, None, self._every)
-        before, finite = part[sample].double(), _finite(part)
+        before, finite = part[sample].double(), None if _finite(part) else part.isfinite()
         if part.dtype == update.dtype:
             part.add_(update)
         else:
             part.copy_(part.to(update.dtype) + update)
-        if finite and not _finite(part):
-            raise _overflow(part)
+        _check_fits(part, finite)
         self._sampled.append((before, part[sample].clone(), update[sample]))
 
     def loss(self) -> FoldLoss:
@@ -197,8 +197,14 @@ def _every(shape: Sequence[int], measured: int) -> int:
     return max(1, -(-math.prod(shape) // measured))
 
 
-def _overflow(stored: Tensor) -> MergeError:
-    return MergeError(f"W + b 1ᵀ does not fit {stored.dtype}: convert the model to bfloat16 or float32 first")
+def _check_fits(stored: Tensor, finite: Tensor | None) -> None:
+    """Whether entries that were finite, all of them for None, still are.
+
+    Raises:
+        MergeError: the dtype can't hold one.
+    """
+    if not _finite(stored) and (finite is None or bool((finite & ~stored.isfinite()).any())):
+        raise MergeError(f"W + b 1ᵀ does not fit {stored.dtype}: convert the model to bfloat16 or float32 first")
 
 
 def _finite(tensor: Tensor) -> bool:

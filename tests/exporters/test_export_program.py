@@ -262,3 +262,18 @@ def test_the_model_is_not_touched():
         program.module()(*program.example_inputs[0], **program.example_inputs[1])
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_what_is_folded_in_inference_mode_gives_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
+    fill_vectors(onelora.adapt(model, onelora.OneLoRAConfig(target_modules="all-linear")), 0.3)
+    inputs = torch.randn(64, 8)
+    with torch.inference_mode():
+        program = export_program(model, (inputs,))
+
+    def gradient(function, x):
+        return torch.autograd.grad(function(x.requires_grad_()).square().sum(), x)[0]
+
+    exact = gradient(copy.deepcopy(model).double(), inputs.double())
+    assert_parity(gradient(program.module(), inputs.clone()), exact, gradient(model, inputs.clone()))

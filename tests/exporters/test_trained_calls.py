@@ -13,6 +13,7 @@ from onelora_compile.errors import ExportError
 from onelora_compile.exporters import fold_onnx
 from onelora_compile.testing import assert_parity, fill_vectors
 
+FIRST = {"modules_to_save": ["blocks.0.norm"]}
 HEAD, NORMS = {"modules_to_save": ["head"]}, {"train_norms": True}
 
 
@@ -106,4 +107,55 @@ def test_a_frozen_head_that_no_name_tells_is_refused(writer, strip, tmp_path):
     base = Copied().eval()
     with pytest.raises(ExportError, match=r"head.weight: its base value is at .* tell which use is its own"):
         folded(base, trained(base, HEAD | {"exclude_modules": ["frozen"]}), writer, tmp_path, strip)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+class Block(nn.Module):
+    """A norm `norm`, and one of another name."""
+
+    def __init__(self, beside):
+        super().__init__()
+        self.norm, self.fc, self.beside = nn.LayerNorm(8), nn.Linear(8, 8), beside
+        self.add_module(beside, nn.LayerNorm(8))
+
+    def forward(self, x):
+        return x + torch.sin(self.fc(self.norm(x))) * self.get_submodule(self.beside)(torch.cos(x))
+
+
+class Norms(nn.Module):
+    """Norms whose names are alike; all are new, so that exporters write one constant for them."""
+
+    def __init__(self, beside):
+        super().__init__()
+        self.blocks, self.norm = nn.ModuleList([Block(beside), Block(beside)]), nn.LayerNorm(8)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("writer", [tools.torchscript, tools.dynamo])
+@pytest.mark.parametrize(
+    "config", [{"modules_to_save": ["blocks.0.norm"]}, {"modules_to_save": ["blocks.1.norm"]}, NORMS]
+)
+def test_a_norm_whose_name_ends_as_a_trained_ones_is_another(config, writer, tmp_path):
+    torch.manual_seed(0)
+    base = Norms("second").eval()
+    folded(base, trained(base, config), writer, tmp_path)
+
+
+def test_a_norm_named_as_a_later_call_is_told_where_the_exporter_tells_it(tmp_path):
+    torch.manual_seed(0)
+    base = Norms("norm_1").eval()
+    for config in (FIRST, NORMS):
+        folded(base, trained(base, config), tools.dynamo, tmp_path)
+    folded(base, trained(base, NORMS), tools.torchscript, tmp_path)
+
+
+def test_a_norm_that_may_be_a_later_call_is_refused(tmp_path):
+    torch.manual_seed(0)
+    base = Norms("norm_1").eval()
+    with pytest.raises(ExportError, match=r"blocks.0.norm.weight: its base value is at .* tell which use is its own"):
+        folded(base, trained(base, FIRST), tools.torchscript, tmp_path)
     assert not (tmp_path / "out.onnx").exists()
