@@ -1,6 +1,7 @@
 """Modules that other tools gave a class, and parameters that they compute, after adapt."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ def test_a_vector_that_is_computed_from_others_is_named(how):
 
     base = zoo.MLP()
     model, layer = fill_vectors(onelora.adapt(base), 0.5), base.b
+    onelora.add_adapter(model, "other")
     if how == "parametrized":
         parametrize.register_parametrization(layer, "onelora_vector", nn.Tanh())
     elif how == "normed":
@@ -28,9 +30,15 @@ def test_a_vector_that_is_computed_from_others_is_named(how):
     vector: Any = layer.onelora_vector
     merged = layer.weight + vector.unsqueeze(1)
     torch.testing.assert_close(layer(y), y @ merged.T + layer.bias)
-    for asked in (onelora.vectors, onelora.merge, onelora.detach, lambda m: onelora.save_adapter(m, "a.safetensors")):
+    asking: list[Callable[[nn.Module], Any]] = [onelora.vectors, onelora.merge, onelora.detach, onelora.adapters]
+    asking += [lambda m: onelora.save_adapter(m, "a.safetensors"), lambda m: onelora.set_adapter(m, "other")]
+    asking += [lambda m: onelora.set_adapter(m, "default", scale=2), lambda m: onelora.rows(m, ["other"]).__enter__()]
+    for asked in asking:
         with pytest.raises(onelora.StateError, match=r"'onelora_vector' of .*in_features.* is no parameter any more"):
             asked(model)
+    model.double()
+    torch.testing.assert_close(layer(y.double()), (y @ merged.T + layer.bias).double(), rtol=1e-5, atol=1e-5)
+    model.load_state_dict(zoo.MLP().state_dict(), strict=False)
 
 
 def test_a_module_that_another_tool_gave_a_class_is_not_broken():

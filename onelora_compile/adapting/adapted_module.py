@@ -54,8 +54,8 @@ class Adapted(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Vectors that leave the meta device are zeros: `to_empty` would leave memory as it was."""
-        own = map(vector_name, self._onelora_weights)
-        names = [name for name in own if self._parameters[name].is_meta]  # type: ignore[union-attr]
+        own = ((name, self._parameters.get(name)) for name in map(vector_name, self._onelora_weights))
+        names = [name for name, vector in own if vector is not None and vector.is_meta]
         result = super()._apply(fn, recurse)
         with torch.no_grad():
             for name in names:
@@ -67,7 +67,7 @@ class Adapted(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         for parameter in self._onelora_weights:
             name = vector_name(parameter)
-            vector, weight = self._parameters[name], self._parameters.get(parameter)
+            vector, weight = self._parameters.get(name), self._parameters.get(parameter)
             if vector is not None and weight is not None and vector.is_meta and not weight.is_meta:
                 zeros = torch.zeros(vector.shape, dtype=vector.dtype, device=weight.device)
                 self._parameters[name] = nn.Parameter(zeros, vector.requires_grad)

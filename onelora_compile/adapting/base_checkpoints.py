@@ -63,7 +63,9 @@ def _vectors_stay(root: nn.Module, found: Any) -> None:
     loaded: set[str] = set()
     if vectors and vectors <= missing:
         found.missing_keys[:] = [n for n in found.missing_keys if not (n.startswith(prefix) and _names_vector(n))]
-        loaded = named.keys() - missing if of_the_base or unknown else set()
+        # Of a model that was on the meta device the model's own tensors may be the base's: it got them by assign=True.
+        whole_base = missing == vectors and unknown
+        loaded = named.keys() - missing if of_the_base or whole_base else set()
     elif vectors and vectors.isdisjoint(brought) and of_the_base:
         # Filled up with what the model has: by torch.distributed, or `model.state_dict() | checkpoint`.
         loaded = brought

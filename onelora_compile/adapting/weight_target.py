@@ -44,15 +44,7 @@ class Target:
         Raises:
             StateError: something computes it from other parameters now.
         """
-        name = vector_name(self.parameter)
-        vector = self.module._parameters.get(name)
-        if vector is None:
-            layer = f"{type(self.module).__name__}({self.module.extra_repr()})"
-            raise StateError(
-                f"{name!r} of a {layer} is no parameter any more: it was parametrized or pruned after adapt. Undo that "
-                "first (parametrize.remove_parametrizations, prune.remove), or detach before it"
-            )
-        return vector
+        return vector_at(self.module, vector_name(self.parameter))
 
     @property
     def weight(self) -> Tensor | None:
@@ -90,6 +82,22 @@ class Target:
         else:
             for expert in lined:
                 yield expert.reshape(prod(expert.shape[: len(rest) - 1]), self.in_features)
+
+
+def vector_at(module: nn.Module, name: str) -> nn.Parameter:
+    """The vector that an adapted module keeps under a name.
+
+    Raises:
+        StateError: something computes it from other parameters now.
+    """
+    vector = module._parameters.get(name)
+    if vector is None:
+        layer = f"{type(module).__name__}({module.extra_repr()})"
+        raise StateError(
+            f"{name!r} of a {layer} is no parameter any more: it was parametrized or pruned after adapt. Undo that "
+            "first (parametrize.remove_parametrizations, prune.remove), or detach before it"
+        )
+    return vector
 
 
 def vector_key(module_name: str, parameter: str) -> str:

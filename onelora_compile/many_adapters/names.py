@@ -24,6 +24,7 @@ from onelora_compile.adapting.adapter_state import (
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.pool import check_name
 from onelora_compile.adapting.select_targets import Selection, saved_parameters
+from onelora_compile.adapting.weight_target import vector_at
 from onelora_compile.errors import ConfigError, StateError
 from onelora_compile.many_adapters.extend import extend, refuse_replicated, select_on_base
 from onelora_compile.many_adapters.values import (
@@ -75,7 +76,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     pool, found = pool_of(root, state), {}
     with pool.lock:  # other threads may add some
         look_again(root, pool)
-        own = {key: module.get_parameter(attribute) for key, (module, attribute) in pool.places.items()}
+        own = {key: vector_at(module, attribute) for key, (module, attribute) in pool.places.items()}
         for name, held in pool.held.items():
             numbers = sum(own[key].numel() for key in held.vectors) + sum(one.numel() for one in held.saved.values())
             found[name] = AdapterInfo(held.id, name == pool.active, held.vectors, tuple(held.saved), numbers)

@@ -19,6 +19,7 @@ from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.module_names import named_modules
 from onelora_compile.adapting.pool import Held, Places, Pool
 from onelora_compile.adapting.stand_ins import meant
+from onelora_compile.adapting.weight_target import vector_at
 from onelora_compile.errors import StateError
 from onelora_compile.printable import shortened
 
@@ -41,8 +42,7 @@ def live_vectors(root: nn.Module, pool: Pool) -> dict[str, nn.Parameter]:
     look_again(root, pool)
     found = {}
     for name, (module, attribute) in pool.places.items():
-        vector = module._parameters[attribute]
-        assert vector is not None
+        vector = vector_at(module, attribute)
         refuse_offloaded_vector(name, module, vector, "read or write the adapters of the model")
         found[name] = meant(vector)
     return found
