@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from onelora_compile.adapting.module_names import matches
 from onelora_compile.errors import ExportError
-from onelora_compile.exporters.fold.find_weights import WeightUse, uses_of
+from onelora_compile.exporters.fold.find_weights import WeightUse, names_of, uses_of
 from onelora_compile.exporters.fold.head_biases import bias_shape, scale_of
 from onelora_compile.exporters.fold.later_calls import later_calls, numbered_paths
 from onelora_compile.exporters.fold.parameter_reads import SLOTS, SLOTTED, ParameterRead, ParameterReads, uniform
@@ -99,7 +100,8 @@ class _Matcher:
         self.file = file
         self.added, self.cut = renaming
         self.floating = {name: value for name, value in file.saved.items() if value.is_floating_point()}
-        self.parameters = [*model.graph.initializers, *(other for name in self.floating for other in self._names(name))]
+        known = [*self.floating, *(f"{name}.weight" for name in file.vectors)]
+        self.parameters = [*names_of(model), *(other for name in known for other in self._names(name))]
         self.places = TrainedPlaces()
         self.unclear: dict[str, str] = {}  # why what was found is no place
         self.model = model
@@ -122,11 +124,18 @@ class _Matcher:
         """What the model calls a parameter, tied ones by each of their names."""
         return {self.added + one.removeprefix(self.cut) for one in (name, *self.file.aliases.get(name, ()))}
 
+    def _left_out(self) -> set[str]:
+        """The paths that the adapter's config leaves out by name: they are modules of their own."""
+        excluded = self.file.config.exclude_modules
+        plain = ((path, self.cut + path.removeprefix(self.added)) for path in self.numbered)
+        return {path for path, one in plain if excluded and matches(excluded, one)}
+
     def _by_names(self, name: str) -> bool:
         """Reads at the parameter's own module, or of the constant of its name."""
         names, fitting = self._names(name), self.fitting[name]
         own = {one.rpartition(".")[0] for one in names}
-        modules = own | (again := later_calls(self.numbered, own, self.parameters))
+        again = later_calls(self.numbered - self._left_out(), own, self.parameters)
+        modules = own | again
         here = [read for read in fitting if _module(read.use) in modules]
         if not here and (not fitting or self._uniform(name)):
             # A new head, whose numbers are others in every process; or ops that do not say where they come from.

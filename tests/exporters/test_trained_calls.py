@@ -35,14 +35,15 @@ class Twice(nn.Module):
 class Copied(nn.Module):
     """A head and what it was before training."""
 
-    def __init__(self):
+    def __init__(self, name="frozen"):
         super().__init__()
         self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
-        self.frozen = copy.deepcopy(self.head)
+        self.add_module(name, copy.deepcopy(self.head))
+        self.frozen_name = name
 
     def forward(self, x):
         x = torch.tanh(self.fc(x))
-        return self.head(x) - 2 * self.frozen(x * x)
+        return self.head(x) - 2 * self.get_submodule(self.frozen_name)(x * x)
 
 
 def trained(base, config):
@@ -93,11 +94,13 @@ def test_every_call_of_what_was_trained_gets_it(config, ones, writer, tmp_path):
     folded(base, trained(base, config), writer, tmp_path)
 
 
-@pytest.mark.parametrize("writer", [tools.torchscript, tools.dynamo])
-def test_a_frozen_head_keeps_its_values(writer, tmp_path):
+@pytest.mark.parametrize("name", ["frozen", "head_1"])  # the second is what TorchScript calls a second call
+@pytest.mark.parametrize("excluded", [False, True])
+@pytest.mark.parametrize("writer", [tools.torchscript, tools.dynamo, tools.slim, tools.simplified])
+def test_the_copy_of_a_head_keeps_its_values(writer, excluded, name, tmp_path):
     torch.manual_seed(0)
-    base = Copied().eval()
-    folded(base, trained(base, HEAD | {"exclude_modules": ["frozen"]}), writer, tmp_path)
+    base = Copied(name).eval()
+    folded(base, trained(base, HEAD | ({"exclude_modules": [name]} if excluded else {})), writer, tmp_path)
 
 
 @pytest.mark.parametrize("strip", [without_op_names, without_names])
@@ -149,13 +152,14 @@ def test_a_norm_named_as_a_later_call_is_told_where_the_exporter_tells_it(tmp_pa
     torch.manual_seed(0)
     base = Norms("norm_1").eval()
     for config in (FIRST, NORMS):
-        folded(base, trained(base, config), tools.dynamo, tmp_path)
-    folded(base, trained(base, NORMS), tools.torchscript, tmp_path)
+        for writer in (tools.dynamo, tools.torchscript):
+            folded(base, trained(base, config), writer, tmp_path)
 
 
-def test_a_norm_that_may_be_a_later_call_is_refused(tmp_path):
+@pytest.mark.parametrize("writer", [tools.slim, tools.simplified])  # which take the names of equal norms away
+def test_a_norm_that_may_be_a_later_call_is_refused(writer, tmp_path):
     torch.manual_seed(0)
     base = Norms("norm_1").eval()
     with pytest.raises(ExportError, match=r"blocks.0.norm.weight: its base value is at .* tell which use is its own"):
-        folded(base, trained(base, FIRST), tools.torchscript, tmp_path)
+        folded(base, trained(base, FIRST), writer, tmp_path)
     assert not (tmp_path / "out.onnx").exists()
