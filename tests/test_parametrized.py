@@ -10,11 +10,11 @@ import zoo
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.testing import fill_vectors
+from onelora_compile.testing import assert_parity, fill_vectors
 
 
 @pytest.mark.parametrize("how", ["parametrized", "normed", "pruned"])
-def test_a_vector_that_is_computed_from_others_is_named(how):
+def test_a_vector_that_is_computed_from_others_is_named(how, tmp_path):
     from torch.nn.utils import parametrizations, parametrize, prune
 
     base = zoo.MLP()
@@ -27,18 +27,25 @@ def test_a_vector_that_is_computed_from_others_is_named(how):
     else:
         prune.l1_unstructured(layer, "onelora_vector", 1)
     y = torch.randn(5, 6)
-    vector: Any = layer.onelora_vector
-    merged = layer.weight + vector.unsqueeze(1)
-    torch.testing.assert_close(layer(y), y @ merged.T + layer.bias)
+
+    def merged(dtype):
+        vector: Any = layer.onelora_vector
+        return y.to(dtype) @ (layer.weight.to(dtype) + vector.to(dtype).unsqueeze(1)).T + layer.bias.to(dtype)
+
+    plain = merged(torch.float32)
+    assert_parity(layer(y), merged(torch.float64), plain)
     asking: list[Callable[[nn.Module], Any]] = [onelora.vectors, onelora.merge, onelora.detach, onelora.adapters]
-    asking += [lambda m: onelora.save_adapter(m, "a.safetensors"), lambda m: onelora.set_adapter(m, "other")]
+    asking += [lambda m: onelora.save_adapter(m, tmp_path / "a"), lambda m: onelora.set_adapter(m, "other")]
     asking += [lambda m: onelora.set_adapter(m, "default", scale=2), lambda m: onelora.rows(m, ["other"]).__enter__()]
     for asked in asking:
         with pytest.raises(onelora.StateError, match=r"'onelora_vector' of .*in_features.* is no parameter any more"):
             asked(model)
     model.double()
-    torch.testing.assert_close(layer(y.double()), (y @ merged.T + layer.bias).double(), rtol=1e-5, atol=1e-5)
-    model.load_state_dict(zoo.MLP().state_dict(), strict=False)
+    assert_parity(layer(y.double()).float(), merged(torch.float64), plain)
+    other = zoo.MLP().double()
+    model.load_state_dict(other.state_dict(), strict=False)  # of the base's: what computes the vector stays
+    assert torch.equal(layer.bias, other.b.bias)
+    assert_parity(layer(y.double()).float(), merged(torch.float64), merged(torch.float32))
 
 
 def test_a_module_that_another_tool_gave_a_class_is_not_broken():
