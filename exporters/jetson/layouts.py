@@ -68,7 +68,7 @@ def layout_of(name: str, fitted: Fitted, jetpack: JetPack, profile: Profile) -> 
     if name == "triton":
         return Layout(name, "triton/model/1/model.plan", "triton/model/config.pbtxt", _pbtxt(inputs, outputs, batch))
     if name == "deepstream":
-        return Layout(name, "deepstream/model.plan", "deepstream/nvinfer.txt", _nvinfer(inputs, batch, fitted))
+        return Layout(name, "deepstream/model.plan", "deepstream/nvinfer.txt", _nvinfer(inputs, profile, fitted))
     return Layout(name, "isaac-ros/model.plan", "isaac-ros/tensor_rt.yaml", _ros(inputs, outputs))
 
 
@@ -110,7 +110,7 @@ def _tensor(kind: str, slot: Slot, batched: bool) -> str:
     return "\n".join([*lines, "}"])
 
 
-def _nvinfer(inputs: Sequence[Slot], batch: int, fitted: Fitted) -> str:
+def _nvinfer(inputs: Sequence[Slot], profile: Profile, fitted: Fitted) -> str:
     image = inputs[0]
     size = image.shape[1:]
     if len(inputs) != 1 or len(size) != 3 or size[0] not in (1, 3, 4) or not all(isinstance(one, int) for one in size):
@@ -124,7 +124,7 @@ def _nvinfer(inputs: Sequence[Slot], batch: int, fitted: Fitted) -> str:
             f"layout='deepstream': nvinfer feeds float32, and {image.name!r} is {image.dtype}: cast in the model, or "
             "export in float32 and pass weak_fp16=True (up to TensorRT 10)"
         )
-    first = image.shape[0]
+    largest = profile[image.name][2][0]
     mode = 1 if fitted.quantized else 2 if "float16" in fitted.dtypes else 0
     lines = [
         "# Pixels reach the model as net-scale-factor * (pixel - offsets): write what it was trained with, and whether",
@@ -133,7 +133,7 @@ def _nvinfer(inputs: Sequence[Slot], batch: int, fitted: Fitted) -> str:
         "gpu-id=0",
         "gie-unique-id=1",
         "model-engine-file=model.plan",
-        f"batch-size={batch or first}",
+        f"batch-size={largest}",
         f"infer-dims={';'.join(map(str, size))}",
         f"network-mode={mode}",
         "network-type=100",

@@ -30,6 +30,7 @@ from onelora_compile.exporters.to_onnx.bank_sources import PlaceNumbers
 from onelora_compile.exporters.to_onnx.operators import translations
 from onelora_compile.exporters.to_onnx.place_vectors import place_vectors
 from onelora_compile.exporters.to_onnx.read_bank import carrying, read_bank
+from onelora_compile.exporters.to_onnx.small_constants import small_constants_kept
 from onelora_compile.exporters.to_program.capture import VectorPlace
 from onelora_compile.exporters.to_program.report import ExportReport
 from onelora_compile.exporters.to_program.source import Source, exportable
@@ -235,7 +236,7 @@ def _check_kept(keep: str | Sequence[str] | None, calibration: Any, dtype: torch
 def _converted(program: ExportedProgram, opset_version: int | None, axes: Sequence[Axes]) -> onnx_ir.Model:
     # Without autocast and gradients, as it was captured: with gradients, attention has other kernels with other
     # strides, and a view that was captured for the one layout fails on the other.
-    with quiet("torch.onnx", "onnxscript", "onnx_ir"), no_autocast(), torch.no_grad():
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"), no_autocast(), torch.no_grad(), small_constants_kept():
         try:
             converted = torch.onnx.export(
                 program,

@@ -107,17 +107,21 @@ def test_triton_gets_types_and_shapes_of_any_model(jetpack, integers, tmp_path):
 
 
 class Picture(nn.Module):
-    def __init__(self, channels=3):
+    def __init__(self, channels=3, of_the_batch=False):
         super().__init__()
-        self.conv, self.head = nn.Conv2d(channels, 4, 8, 8), nn.Linear(4, 3)
+        self.conv, self.head, self.of_the_batch = nn.Conv2d(channels, 4, 8, 8), nn.Linear(4, 3), of_the_batch
 
     def forward(self, x):
-        return self.head(self.conv(x).mean((2, 3)))
+        y = self.head(self.conv(x).mean((2, 3)))
+        return y.mean(0) if self.of_the_batch else y
 
 
-def test_deepstream_is_told_shape_and_batch(tmp_path):
+@pytest.mark.parametrize("of_the_batch", [False, True])
+def test_deepstream_is_told_shape_and_batch(of_the_batch, tmp_path):
     options = {"input_names": ["x"], "dynamic_shapes": ({0: "batch"},)}
-    source = exported(Picture().eval(), (torch.randn(2, 3, 16, 24),), tmp_path / "m.onnx", **options)
+    source = exported(
+        Picture(of_the_batch=of_the_batch).eval(), (torch.randn(2, 3, 16, 24),), tmp_path / "m.onnx", **options
+    )
     folder = bundle(source, tmp_path / "b", shapes={"batch": (1, 2, 6)}, layout="deepstream").folder
     lines = (folder / "deepstream" / "nvinfer.txt").read_text().splitlines()
     found = dict(
