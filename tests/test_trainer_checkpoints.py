@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from loops import CONFIG, Digits, assert_same, bert, state
+from loops import CONFIG, Digits, assert_equal, bert, state
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -46,10 +46,10 @@ def test_resumed_is_uninterrupted(full_weights, compiled, tmp_path):
     if compiled:
         torch.testing.assert_close(state(resumed), state(whole), rtol=1e-4, atol=1e-5)
     else:
-        assert_same(state(resumed), state(whole))
+        assert_equal(state(resumed), state(whole))
 
     later = tmp_path / "checkpoint-4" / "onelora.safetensors"
-    assert_same(state(onelora.load_adapter(copy.deepcopy(base), later)), state(whole))
+    assert_equal(state(onelora.load_adapter(copy.deepcopy(base), later)), state(whole))
     early = onelora.read_adapter(checkpoint / "onelora.safetensors")
     assert any(not torch.equal(v, onelora.vectors(whole)[n]) for n, v in early.vectors.items())
 
@@ -75,7 +75,7 @@ def test_the_best_is_loaded_at_the_end(full_weights, tmp_path):
     chosen = run.state.best_model_checkpoint
     assert chosen is not None
     assert not chosen.endswith("checkpoint-8")
-    assert_same(state(model), state(onelora.load_adapter(bert(), f"{chosen}/onelora.safetensors")))
+    assert_equal(state(model), state(onelora.load_adapter(bert(), f"{chosen}/onelora.safetensors")))
 
 
 def test_a_model_without_an_adapter_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from loops import CONFIG, Digits, assert_same, bert, state
+from loops import CONFIG, Digits, assert_equal, assert_same, bert, state
 from torch import nn
 
 import onelora_compile as onelora
@@ -87,7 +87,8 @@ def test_gradient_checkpointing_changes_nothing(reentrant, compiled, tmp_path):
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
     trained(checkpointed, tmp_path, max_steps=2)
     trainable = state(base).keys()
-    assert_same(*({n: v for n, v in state(m).items() if n in trainable} for m in (plain, checkpointed)))
+    check = assert_same if compiled else assert_equal
+    check(*({n: v for n, v in state(m).items() if n in trainable} for m in (plain, checkpointed)))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -121,13 +122,13 @@ def test_accelerate(precision, compiled, tmp_path):
             other.zero_grad()
     found, expected = state(accelerator.unwrap_model(model)), state(by_hand)
     if precision == "no":
-        assert_same(found, expected)
+        (assert_same if compiled else assert_equal)(found, expected)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0.1, atol=3e-3)
     assert all(vector.any() for vector in onelora.vectors(model).values())
     onelora.save_adapter(accelerator.unwrap_model(model), tmp_path / "a.safetensors")
     fresh = onelora.load_adapter(bert(), tmp_path / "a.safetensors")
-    assert_same(state(fresh), found)
+    assert_equal(state(fresh), found)
 
 
 class LightningStyle(nn.Module):

@@ -107,7 +107,8 @@ class _Matcher:
         self.model = model
         self.reads = ParameterReads(model, self.floating)
         self.fitting = {name: self.reads.by_numbers(name, file.bases.get(name)) for name in self.floating}
-        self.numbered = numbered_paths(read.use for reads in self.fitting.values() for read in reads)
+        numbered = numbered_paths(read.use for reads in self.fitting.values() for read in reads)
+        self.numbered = {path for path in numbered if not self._left_out(path)}
 
     def match(self) -> TrainedPlaces:
         """The places, what tells most first; weights before the biases beside them."""
@@ -124,18 +125,16 @@ class _Matcher:
         """What the model calls a parameter, tied ones by each of their names."""
         return {self.added + one.removeprefix(self.cut) for one in (name, *self.file.aliases.get(name, ()))}
 
-    def _left_out(self) -> set[str]:
-        """The paths that the adapter's config leaves out by name: they are modules of their own."""
+    def _left_out(self, path: str) -> bool:
+        """Whether the adapter's config leaves a path out by name: it is of a module of its own."""
         excluded = self.file.config.exclude_modules
-        plain = ((path, self.cut + path.removeprefix(self.added)) for path in self.numbered)
-        return {path for path, one in plain if excluded and matches(excluded, one)}
+        return excluded is not None and matches(excluded, self.cut + path.removeprefix(self.added))
 
     def _by_names(self, name: str) -> bool:
         """Reads at the parameter's own module, or of the constant of its name."""
         names, fitting = self._names(name), self.fitting[name]
         own = {one.rpartition(".")[0] for one in names}
-        again = later_calls(self.numbered - self._left_out(), own, self.parameters)
-        modules = own | again
+        modules = own | (again := later_calls(self.numbered, own, self.parameters))
         here = [read for read in fitting if _module(read.use) in modules]
         if not here and (not fitting or self._uniform(name)):
             # A new head, whose numbers are others in every process; or ops that do not say where they come from.

@@ -8,17 +8,27 @@ from __future__ import annotations
 import contextlib
 import math
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from onelora_compile.errors import require
+from onelora_compile.errors import OneLoRAWarning, require
 
 
 @contextlib.contextmanager
 def small_constants_kept() -> Iterator[None]:
-    """Let the rules take zero alone for zero; what else converts meanwhile keeps its constants, too."""
+    """Let the rules take zero alone for zero; what else converts meanwhile keeps its constants, too.
+
+    Warns: OneLoRAWarning where onnxscript compares in another way than 0.5 to 0.7.
+    """
     matcher: Any = require("onnxscript.rewriter._matcher", "onnx", "export to ONNX")
-    if not hasattr(matcher, "math"):  # another release: it may compare in another way
+    if not hasattr(matcher, "math"):
+        warnings.warn(
+            "this onnxscript compares constants in a way that is not known here (0.5 to 0.7 are): it may drop numbers "
+            "of 1e-8 and below that guard a division",
+            OneLoRAWarning,
+            stacklevel=2,
+        )
         yield
         return
     before = matcher.math

@@ -9,6 +9,7 @@ from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.exporters import OnnxRunner, export_onnx
+from onelora_compile.exporters.to_onnx.small_constants import small_constants_kept
 from onelora_compile.testing import assert_parity, fill_vectors
 
 
@@ -44,3 +45,9 @@ def test_a_row_of_zeros_is_what_it_is_in_eager(mode, name, epsilon, tmp_path):
         plain = model(x)
         assert plain.isfinite().all()
         assert_parity(found, model.double()(x.double()), plain)
+
+
+def test_an_onnxscript_that_compares_in_another_way_is_told(monkeypatch):
+    monkeypatch.delattr("onnxscript.rewriter._matcher.math")
+    with pytest.warns(onelora.OneLoRAWarning, match="may drop numbers of 1e-8 and below"), small_constants_kept():
+        pass
