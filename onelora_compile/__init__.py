@@ -46,6 +46,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "model_card",
+    "parameter_groups",
     "push_to_hub",
     "read_adapter",
     "row_parameters",

@@ -29,6 +29,7 @@ from onelora_compile.many_adapters.rows_block import rows as rows
 from onelora_compile.report.diagnose import diagnose as diagnose
 from onelora_compile.report.explain import explain as explain
 from onelora_compile.report.summary import summary as summary
+from onelora_compile.vector_rates import parameter_groups as parameter_groups
 from onelora_compile.version import __version__ as __version__
 from onelora_compile.weights.adapter_file import read_adapter as read_adapter
 from onelora_compile.weights.adapter_file import save_adapter as save_adapter

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from eval import rate_study, stages, store, tables
+from eval import range_test, rate_study, stages, store, tables
 from eval.__main__ import TASKS
 from eval.methods import METHODS, why_not
 from eval.packages import folder_of
@@ -209,6 +209,44 @@ def test_a_rule_divides_by_the_size_of_the_sums(task):
         groups = RULES[rule](task, model, 0.5, rows)
         assert [group["lr"] for group in groups] == pytest.approx([0.5 * one for one in factors], rel=1e-5)
         assert [one for group in groups for one in group["params"]] == list(onelora.vectors(model).values())
+
+
+def test_the_rule_that_was_measured_is_the_one_that_is_offered(task):
+    rows = next(task.batches(1, 0))
+    model: Any = METHODS["1LoRA"](task.model(0), task)
+    measured = RULES["by the output"](task, model, 0.5, rows)
+    offered = onelora.parameter_groups(model, 0.5, rows[0])
+    assert [one["lr"] for one in offered[:-1]] == pytest.approx([min(0.5, one["lr"]) for one in measured], rel=1e-5)
+
+
+def test_a_range_test_proposes_where_the_loss_falls_and_stops_where_it_diverges(task, bar, tmp_path):
+    rates = [10.0**power for power in range(-5, 1)]
+    assert range_test.suggestions(rates, [3.0, 3.0, 2.0, 0.5, 0.4, 9.0]) == pytest.approx((1e-3, 1e-2))
+    assert range_test.suggestions(rates[:1], [3.0]) == pytest.approx((1e-5, 1e-6))
+    range_test.measure(tmp_path, task, bar)
+    path = tmp_path / "clusters" / "range" / "1lora_0.json"
+    known = json.loads(path.read_text(encoding="utf-8"))
+    assert known["rates"][0] == range_test.LOW
+    assert len(known["losses"]) == len(known["rates"]) <= range_test.STEPS
+    written = path.stat().st_mtime_ns
+    range_test.measure(tmp_path, task, bar)
+    assert path.stat().st_mtime_ns == written
+    stages.choose(tmp_path, task, "1LoRA", [1e-3], bar)
+    assert range_test.table(tmp_path, [task]).splitlines()[-1].startswith("| clusters | 0.001 |")
+
+
+def test_one_rate_by_a_rule_is_held_beside_each_tasks_own_over_seeds(task, bar, tmp_path):
+    for seed, own, ruled in ((1, 0.8, 0.7), (2, 0.6, 0.7)):
+        more = {"test": {"accuracy": 0.5, "loss": 1.0}}
+        place = store.place(tmp_path, "clusters", "test", "1LoRA", str(seed))
+        store.write(place, result(task, "1LoRA", 0.2, seed, own, **more))
+        place = store.place(tmp_path, "clusters", "fixed", "1LoRA, rate by the output", f"0.01_{seed}")
+        store.write(place, result(task, "1LoRA", 0.01, seed, ruled, rule="by the output"))
+    last = rate_study.against_own_rates(tmp_path, [task]).splitlines()[-1]
+    assert last == "| clusters | 0.2 | 70.0% | 70.0% | +0.0% |"
+    stages.at_one_rate(tmp_path, task, "1LoRA", 0.02, [1], bar, "by the output")
+    (path,) = (tmp_path / "clusters" / "fixed").glob("*0.02_1.json")
+    assert "test" not in json.loads(path.read_text(encoding="utf-8"))
 
 
 def result(task, method, rate, seed, accuracy, loss=1.0, rule="", **more):

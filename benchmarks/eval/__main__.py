@@ -3,6 +3,7 @@
 python -m benchmarks.eval --quick                          everything in minutes, in a folder that goes away
 python -m benchmarks.eval --tasks films                    all methods on one task: an hour on one core
 python -m benchmarks.eval                                  the whole, hours; what has a result is not run again
+python -m benchmarks.eval --range-test                     what a finder of rates proposes, minutes
 python -m benchmarks.eval --table                          tables and figures of the results that are there
 """
 
@@ -22,7 +23,7 @@ from onelora_compile.examples.sentences.methods import HEAD_ONLY, ONE_LORA
 from onelora_compile.examples.sentences.train import STEPS
 from onelora_compile.progress import counting
 
-from . import stages, store, tables
+from . import range_test, stages, store, tables
 from .digits import Digits
 from .methods import METHODS, why_not
 from .pronunciations import Pronunciations
@@ -54,6 +55,8 @@ def main() -> None:
     parser.add_argument("--rule", default="", choices=list(RULES), help="a rate for each vector; with --methods 1LoRA")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), help="to test with; none: rates alone")
     parser.add_argument("--folder", type=Path, default=store.RESULTS, help="of the results")
+    parser.add_argument("--fixed", type=float, help="this rate for every task, validation data and --seeds alone")
+    parser.add_argument("--range-test", action="store_true", help="a range test of 1LoRA's rate, and nothing else")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps at one rate: shows that it works, not how well"
     )
@@ -88,9 +91,15 @@ def _run(chosen: argparse.Namespace, folder: Path) -> None:
             task = TASKS[name]()
             if chosen.quick:
                 task.steps, task.most, rates, seeds = 3, 24, [1e-3], SEEDS[:1]
+            if chosen.range_test:
+                range_test.measure(folder, task, bar)
+                continue
             for method in chosen.methods:
                 if reason := why_not(method, task):
                     print(f"{name}, {method}: not run, {reason}")
+                    continue
+                if chosen.fixed:
+                    stages.at_one_rate(folder, task, method, chosen.fixed, seeds, bar, chosen.rule)
                     continue
                 tried = [task.head_rate] if method == HEAD_ONLY else rates
                 stages.choose(folder, task, method, tried, bar, chosen.rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,25 @@ def table(folder: Path, tasks: Sequence[Task]) -> str:
         worst = _percent(max(own.values())) if len(own) == len(names) else "–"
         rows.append([f"{rule or 'one for all vectors'}, {rate:g}", *cells, worst])
     return markdown(["rule and rate", *names, "worst"], rows) if rows else ""
+
+
+def against_own_rates(folder: Path, tasks: Sequence[Task]) -> str:
+    """One rate by a rule for all tasks beside the plain rate that each task chose: means over seeds, as Markdown.
+
+    All of it is validation data: the chosen rate's runs are those that were tested afterwards.
+    """
+    from .tables import markdown  # which imports this file
+
+    rows = []
+    for task in tasks:
+        own = store.read(folder, task.name, "test", ONE_LORA)
+        fixed = [run for run in store.read(folder, task.name, "fixed") if run["method"] == ONE_LORA]
+        if own and fixed:
+            mine, ruled = (statistics.fmean(_score(run, task) for run in runs) for runs in (own, fixed))
+            text = "{:.3f}" if task.chosen_by == "loss" else "{:.1%}"
+            behind = f"{_behind(ruled, mine, task):+.1%}"
+            rows.append([task.name, f"{own[0]['rate']:g}", text.format(mine), text.format(ruled), behind])
+    return markdown(["", "its own rate", "with it", "by the output, 0.01", "behind"], rows) if rows else ""
 
 
 def _runs(folder: Path, task: Task) -> Iterator[dict[str, Any]]:

@@ -59,6 +59,21 @@ def answer_test(folder: Path, task: Task, method: str, seeds: Sequence[int], bar
             print(f"{task.name}, {named}, seed {seed}: test {told(result['test'])}, {result['seconds']:.0f} s")
 
 
+def at_one_rate(
+    folder: Path, task: Task, method: str, rate: float, seeds: Sequence[int], bar: Count, rule: str = ""
+) -> None:
+    """Train with each seed that has no result yet at a rate that nobody chose for the task; the test is left alone."""
+    named = store.label({"method": method, "rule": rule})
+    for seed in seeds:
+        path = store.place(folder, task.name, "fixed", named, f"{rate:g}_{seed}")
+        if not path.exists():
+            bar.start(f"{task.name}, {named}, rate {rate:g}, seed {seed}", task.steps)
+            result = run(task, method, rate, seed, test=False, rule=rule, tick=bar.step)
+            store.write(path, result)
+            print(f"{task.name}, {named}, rate {rate:g}, seed {seed}: {told(result['validation'])}")
+    _check(folder, task, store.read(folder, task.name, "fixed", named))
+
+
 def best(runs: Sequence[dict[str, Any]], chosen_by: str) -> dict[str, Any]:
     """The run whose rate is chosen."""
 

@@ -11,11 +11,11 @@ from onelora_compile.errors import OneLoRAError
 from onelora_compile.weights.atomic_write import replacing
 
 RESULTS = Path(__file__).parents[1] / "results" / "eval"
-Stage = Literal["validation", "test"]
+Stage = Literal["validation", "test", "fixed"]
 
 
 def place(folder: Path, task: str, stage: Stage, method: str, key: str) -> Path:
-    """Where the result of a run is: the key is the rate where rates are chosen, the seed where they are tested."""
+    """Where the result of a run is: the key is the rate where rates are chosen, else the seed."""
     name = re.sub(r"[^a-z0-9]+", "-", method.lower().replace("+", "and"))
     return folder / task / stage / f"{name}_{key}.json"
 

@@ -12,7 +12,7 @@ from onelora_compile.examples.sentences import figures
 from onelora_compile.printable import bytes_text
 from onelora_compile.weights.atomic_write import replacing
 
-from . import rate_study, stages, store
+from . import range_test, rate_study, stages, store
 from .methods import METHODS
 from .task import Task
 
@@ -96,7 +96,12 @@ def write_pages(folder: Path, tasks: Sequence[Task]) -> None:
 def filled(text: str, folder: Path, tasks: Sequence[Task]) -> str:
     """A page with the tables of the results between its marks, `<!-- results: NAME -->` and `<!-- end -->`."""
     made = {f"{kind} {task.name}": make(folder, task) for task in tasks for kind, make in KINDS.items()}
-    made |= {"rates": rate_study.table(folder, tasks), "summary": summary(folder, tasks)}
+    made |= {
+        "rates": rate_study.table(folder, tasks),
+        "summary": summary(folder, tasks),
+        "range": range_test.table(folder, tasks),
+        "one rate": rate_study.against_own_rates(folder, tasks),
+    }
 
     def fill(mark: re.Match[str]) -> str:
         return f"{mark[1]}\n{made[mark[2]]}\n{mark[3]}"
