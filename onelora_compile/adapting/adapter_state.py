@@ -53,7 +53,7 @@ class AdapterState:
         skipped: linear ops without a vector, by name, with the reason.
         not_linear: convolutions and embeddings, with what they are.
         constant: names of vectors whose input a compiled graph showed to sum to one number; see `watch`.
-        uses: how often one forward uses a weight, at least and at most, where that may be more than once.
+        uses: as in `AdapterFile`.
         made: names of the vectors that the model was given.
         told: those of which somebody was told that they are gone.
         arriving: of the state_dict that is being loaded, before it is; see base_checkpoints.py.
