@@ -66,6 +66,7 @@ class Pool:
         trained: whether rows are trained, see row_training.py.
         arriving: of the backward that runs, by its number: gradients of tables by the names of their vectors.
         places: the module and the attribute of every vector, by name, of the adapted modules `seen`.
+        trained_places: those of what is trained besides, of the modules `walked`; empty before they are asked for.
     """
 
     held: dict[str, Held] = dataclasses.field(default_factory=dict)
@@ -81,6 +82,8 @@ class Pool:
     arriving: tuple[int, list[tuple[str, Tensor]]] | None = None
     places: Places = dataclasses.field(default_factory=dict)
     seen: list[nn.Module] = dataclasses.field(default_factory=list)
+    trained_places: Places = dataclasses.field(default_factory=dict)
+    walked: list[nn.Module] = dataclasses.field(default_factory=list)
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, object]:
