@@ -21,7 +21,7 @@ from onelora_compile.looking.unannounced import subclass
 from onelora_compile.weight_uses.entries import Entry
 from onelora_compile.weight_uses.followed_values import Uses
 from onelora_compile.weight_uses.holders import Holders
-from onelora_compile.weight_uses.stand_ins import instead_of_torch
+from onelora_compile.weight_uses.replaced_functions import instead_of_torch
 from onelora_compile.weight_uses.tracer import Inside, Tracer
 
 

@@ -19,8 +19,8 @@ from onelora_compile.weight_uses.entries import Entry, entries, hooks_of
 from onelora_compile.weight_uses.follow_forward import Followed, follow
 from onelora_compile.weight_uses.holders import Holders, References, held_in, of_torch
 from onelora_compile.weight_uses.other_weights import OtherWeights
-from onelora_compile.weight_uses.reachable_names import Known, modules_elsewhere, names_in_reach
-from onelora_compile.weight_uses.stand_ins import both_branches, not_entered
+from onelora_compile.weight_uses.reachable_names import NamesOfCode, modules_elsewhere, names_in_reach
+from onelora_compile.weight_uses.replaced_functions import both_branches, not_entered
 from onelora_compile.weight_uses.weight_reads import (
     NOT_FOLLOWED,
     READ,
@@ -55,7 +55,7 @@ class ModelCode:
     def __init__(self, model: nn.Module, called: Collection[nn.Module]) -> None:
         self._model = model
         self._called = called
-        self._names: Known = {}
+        self._names: NamesOfCode = {}
         self._leading = _OF_PARAMETERS | _names_of_weights(model)
         self._holders = Holders(model)
         self._references = References(self._holders)

@@ -19,9 +19,9 @@ from onelora_compile.passes.sites.weight_path import run_of_shapes
 from onelora_compile.weight_uses.endless_loops import Loops
 from onelora_compile.weight_uses.followed_values import Value, any_of, is_code
 from onelora_compile.weight_uses.holders import Holders
-from onelora_compile.weight_uses.stand_ins import output_of_a_module, part_of_a_value, stored_parameter
+from onelora_compile.weight_uses.replaced_functions import output_of_a_module, part_of_a_value, stored_parameter
 
-PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
+PAST_MARK = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
 CALLED = "onelora_called"  # key in node.meta: the module whose output a node is
 Inside = dict[int, tuple[nn.Module, str]]
 
@@ -79,7 +79,7 @@ class Tracer(fx.Tracer):
             self.parameters[target] = parameter
             self._proxies[key] = self.create_proxy("get_attr", target, (), {})
             if past:
-                self._proxies[key].node.meta[PAST] = True
+                self._proxies[key].node.meta[PAST_MARK] = True
         return self._proxies[key]
 
     def _elsewhere(self) -> bool:

@@ -1,4 +1,4 @@
-"""What stands for functions that take no stand-ins of values, while code is followed."""
+"""What runs in the place of functions that take no stand-ins of values, while code is followed."""
 
 from __future__ import annotations
 
