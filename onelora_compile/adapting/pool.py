@@ -24,7 +24,7 @@ from onelora_compile.adapting.recomputed import Changes
 from onelora_compile.dynamo.private_api import any_number_of_rows, captures
 from onelora_compile.errors import ConfigError
 
-DEFAULT = "default"  # PEFT's name of an adapter that was given none
+DEFAULT_ADAPTER = "default"  # PEFT's name of an adapter that was given none
 _ALIGNED = 4  # columns of a vector start at multiples of 16 bytes, which Inductor's kernels load at once
 Places = dict[str, tuple[nn.Module, str]]
 
@@ -70,7 +70,7 @@ class Pool:
     """
 
     held: dict[str, Held] = dataclasses.field(default_factory=dict)
-    active: str = DEFAULT
+    active: str = DEFAULT_ADAPTER
     scale: float = 1.0
     values: Tensor | None = None
     columns: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -28,7 +28,7 @@ OTHERS = {
     "root": "the model itself, not a module in it",
     "class": "a module of a class that PEFT has no layer for",
 }
-KINDS = (LINEAR, CONV1D, CONVOLUTION, *OTHERS)
+LAYER_KINDS = (LINEAR, CONV1D, CONVOLUTION, *OTHERS)
 
 
 @dataclasses.dataclass(frozen=True)
