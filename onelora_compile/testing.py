@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapted_module import is_adapted, remove
+from onelora_compile.adapting.adapted_module import detach_vectors, is_adapted
 from onelora_compile.adapting.adapter import unwrap
 from onelora_compile.adapting.adapter_state import adapted_weights
 
@@ -44,7 +44,7 @@ def merged_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         value = (weight.detach().double() + update).to(weight.dtype)
         merged.append((target.module, target.parameter, nn.Parameter(value, requires_grad=weight.requires_grad)))
     for module in [module for module in twin.modules() if is_adapted(module)]:
-        remove(module)
+        detach_vectors(module)
     for module, name, weight in merged:
         setattr(module, name, weight)
     return twin

@@ -14,7 +14,7 @@ from onelora_compile.adapting.adapter_state import state_of
 from onelora_compile.errors import StateError
 from onelora_compile.sharded import is_sharded
 from onelora_compile.weights.adapter_file import save_adapter
-from onelora_compile.weights.atomic_write import remove, replacing
+from onelora_compile.weights.atomic_write import remove_file, replacing
 from onelora_compile.weights.file_kinds import IN_FOLDERS
 
 _WEIGHTS = "model.safetensors"  # the name in a checkpoint that Trainer resumes from
@@ -73,6 +73,6 @@ def _leave_the_base_out(model: nn.Module, folder: Path) -> None:
     with replacing(folder / _WEIGHTS) as path:
         save_file({name: tensor.detach().cpu().clone() for name, tensor in own.items()}, path, {"format": "pt"})
     for other in (*folder.glob("model-*.safetensors"), *folder.glob("pytorch_model*.bin*")):
-        remove(other)
+        remove_file(other)
     for name in (f"{_WEIGHTS}.index.json", "config.json"):
-        remove(folder / name)
+        remove_file(folder / name)

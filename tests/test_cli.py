@@ -102,6 +102,17 @@ def test_fold_a_base_and_verify_it_against_eager_and_another_file(project):
     assert run_in(project, "verify", "folded.onnx", "base.onnx").exit_code == 0
 
 
+def test_a_vector_without_a_place_is_left_out_when_asked(project):
+    with open(project / "mymodels.py", "a") as file:
+        file.write("def part():\n    model, args = make()\n    return model[:1], args\n")
+    words = ("fold", "part.onnx", "a.safetensors", "-o", "folded.onnx")
+    assert run_in(project, "export", "mymodels:part", "-o", "part.onnx").exit_code == 0
+    assert run_in(project, *words).exit_code == 1
+    done = run_in(project, *words, "--skip-unmatched")
+    assert done.exit_code == 0, done.output
+    assert "folded 1 vector" in done.output
+
+
 @pytest.mark.parametrize("mode", ["load", "input", "bank"])
 def test_export_in_each_mode_convert_and_verify(project, mode):
     chosen = ("--bank", "a.safetensors") if mode == "bank" else ("--adapter", "a.safetensors")

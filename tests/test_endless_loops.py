@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import onelora_compile as onelora
-from onelora_compile.weight_uses import trace_weight_uses
+from onelora_compile.weight_uses import model_code
 from onelora_compile.weight_uses.follow_forward import follow
 
 
@@ -68,7 +68,7 @@ def test_a_loop_that_goes_by_values_is_few_steps(forward, monkeypatch):
         steps.append(len(way.gm.graph.nodes))
         return way
 
-    monkeypatch.setattr(trace_weight_uses, "follow", noted)
+    monkeypatch.setattr(model_code, "follow", noted)
     model = onelora.adapt(Looping())
     assert set(onelora.vectors(model)) == {"fc", "w"}
     assert max(steps) < (9000 if forward is in_a_helper else 1000)

@@ -153,3 +153,29 @@ def test_a_batch_norm_that_is_gone_is_named(call):
     expected = model(x)
     onelora.merge(model)
     torch.testing.assert_close(model(x), expected)
+
+
+def new_norm(model):
+    model[1] = nn.LayerNorm(6)
+
+
+def turned_norms(model):
+    model[1], model[3] = model[3], model[1]
+
+
+@pytest.mark.parametrize("change", [new_norm, turned_norms])
+def test_a_switch_after_norms_were_moved_writes_by_their_names(change):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6))
+    onelora.adapt(model, onelora.OneLoRAConfig(train_norms=True), adapter_name="a")
+    onelora.add_adapter(model, "b")
+    for value, name in enumerate("ab", 1):
+        onelora.set_adapter(model, name)
+        nn.init.constant_(model.get_parameter("1.weight"), value)
+    change(model)
+    onelora.set_adapter(model, "a")
+    assert model.get_parameter("1.weight").unique().tolist() == model.get_parameter("3.weight").unique().tolist() == [1]
+    nn.init.constant_(model.get_parameter("1.weight"), 3)
+    onelora.set_adapter(model, "b")
+    onelora.set_adapter(model, "a")
+    assert model.get_parameter("1.weight").unique().tolist() == [3]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import onelora_compile as onelora
 from onelora_compile.testing import fill_vectors, merged_copy
-from onelora_compile.weight_uses import trace_weight_uses
+from onelora_compile.weight_uses import model_code
 from onelora_compile.weight_uses.follow_forward import follow
 
 
@@ -229,7 +229,7 @@ def test_modules_that_are_alike_are_followed_once(monkeypatch):
         followed.append(args[0])
         return follow(*args)
 
-    monkeypatch.setattr(trace_weight_uses, "follow", noted)
+    monkeypatch.setattr(model_code, "follow", noted)
     model = nn.Sequential(Model(), Model(), Model())
     onelora.adapt(model)  # a question for a dtype is no read
     assert list(onelora.vectors(model)) == [f"{block}.{name}" for block in range(3) for name in "ab"]

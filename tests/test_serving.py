@@ -4,78 +4,24 @@ import copy
 import http.client
 import itertools
 import json
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from served import HELD, Tagger, World
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.examples.serving.__main__ import backend_of, main
 from onelora_compile.examples.serving.app import make_app
-from onelora_compile.examples.serving.backends import CompiledRows, OnnxBank
+from onelora_compile.examples.serving.backends import OnnxBank
 from onelora_compile.examples.serving.client import RefusedError, connected
 from onelora_compile.examples.serving.in_thread import serving
-from onelora_compile.exporters import export_onnx
-from onelora_compile.testing import fill_vectors, merged_copy
+from onelora_compile.testing import fill_vectors
 
-COUNT, HELD = 12, 2  # adapters, and those that a server starts with
 BACKENDS = ["bank", "compiled"]
-
-
-class Tagger(nn.Module):
-    """Tokens of any number to numbers for each; ids beyond the table are an error in every runtime."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(20, 8)
-        self.layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3))
-
-    def forward(self, tokens):
-        return self.layers(self.embedding(tokens))
-
-
-class World:
-    """A base, files of its adapters and the merged model of each in float64, None being the base."""
-
-    def __init__(self, folder):
-        torch.manual_seed(0)
-        base = Tagger().eval()
-        self.files: dict[str, Path] = {}
-        self.merged: dict[str | None, nn.Module] = {None: copy.deepcopy(base).double()}
-        for seed in range(COUNT):
-            model = fill_vectors(onelora.adapt(copy.deepcopy(base)), 0.5, seed=seed)
-            self.files[f"a{seed}"] = folder / f"a{seed}.safetensors"
-            onelora.save_adapter(model, self.files[f"a{seed}"])
-            self.merged[f"a{seed}"] = merged_copy(model, torch.float64)
-        self.base, self.bank = base, folder / "bank.onnx"
-        shapes = ({0: "batch", 1: "tokens"},)
-        held = list(self.files.values())[:HELD]
-        tokens = torch.arange(10).reshape(2, 5)
-        export_onnx(base, (tokens,), self.bank, adapters="bank", bank=held, dynamic_shapes=shapes)
-
-    def backend(self, kind):
-        if kind == "bank":
-            return OnnxBank(self.bank, room=COUNT)
-        backend = CompiledRows(copy.deepcopy(self.base), {"tokens": torch.arange(10).reshape(2, 5)}, {"tokens": [1]})
-        for name in list(self.files)[:HELD]:
-            backend.add(self.files[name], name)
-        return backend
-
-    def ask(self, client, name, order):
-        """One request of a random number of tokens, and whether its answer is right."""
-        tokens = torch.from_numpy(order.integers(0, 20, order.integers(1, 6)))
-        (found,) = client.predict(name, tokens.numpy()).values()
-        want = self.merged[name](tokens[None])[0].detach().numpy()
-        np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -279,54 +225,3 @@ def test_the_end_waits_for_requests_that_run(world, gated, order):
             threading.Timer(0.5, gated.gate.set).start()
         assert gated.gate.is_set()  # the server did not end before
         running.result()
-
-
-def test_the_command(world, tmp_path, order):
-    """It serves, keeps what is uploaded, and ends at SIGTERM."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    command = [sys.executable, "-m", "onelora_compile.examples.serving", world.bank, "--port", str(port)]
-    done = subprocess.Popen([*command, "--adapters", tmp_path / "kept"], stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 120
-        while done.poll() is None and time.monotonic() < deadline:
-            try:
-                with connected(port) as client:
-                    client.add(world.files["a5"], "a5")
-                    world.ask(client, "a5", order)
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.2)
-        done.send_signal(signal.SIGTERM)
-        _, log = done.communicate(timeout=60)
-    finally:
-        done.kill()
-    assert "Finished server process" in log
-    assert "Traceback" not in log
-    assert [file.name for file in (tmp_path / "kept").iterdir()] == ["a5.safetensors"]
-    with serving(make_app(world.backend("bank"), tmp_path / "kept")) as port, connected(port) as client:
-        assert client.adapters() == ["a0", "a1", "a5"]
-        world.ask(client, "a5", order)
-
-
-def test_a_start_that_fails_says_why(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for argument, message in (
-        ("missing.onnx", "there is no file missing.onnx"),
-        ("model.bin", "neither a file *.onnx nor module:function"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["serving", argument])
-        with pytest.raises(SystemExit) as left:
-            main()
-        said = capsys.readouterr().err
-        assert (left.value.code, said.startswith("error: "), message in said) == (1, True, True), said
-    export_onnx(
-        world.base,
-        (torch.arange(10).reshape(2, 5),),
-        tmp_path / "fixed.onnx",
-        adapters="bank",
-        bank=[world.files["a0"]],
-    )
-    with pytest.raises(onelora.ConfigError, match="have no dynamic batch"):
-        backend_of(str(tmp_path / "fixed.onnx"), 1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from onelora_compile.errors import BaseMismatchError, ExportError
 from onelora_compile.exporters.fold.match_fingerprints import Matches
-from onelora_compile.exporters.fold.match_trained import TrainedPlaces
+from onelora_compile.exporters.fold.parameter_reads import TrainedPlaces
 from onelora_compile.exporters.jetson.device.core.modes import FOLD
 from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.exporters.quantized.products import unread_ops

@@ -17,7 +17,7 @@ from onelora_compile.exporters.fold.body_outputs import is_returned, reads_of_bo
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
 from onelora_compile.exporters.fold.owners import Known, decided
 from onelora_compile.exporters.fold.parts import places_in_parts
-from onelora_compile.exporters.fold.places import Place, grouped, places_in
+from onelora_compile.exporters.fold.places import Place, by_shape, places_in
 from onelora_compile.exporters.fold.scaled import scaled
 from onelora_compile.weights.fingerprint import OUTPUT, Fingerprint
 
@@ -56,7 +56,7 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
         known: what tells equal weights apart besides names; None is the default config's.
     """
     known = known or Known()
-    groups = grouped(prints)
+    groups = by_shape(prints)
     found: dict[str, list[Place]] = {name: [] for name in prints}
     every = []
     for weight in weights:
@@ -64,7 +64,7 @@ def match_weights(weights: Iterable[Weight], prints: Mapping[str, Fingerprint], 
         for name, place in places_in(weight, groups):
             found[name].append(place)
     held = {id(place.weight) for places in found.values() for place in places}
-    left = grouped({name: one for name, one in prints.items() if not found[name]})
+    left = by_shape({name: one for name, one in prints.items() if not found[name]})
     for name, place in places_in_parts([weight for weight in every if id(weight) not in held], left):
         found[name].append(place)
     nearest = {

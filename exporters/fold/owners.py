@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.module_names import matches
+from onelora_compile.exporters.fold.added_bias import bias_of
 from onelora_compile.exporters.fold.find_weights import Weight, WeightUse
 from onelora_compile.exporters.fold.later_calls import calls_again
 from onelora_compile.exporters.fold.often import times_of
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     from onelora_compile.exporters.fold.places import Place
 
 _ELSEWHERE, _UNNAMED, _AGAIN, _UNCLEAR = "an op of another name", "an op without a name", "called again?", "unclear"
-# Whose third input is a bias: MatMulInteger's is a zero point.
-_BIASED = ("Gemm", "Conv", "ConvTranspose", "FusedGemm", "FusedConv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +199,7 @@ def _distinct(uses: Sequence[WeightUse]) -> list[WeightUse]:
     found: dict[Any, WeightUse] = {}
     for use in uses:
         others = tuple(one for place, one in enumerate(use.op.inputs) if place != use.position)
-        found.setdefault(use if (bias := _bias(use.op)) is None else (bias, others), use)
+        found.setdefault(use if (bias := bias_of(use.op)) is None else (bias, others), use)
     return list(found.values())
 
 
@@ -208,7 +207,7 @@ def _computed_once(uses: Sequence[WeightUse], same: SameValues) -> list[WeightUs
     """The uses without those of the same module whose input and product are computed again."""
     found: dict[Any, WeightUse] = {}
     for use in uses:
-        again = (use.modules[-1], same.number(use.op.outputs[0]), _bias(use.op)) if use.modules else use
+        again = (use.modules[-1], same.number(use.op.outputs[0]), bias_of(use.op)) if use.modules else use
         found.setdefault(again, use)
     return list(found.values())
 
@@ -276,25 +275,13 @@ def _elsewhere(use: WeightUse, own: Sequence[WeightUse], name: str, known: Known
 
 
 def _same_bias(use: WeightUse, own: Sequence[WeightUse]) -> bool:
-    bias = _bias(use.op)
-    return bias is not None and any(bias is _bias(one.op) for one in own)
+    bias = bias_of(use.op)
+    return bias is not None and any(bias is bias_of(one.op) for one in own)
 
 
 def _named_by_first(use: WeightUse) -> bool:
     """Whether the bias that an op adds has the name of the module that adds it first."""
-    bias = _bias(use.op)
+    bias = bias_of(use.op)
     first = next((one.node for one in bias.uses()), None) if bias is not None else None
     modules = WeightUse((first,), 0).modules if first is not None else ()
     return bool(modules) and _ends((bias.name or "").rpartition(".")[0], modules[-1])  # type: ignore[union-attr]
-
-
-def _bias(op: onnx_ir.Node) -> onnx_ir.Value | None:
-    """The constant that an op adds to its product, itself or by the Add that follows."""
-    if op.op_type in _BIASED:
-        return op.inputs[2] if len(op.inputs) > 2 else None
-    if op.op_type != "MatMul":
-        return None
-    users = [use.node for use in op.outputs[0].uses()]
-    if len(users) != 1 or users[0].op_type != "Add":
-        return None
-    return next((one for one in users[0].inputs if one is not None and one.const_value is not None), None)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _NORMS = ("LayerNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization")
 SLOTTED = ("Gemm", "Conv", "ConvTranspose", "RMSNormalization", *_NORMS)
 SLOTS = {"weight": 1, "bias": 2, "running_mean": 3, "running_var": 4}
+OPTIONAL_BIAS = ("Gemm", "Conv", "ConvTranspose", "LayerNormalization")  # ops whose bias may be left out
 # What reads a parameter that is known by its shape alone.
 _PARAMETER_OPS = (*SLOTTED, "MatMul", "Gather", "Mul", "Add")
 
@@ -117,3 +118,19 @@ def _agrees(numbers: Tensor, base: Fingerprint) -> bool:
     here = fingerprint_of_values(numbers)
     near = abs(here.norm - base.norm) <= 0.01 * max(here.norm, base.norm)
     return here.shape == base.shape and near and here.agrees(base)
+
+
+@dataclasses.dataclass
+class TrainedPlaces:
+    """Where trained tensors go.
+
+    Attributes:
+        reads: of each that was found.
+        dropped: of a bias that the model lacks, since it was zero: the reads of its weight that it belongs behind, and
+            the shape that it has there.
+        missing: those without a place, with the reason.
+    """
+
+    reads: dict[str, list[ParameterRead]] = dataclasses.field(default_factory=dict)
+    dropped: dict[str, list[tuple[ParameterRead, tuple[int, ...]]]] = dataclasses.field(default_factory=dict)
+    missing: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from onelora_compile.errors import MergeError, require
-from onelora_compile.exporters.fold.match_trained import OPTIONAL_BIAS, TrainedPlaces
-from onelora_compile.exporters.fold.parameter_reads import ParameterRead
+from onelora_compile.exporters.fold.parameter_reads import OPTIONAL_BIAS, ParameterRead, TrainedPlaces
 from onelora_compile.exporters.onnx_file.overridable import fix
 
 if TYPE_CHECKING:

@@ -85,7 +85,7 @@ class Group:
     nearest: np.ndarray
 
 
-def grouped(prints: Mapping[str, Fingerprint]) -> list[Group]:
+def by_shape(prints: Mapping[str, Fingerprint]) -> list[Group]:
     """Fingerprints by their shapes, without those of modules of which only the output is adapted."""
     by_shape: dict[tuple[int, int], list[str]] = {}
     for name, one in prints.items():

@@ -37,7 +37,7 @@ _MOVES = frozenset(
 
 READS_VECTOR = "reading a vector"
 
-Kept = dict["onnx_ir.Node", str]
+KeptNodes = dict["onnx_ir.Node", str]
 
 
 def kept_float32(
@@ -45,7 +45,7 @@ def kept_float32(
     ranges: Mapping[str, TensorRange],
     asked: str | Sequence[str],
     vectors: Collection[str] = (),
-) -> Kept:
+) -> KeptNodes:
     """The operators of the main graph that stay, with the reason of each.
 
     Args:
@@ -84,7 +84,7 @@ def why_out(found: TensorRange | None) -> str:
     return ""
 
 
-def _out_of_range(model: onnx_ir.Model, ranges: Mapping[str, TensorRange]) -> Kept:
+def _out_of_range(model: onnx_ir.Model, ranges: Mapping[str, TensorRange]) -> KeptNodes:
     found = {}
     for node in model.graph:
         read = [one for index, one in enumerate(node.inputs) if not _is_added(node, index, ranges)]
@@ -107,14 +107,14 @@ def _is_added(node: onnx_ir.Node, index: int, ranges: Mapping[str, TensorRange])
     return not single and (index >= 2 or node.op_type in ("Add", "Sub"))
 
 
-def _reduced(model: onnx_ir.Model) -> Kept:
+def _reduced(model: onnx_ir.Model) -> KeptNodes:
     found = {node: f"{node.op_type} sums" for node in model.graph if node.op_type in _REDUCING}
     for norm in half_norms(model, also_float32=True):
         found |= dict.fromkeys(norm.inside, "of a norm that is written out")
     return {node: reason for node, reason in found.items() if node.graph is model.graph}
 
 
-def _impossible(model: onnx_ir.Model) -> Kept:
+def _impossible(model: onnx_ir.Model) -> KeptNodes:
     kinds: Any = require("onnx_ir", "onnx", "convert a model").DataType
     opset, found = model.opset_imports.get("") or 1, {}
     for node in model.graph:
@@ -132,9 +132,9 @@ def _is_float32_alone(node: onnx_ir.Node, opset: int, kinds: Any) -> bool:
     return why_not(node, opset, {kinds.FLOAT: kinds.FLOAT16}) is not None and why_not(node, opset) is None
 
 
-def _reading(model: onnx_ir.Model, vectors: Collection[str]) -> Kept:
+def _reading(model: onnx_ir.Model, vectors: Collection[str]) -> KeptNodes:
     """What reads a vector, or a row of its table, up to the first operator that computes with it."""
-    found: Kept = {}
+    found: KeptNodes = {}
     values = [value for value in model.graph.initializers.values() if value.name in vectors]
     while values:
         for use in values.pop().uses():
@@ -145,7 +145,7 @@ def _reading(model: onnx_ir.Model, vectors: Collection[str]) -> Kept:
     return found
 
 
-def _named(model: onnx_ir.Model, name: str) -> Kept:
+def _named(model: onnx_ir.Model, name: str) -> KeptNodes:
     def fits(node: onnx_ir.Node) -> bool:
         names = [node.name, *(value.name for value in node.outputs)]
         return any(fnmatch.fnmatchcase(one, name) for one in names if one)
@@ -156,7 +156,7 @@ def _named(model: onnx_ir.Model, name: str) -> Kept:
     return dict.fromkeys(found, "named by keep_float32")
 
 
-def _fill(model: onnx_ir.Model, kept: Kept) -> None:
+def _fill(model: onnx_ir.Model, kept: KeptNodes) -> None:
     """Keep what only moves numbers from operators that stay to operators that stay."""
     changed = True
     while changed:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.errors import require
-from onelora_compile.exporters.half.choose import AUTO, READS_VECTOR, Kept, floats, kept_float32, why_out
+from onelora_compile.exporters.half.choose import AUTO, READS_VECTOR, KeptNodes, floats, kept_float32, why_out
 from onelora_compile.exporters.half.ranges import TensorRange
 from onelora_compile.exporters.half.retype import retype
 from onelora_compile.exporters.onnx_file.load import read_tensor
@@ -90,7 +90,7 @@ def _held(model: onnx_ir.Model, names: Collection[str]) -> frozenset[str]:
     return frozenset(name for name in held if name in names or name.rstrip("_") in {one.rstrip("_") for one in names})
 
 
-def _halve_summands(model: onnx_ir.Model, kept: Kept, ranges: Ranges, swappable: Collection[str]) -> None:
+def _halve_summands(model: onnx_ir.Model, kept: KeptNodes, ranges: Ranges, swappable: Collection[str]) -> None:
     """Store the weight of `W + b` in float16: the sum is float32, and the file would be twice as large."""
     ir: Any = require("onnx_ir", "onnx", "convert a model to float16")
     writer = Writer(model)

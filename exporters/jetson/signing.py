@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onelora_compile.errors import ConfigError, require
-from onelora_compile.exporters.jetson.device.signature import LARGEST, SUFFIX, head
+from onelora_compile.exporters.jetson.device.signature import LARGEST_SEQUENCE, SUFFIX, head
 from onelora_compile.exporters.jetson.fit_model import Fitted
 from onelora_compile.exporters.jetson.releases import JetPack
 from onelora_compile.file_names import as_path, check_there
@@ -61,8 +61,8 @@ def sequence_of(signature: Path) -> int:
 
 
 def _checked(sequence: int) -> int:
-    if isinstance(sequence, bool) or not isinstance(sequence, int) or not 1 <= sequence <= LARGEST:
-        raise ConfigError(f"sequence must be a whole number from 1 to {LARGEST}, not {sequence!r}")
+    if isinstance(sequence, bool) or not isinstance(sequence, int) or not 1 <= sequence <= LARGEST_SEQUENCE:
+        raise ConfigError(f"sequence must be a whole number from 1 to {LARGEST_SEQUENCE}, not {sequence!r}")
     return sequence
 
 

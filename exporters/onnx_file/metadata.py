@@ -19,7 +19,7 @@ from onelora_compile.weights.adapter_metadata import DAMAGED
 from onelora_compile.weights.fingerprint import Fingerprint
 
 _KEY = "onelora."
-PRODUCER = f"{_KEY}producer"  # stands in every file that this package wrote
+PRODUCER_KEY = f"{_KEY}producer"  # stands in every file that this package wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Metadata(HasMode):
             f"{_KEY}digests": json.dumps(list(self.digests)),
             f"{_KEY}tables": json.dumps({name: dataclasses.astuple(one) for name, one in self.tables.items()}),
             f"{_KEY}adapter_sha256": self.sha256,
-            PRODUCER: self.producer,
+            PRODUCER_KEY: self.producer,
             f"{_KEY}uses": json.dumps(dict(self.uses)),
         }
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.onnx_file.load import files_named
-from onelora_compile.exporters.onnx_file.metadata import PRODUCER
+from onelora_compile.exporters.onnx_file.metadata import PRODUCER_KEY
 from onelora_compile.exporters.onnx_file.overridable import FIRST, fix
-from onelora_compile.weights.atomic_write import alone, flush, remove, replacing
+from onelora_compile.weights.atomic_write import alone, flush, remove_file, replacing
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -68,14 +68,14 @@ def save_model(
         with replacing(path, follow=False) as beside:
             if external_data:
                 data = _fresh(path, "data")
-                undo.callback(remove, data)
+                undo.callback(remove_file, data)
                 _write_external(model, path, data, written)
                 files.append(data)
             else:
                 onnx_ir.external_data.load_to_model(model)  # what lies in the files of another model
             if apart:
                 own = _fresh(path, "vectors")
-                undo.callback(remove, own)
+                undo.callback(remove_file, own)
                 _write_apart(model, apart, own)
                 files.append(own)
             _fit_ir_version(model)
@@ -169,7 +169,7 @@ def _write_apart(model: onnx_ir.Model, names: Sequence[str], file: Path) -> None
 
 def _weights_of(path: Path) -> list[Path]:
     """The files of weights that belong to the model at `path` alone: written by this package, and named in it."""
-    if not path.is_file() or path.is_symlink() or not _holds(path, PRODUCER):
+    if not path.is_file() or path.is_symlink() or not _holds(path, PRODUCER_KEY):
         return []
     own = re.compile(re.escape(_stem(path)) + r"(\.[0-9a-f]{8})?\.(data|vectors)")
     found = [file for file in path.parent.iterdir() if own.fullmatch(file.name)]
@@ -187,7 +187,7 @@ def _remove_unnamed(path: Path, stale: set[Path]) -> None:
         beside = [file for file in path.parent.iterdir() if file.is_file() and file.suffix not in _WEIGHTS]
         for file in stale:
             if not any(_holds(one, file.name) for one in beside):
-                remove(file)
+                remove_file(file)
 
 
 def bytes_of(files: Sequence[Path]) -> int:

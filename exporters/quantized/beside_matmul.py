@@ -19,7 +19,7 @@ from onelora_compile.exporters.onnx_file.node_writer import Writer
 from onelora_compile.exporters.quantized.later_scales import later_scales, scale_of
 from onelora_compile.exporters.quantized.products import INTEGER, Product
 from onelora_compile.exporters.quantized.quantizers import behind_pairs
-from onelora_compile.exporters.quantized.rank1_nodes import Kind, feature_sum, kind_of, spread
+from onelora_compile.exporters.quantized.rank1_nodes import Kind, feature_sum, kind_of, times_vector
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -115,7 +115,7 @@ class Branches:
             self.sums[graph, x, kind] = s
         y = behind_pairs(ends.y, writer, self.constants)
         v, label = v * v.dtype.type(ends.factor), f"{name}.ones" if across else name
-        held, update = spread(writer, writer.made(y), kind, s, v, label)
+        held, update = times_vector(writer, writer.made(y), kind, s, v, label)
         self.vectors.append(held)
         if wide != ends.dtype:
             update = writer.add(writer.made(update), "Cast", update, dtype=ends.dtype, to=ends.dtype.value)

@@ -88,7 +88,7 @@ def feature_sum(
     return add(after, "MatMul", *((x, held(-1, 1)) if right else (held(1, -1), x)), dtype=x.dtype)
 
 
-def spread(
+def times_vector(
     writer: Writer, after: onnx_ir.Node, kind: Kind, s: onnx_ir.Value, v: np.ndarray, label: str
 ) -> tuple[onnx_ir.Value, onnx_ir.Value]:
     """The constant that holds v [out_features], and the product of s and v in the axes of the product's output."""

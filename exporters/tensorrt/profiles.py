@@ -9,8 +9,8 @@ from onelora_compile.errors import ConfigError
 from onelora_compile.printable import shortened
 
 Shape = tuple[int, ...]
-Range = tuple[Shape, Shape, Shape]  # smallest, most usual, largest
-Profile = dict[str, Range]
+ShapeRange = tuple[Shape, Shape, Shape]  # smallest, most usual, largest
+Profile = dict[str, ShapeRange]
 Dims = tuple[int | str, ...]  # a name, "?" without one, where a dimension is dynamic
 
 
@@ -65,7 +65,7 @@ def _profile(inputs: Mapping[str, Dims], dynamic: Mapping[str, Dims], shapes: Ma
     return {name: one for name, one in profile.items() if name in dynamic}
 
 
-def _fitting(name: str, dims: Dims, value: Any) -> Range:
+def _fitting(name: str, dims: Dims, value: Any) -> ShapeRange:
     found = _three(name, value)
     for shape in found:
         if len(shape) != len(dims):
@@ -75,7 +75,7 @@ def _fitting(name: str, dims: Dims, value: Any) -> Range:
     return found
 
 
-def _three(name: str, value: Any) -> Range:
+def _three(name: str, value: Any) -> ShapeRange:
     """(min, opt, max) of three shapes, or of one, which is all three."""
     try:
         several = bool(value) and not isinstance(value[0], int)

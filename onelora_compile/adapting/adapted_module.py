@@ -32,17 +32,17 @@ from onelora_compile.ops import ADAPTED_WEIGHT, RANK1_UPDATE
 from onelora_compile.sharded import is_fsdp_shard
 
 _FUSION = "torch.nn.utils.fusion"
-VECTOR = "onelora_vector"  # the parameter's name on the module, and so the ending of its key in state_dict
+VECTOR_NAME = "onelora_vector"  # the parameter's name on the module, and so the ending of its key in state_dict
 
 
 def vector_name(parameter: str) -> str:
     """Under which name the module keeps the vector of its parameter `parameter`."""
-    return VECTOR if parameter == "weight" else f"{VECTOR}_{parameter}"
+    return VECTOR_NAME if parameter == "weight" else f"{VECTOR_NAME}_{parameter}"
 
 
 def is_vector(name: str) -> bool:
     """Whether a parameter of that name is a vector."""
-    return name.startswith(VECTOR)
+    return name.startswith(VECTOR_NAME)
 
 
 class Adapted(nn.Module):
@@ -245,7 +245,7 @@ def attach_vectors(
     hide_from_hook(module, is_vector)
 
 
-def remove(module: nn.Module) -> None:
+def detach_vectors(module: nn.Module) -> None:
     """Undo `attach_vectors`: the vectors are dropped, the class is the base's again."""
     assert isinstance(module, Adapted)
     for parameter in module._onelora_weights:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from onelora_compile.adapting.adapted_module import is_adapted, made_by_attach, remove
+from onelora_compile.adapting.adapted_module import detach_vectors, is_adapted, made_by_attach
 from onelora_compile.adapting.adapter_state import (
     STATE,
     AdapterState,
@@ -28,7 +28,7 @@ from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import watch
 from onelora_compile.adapting.dispatched import is_offloaded
 from onelora_compile.adapting.module_names import clean_name, named_modules
-from onelora_compile.adapting.pool import DEFAULT, check_name
+from onelora_compile.adapting.pool import DEFAULT_ADAPTER, check_name
 from onelora_compile.adapting.select_targets import Selection, select
 from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
@@ -39,7 +39,7 @@ from onelora_compile.sharded import is_fully_sharded, is_sharded, whole
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: str = DEFAULT) -> Model:
+def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: str = DEFAULT_ADAPTER) -> Model:
     """Put a zero vector on every selected linear and freeze everything else.
 
     In place. The vectors are ordinary parameters (`<module>.onelora_vector`), so `.to`, `state_dict`, `deepcopy`
@@ -72,12 +72,12 @@ def adapt(model: Model, config: OneLoRAConfig | None = None, *, adapter_name: st
     refuse_wrapped(model, "call onelora.adapt on the model before you wrap it")
     refuse_weights_in_files(root, "adapt")
     config = OneLoRAConfig() if config is None else config
-    attach_vectors(root, select(root, config), config)
+    attach_selected(root, select(root, config), config)
     state_of(root, "name").pool.active = adapter_name
     return model
 
 
-def attach_vectors(root: nn.Module, selection: Selection, config: OneLoRAConfig) -> None:
+def attach_selected(root: nn.Module, selection: Selection, config: OneLoRAConfig) -> None:
     """Carry out a selection: freeze, mark what is trained besides, attach zero vectors, remember the way back."""
     parameters = {clean_name(name): parameter for name, parameter in root.named_parameters(remove_duplicate=False)}
     tensors = parameters | {clean_name(name): buffer for name, buffer in root.named_buffers()}
@@ -151,7 +151,7 @@ def detach(model: Model) -> Model:
 def release(root: nn.Module, state: AdapterState) -> None:
     """Take the vectors off and give the base its requires_grad flags back; values stay as they are."""
     for module in [module for module in root.modules() if is_adapted(module)]:
-        remove(module)
+        detach_vectors(module)
     forget_base_checkpoints(root)
     for module, attribute, value in state.fast_paths:
         setattr(module, attribute, value)

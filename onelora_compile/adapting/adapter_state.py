@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapted_module import is_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dispatched import is_in_files, is_offloaded
-from onelora_compile.adapting.module_names import named_modules, named_tensors
+from onelora_compile.adapting.module_names import clean_name, named_modules, named_tensors
 from onelora_compile.adapting.pool import Pool
 from onelora_compile.adapting.weight_target import Target, targets_of
 from onelora_compile.errors import OneLoRAWarning, StateError
@@ -53,7 +53,7 @@ class AdapterState:
         skipped: linear ops without a vector, by name, with the reason.
         not_linear: convolutions and embeddings, with what they are.
         constant: names of vectors whose input a compiled graph showed to sum to one number; see `watch`.
-        uses: how often one forward uses a weight, at least and at most, where that may be more than once.
+        uses: as in `AdapterFile`.
         made: names of the vectors that the model was given.
         told: those of which somebody was told that they are gone.
         arriving: of the state_dict that is being loaded, before it is; see base_checkpoints.py.
@@ -261,13 +261,33 @@ def saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named_tensors(root).items() if name in state.originals}
 
 
+def places_of_saved(root: nn.Module, state: AdapterState) -> dict[str, tuple[nn.Module, str]]:
+    """The module and the attribute of each of `saved_tensors`, by name."""
+    found = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        for own in (*module._parameters, *module._buffers):
+            if (key := clean_name(f"{name}.{own}".removeprefix("."))) in state.originals:
+                found[key] = (module, own)
+    return found
+
+
 def all_saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
     """`saved_tensors`, none of which may be missing.
 
     Raises:
-        StateError: a layer that held one was removed or replaced after `adapt`, or what it held before is not known.
+        StateError: as `check_saved`.
     """
     tensors = saved_tensors(root, state)
+    check_saved(state, tensors)
+    return tensors
+
+
+def check_saved(state: AdapterState, tensors: Mapping[str, Tensor]) -> None:
+    """Check that the model has all that its adapter trained besides vectors, and that the base's values are known.
+
+    Raises:
+        StateError: a layer that held one was removed or replaced after `adapt`, or what it held before is not known.
+    """
     gone = [name for name, one in state.originals.items() if name not in tensors or tensors[name].shape != one.shape]
     if gone:
         raise StateError(
@@ -279,4 +299,3 @@ def all_saved_tensors(root: nn.Module, state: AdapterState) -> dict[str, Tensor]
             f"what {shortened(unknown)} were before training is not known: the model was on the meta device at adapt, "
             "and got trained values since. Load the base's weights (load_state_dict), then the trained ones"
         )
-    return tensors

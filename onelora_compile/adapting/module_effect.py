@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapted_module import is_adapted, is_vector, made_by_attach, remove
+from onelora_compile.adapting.adapted_module import detach_vectors, is_adapted, is_vector, made_by_attach
 from onelora_compile.kinds import is_plain
 from onelora_compile.looking.twin import no_trace, twin_of
 
@@ -55,7 +55,7 @@ def without_vector(module: nn.Module) -> nn.Module:
     plain.__dict__.update(module.__dict__)
     plain._parameters = dict(module._parameters)
     if made_by_attach(module):
-        remove(plain)
+        detach_vectors(plain)
     else:  # a tool has made another class of that one (parametrized): its vectors are zeros
         vectors = {name: value for name, value in plain._parameters.items() if is_vector(name) and value is not None}
         plain._parameters |= {name: nn.Parameter(torch.zeros_like(one), False) for name, one in vectors.items()}

@@ -24,7 +24,7 @@ from onelora_compile.adapting.recomputed import Changes
 from onelora_compile.dynamo.private_api import any_number_of_rows, captures
 from onelora_compile.errors import ConfigError
 
-DEFAULT = "default"  # PEFT's name of an adapter that was given none
+DEFAULT_ADAPTER = "default"  # PEFT's name of an adapter that was given none
 _ALIGNED = 4  # columns of a vector start at multiples of 16 bytes, which Inductor's kernels load at once
 Places = dict[str, tuple[nn.Module, str]]
 
@@ -66,10 +66,11 @@ class Pool:
         trained: whether rows are trained, see row_training.py.
         arriving: of the backward that runs, by its number: gradients of tables by the names of their vectors.
         places: the module and the attribute of every vector, by name, of the adapted modules `seen`.
+        trained_places: those of what is trained besides, of the modules `walked`; empty before they are asked for.
     """
 
     held: dict[str, Held] = dataclasses.field(default_factory=dict)
-    active: str = DEFAULT
+    active: str = DEFAULT_ADAPTER
     scale: float = 1.0
     values: Tensor | None = None
     columns: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -81,6 +82,8 @@ class Pool:
     arriving: tuple[int, list[tuple[str, Tensor]]] | None = None
     places: Places = dataclasses.field(default_factory=dict)
     seen: list[nn.Module] = dataclasses.field(default_factory=list)
+    trained_places: Places = dataclasses.field(default_factory=dict)
+    walked: list[nn.Module] = dataclasses.field(default_factory=list)
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, object]:

@@ -48,8 +48,8 @@ class Selection:
         saved: qualified names of the parameters that are trained as they are.
         skipped: every other weight of a linear op, with the reason.
         not_linear: convolutions and embeddings, which the method does not adapt, with what they are.
-        uses: how often one forward uses a weight, at least and at most, by the name of its vector, where that may be
-            more than once.
+        uses: how often one forward uses a weight, at least and at most: by the name of its vector, where that may be
+            more than once, and of trained linears by the name of the weight.
     """
 
     targets: dict[str, Target]
@@ -111,6 +111,8 @@ def select(model: nn.Module, config: OneLoRAConfig) -> Selection:
     for key, target in targets.items():
         check_adaptable(key, target, from_above)
     uses = {key: candidates[key].uses for key in targets if candidates[key].uses not in ((0, 0), (1, 1))}
+    trained = ((one.module, one.target, one.uses) for one in candidates.values() if one.module in saved_modules)
+    uses |= {f"{names[module][0]}.{target.parameter}": often for module, target, often in trained if target is not None}
     return Selection(targets, _saved_parameters(model, config, saved_modules), skipped, not_linear, uses)
 
 

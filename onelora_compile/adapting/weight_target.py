@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from onelora_compile.adapting.adapted_module import VECTOR, Adapted, OneLoRALayer, attach_vectors, vector_name
+from onelora_compile.adapting.adapted_module import VECTOR_NAME, Adapted, OneLoRALayer, attach_vectors, vector_name
 from onelora_compile.adapting.dispatched import device_of_calls, value_of
 from onelora_compile.adapting.module_names import clean_name
 from onelora_compile.errors import StateError
@@ -108,9 +108,9 @@ def vector_key(module_name: str, parameter: str) -> str:
 def vector_of(target: str) -> str | None:
     """The name of a vector, from that of the parameter which holds it; None for other parameters."""
     module, _, own = target.rpartition(".")
-    if own != VECTOR and not own.startswith(f"{VECTOR}_"):
+    if own != VECTOR_NAME and not own.startswith(f"{VECTOR_NAME}_"):
         return None
-    return clean_name(f"{module}.{own.removeprefix(VECTOR).removeprefix('_')}".strip("."))
+    return clean_name(f"{module}.{own.removeprefix(VECTOR_NAME).removeprefix('_')}".strip("."))
 
 
 def calling(module: nn.Module, dims: tuple[int, ...] | None) -> Target:

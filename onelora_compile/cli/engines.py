@@ -76,7 +76,7 @@ def bundle(
         list[Path] | None, typer.Option(help="What a device timed (local/engines/timing-….cache); once for each.")
     ] = None,
 ) -> BundleReport:
-    """Write a folder that builds, tests, runs and updates a model on an NVIDIA Jetson, with what JetPack ships."""
+    """Write a folder for an NVIDIA Jetson: it builds, tests, runs and updates a model with what JetPack ships."""
     from onelora_compile.exporters import bundle as write_bundle
 
     return write_bundle(

@@ -59,14 +59,12 @@ def doctor() -> Checkup:
 @command("onelora demo -o onelora-demo")
 def demo(
     folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for what it writes.")] = Path("onelora-demo"),
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only: to see that it runs.")] = False,
-    data: Annotated[Path | None, typer.Option(help="The archive of the sentences; downloaded once without.")] = None,
 ) -> DemoResult:
     """Adapt a pretrained sentence encoder to three tasks, compare methods, deploy the adapters (about 3 minutes)."""
     from onelora_compile.examples.sentences.run import run_demo
 
-    return run_demo(folder, seed=seed, quick=quick, data=data)
+    return run_demo(folder, quick=quick)
 
 
 def _own_model() -> Loaded:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from onelora_compile.errors import ConfigError
 
 Shape = tuple[int, ...]
-Range = tuple[Shape, Shape, Shape]  # smallest, usual, largest; a dimension's have one axis
+ShapeRange = tuple[Shape, Shape, Shape]  # smallest, usual, largest; a dimension's have one axis
 
 EXAMPLES = "batch=8, batch=1,8,32 (smallest, usual, largest) or x=1x3,8x3,32x3"
 _AXIS = re.compile(r"(?:(?P<input>[^:=]+):)?(?P<axis>[0-9]+)=(?P<name>[A-Za-z_][A-Za-z0-9_]*)")
@@ -32,13 +32,13 @@ class DynamicAxis:
     name: str
 
 
-def parse_sizes(texts: Iterable[str], option: str = "--size") -> dict[str, Range]:
+def parse_sizes(texts: Iterable[str], option: str = "--size") -> dict[str, ShapeRange]:
     """The range of each name.
 
     Raises:
         ConfigError: a text that is not of the grammar, sizes that don't ascend, or a name that is given twice.
     """
-    found: dict[str, Range] = {}
+    found: dict[str, ShapeRange] = {}
     for text in texts:
         name, _, sizes = text.rpartition("=")  # names that tools give hold "="; sizes do not
         parts = [one.split("x") for one in sizes.split(",")]
@@ -57,7 +57,7 @@ def parse_sizes(texts: Iterable[str], option: str = "--size") -> dict[str, Range
     return found
 
 
-def each_size(sizes: dict[str, Range]) -> Iterator[dict[str, Shape]]:
+def each_size(sizes: dict[str, ShapeRange]) -> Iterator[dict[str, Shape]]:
     """Smallest, usual and largest of all names together; once what is the same."""
     cases = [{name: shapes[which] for name, shapes in sizes.items()} for which in range(3)]
     yield from (case for index, case in enumerate(cases) if case not in cases[:index])

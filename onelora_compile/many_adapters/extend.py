@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from onelora_compile.adapting.adapted_module import is_adapted, remove, vector_name
+from onelora_compile.adapting.adapted_module import detach_vectors, is_adapted, vector_name
 from onelora_compile.adapting.adapter import is_replicated, running_statistics, unwrap
 from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights
 from onelora_compile.adapting.config import OneLoRAConfig
@@ -74,7 +74,7 @@ def _attach(new: Mapping[str, Target], state: AdapterState) -> None:
         before = targets_of(module)
         kept = {vector_name(target.parameter): target.vector for target in before}
         if before:
-            remove(module)
+            detach_vectors(module)
         attach([*before, *own], state.config.vector_dtype)
         module._parameters.update(kept)
 

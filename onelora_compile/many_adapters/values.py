@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +13,8 @@ from onelora_compile.adapting.adapted_module import Adapted, vector_name
 from onelora_compile.adapting.adapter_state import (
     AdapterState,
     adapted_weights,
-    all_saved_tensors,
+    check_saved,
+    places_of_saved,
     refuse_offloaded_vector,
 )
 from onelora_compile.adapting.config import OneLoRAConfig
@@ -54,8 +56,11 @@ def look_again(root: nn.Module, pool: Pool) -> None:
     Raises:
         StateError: layers were moved or taken out while adapters wait, whose vectors are known by the layers' names.
     """
-    adapted = _adapted_modules(root)
-    if len(adapted) != len(pool.seen) or any(a is not b for a, b in zip(adapted, pool.seen, strict=True)):
+    modules = _modules(root)
+    if not _same(modules, pool.walked):
+        pool.walked, pool.trained_places = modules, {}
+    adapted: list[nn.Module] = [module for module in modules if isinstance(module, Adapted)]
+    if not _same(adapted, pool.seen):
         # Names are looked up once: of hundreds of modules they take longer than a switch.
         targets = adapted_weights(root)
         places = {key: (target.module, vector_name(target.parameter)) for key, target in targets.items()}
@@ -83,8 +88,12 @@ def _follow(pool: Pool, places: Places) -> None:
         one.vectors = tuple(key for key in one.vectors if key in places)
 
 
-def _adapted_modules(root: nn.Module) -> list[nn.Module]:
-    """The adapted modules, each once, in the order of a walk that is quicker than `modules()`."""
+def _same(modules: list[nn.Module], others: list[nn.Module]) -> bool:
+    return len(modules) == len(others) and all(map(operator.is_, modules, others))
+
+
+def _modules(root: nn.Module) -> list[nn.Module]:
+    """The modules, each once, in the order of a walk that is quicker than `modules()`."""
     found: dict[nn.Module, None] = {}
     left: list[nn.Module | None] = [root]
     while left:
@@ -92,7 +101,7 @@ def _adapted_modules(root: nn.Module) -> list[nn.Module]:
         if module is not None and module not in found:
             found[module] = None
             left.extend(module._modules.values())
-    return [module for module in found if isinstance(module, Adapted)]
+    return [*found]
 
 
 def one_held(pool: Pool, name: str) -> Held:
@@ -117,8 +126,14 @@ def refuse_used(pool: Pool, name: str | None, purpose: str) -> None:
 
 
 def live_saved(root: nn.Module, state: AdapterState) -> dict[str, Tensor]:
-    """What adapters of the model train besides their vectors, by name: a walk through the whole model."""
-    return all_saved_tensors(root, state) if state.originals else {}
+    """What adapters of the model train besides their vectors, by name; to be asked for after `live_vectors`."""
+    places = state.pool.trained_places
+    if places.keys() != state.originals.keys():
+        places = state.pool.trained_places = places_of_saved(root, state)
+    found = {name: module._parameters.get(own, module._buffers.get(own)) for name, (module, own) in places.items()}
+    tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+    check_saved(state, tensors)
+    return tensors
 
 
 def store_active(
@@ -162,8 +177,8 @@ def write_active(
         values = pool.row_of(name, vectors)
         # Multiplied before it is rounded: `own_values` compares with that.
         torch._foreach_copy_(live, values if scale == 1 else torch._foreach_mul(values, scale))
-        for key, tensor in trained.items():
-            tensor.copy_(held.saved.get(key, state.originals[key]))
+        if trained:
+            torch._foreach_copy_([*trained.values()], [held.saved.get(key, state.originals[key]) for key in trained])
     pool.active, pool.scale = name, scale
     pool.changes.switch()
 

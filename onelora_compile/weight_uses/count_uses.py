@@ -18,7 +18,7 @@ from torch import nn
 
 from onelora_compile.weight_uses.count_in_code import Bounds, Counts
 
-Weight = tuple[nn.Module, str]
+WeightName = tuple[nn.Module, str]
 
 
 class UseCounter:
@@ -90,7 +90,9 @@ class UseCounter:
                 counts[user].pop(shared.module, None)
             counts[shared.root][shared.module] = found.get(shared.module, 0)
 
-    def times(self, called: Collection[nn.Module], weights: Collection[Weight]) -> dict[Weight, tuple[int, int]]:
+    def times(
+        self, called: Collection[nn.Module], weights: Collection[WeightName]
+    ) -> dict[WeightName, tuple[int, int]]:
         """The uses of the weights, at least and at most, where that is not once; of what nothing uses (0, 0).
 
         Of one that has no count the most is 0, and the least 1 or more.  The most is negative where it bounds nothing:
@@ -113,7 +115,7 @@ class UseCounter:
             if times and constant(weight) and sized(weight)
         }
 
-    def _marked(self, marks: set[tuple[nn.Module, Any]], called: Collection[nn.Module]) -> Callable[[Weight], bool]:
+    def _marked(self, marks: set[tuple[nn.Module, Any]], called: Collection[nn.Module]) -> Callable[[WeightName], bool]:
         """Tells whether some way to a weight has a mark."""
         users = _users(self._most)
         for user, one in marks:
@@ -137,11 +139,11 @@ class UseCounter:
         return {module for module in linears if runs(module)}
 
     def _times(
-        self, counts: dict[nn.Module, Counts], called: Collection[nn.Module], weights: Collection[Weight]
-    ) -> dict[Weight, int]:
+        self, counts: dict[nn.Module, Counts], called: Collection[nn.Module], weights: Collection[WeightName]
+    ) -> dict[WeightName, int]:
         users = _users(counts)
         of = self._runs(users)
-        found: dict[Weight, int] = {}
+        found: dict[WeightName, int] = {}
         for module, name in weights:
             reads = sum(of(user) * times for user, times in users[module, name].items())
             found[module, name] = reads + (of(module) if module in called and name == "weight" else 0)

@@ -21,6 +21,7 @@ from onelora_compile.looking.unannounced import subclass
 from onelora_compile.weight_uses.entries import Entry
 from onelora_compile.weight_uses.followed_values import Uses
 from onelora_compile.weight_uses.holders import Holders
+from onelora_compile.weight_uses.replaced_functions import instead_of_torch
 from onelora_compile.weight_uses.tracer import Inside, Tracer
 
 
@@ -86,7 +87,7 @@ def follow(
         with (
             silent("stdout", "stderr"),
             following(tracer.call_with, tracer.vmap),
-            seen_here(torch, tracer.of_torch()),
+            seen_here(torch, instead_of_torch(tracer)),
             kept_outside(),
             Uses(tracer),
         ):

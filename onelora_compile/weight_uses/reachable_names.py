@@ -30,10 +30,10 @@ _FLAGGED = sys.version_info >= (3, 12)
 _MOST = 10_000  # entries of a container; data beyond
 
 
-Known = dict[Any, frozenset[str]]
+NamesOfCode = dict[Any, frozenset[str]]
 
 
-def names_in_reach(module: nn.Module, known: Known) -> frozenset[str]:
+def names_in_reach(module: nn.Module, known: NamesOfCode) -> frozenset[str]:
     """The attributes, globals and strings in the code that the module's forward can reach.
 
     Args:

@@ -6,9 +6,8 @@ The code runs once, on stand-ins for its values.  A parameter stands in the grap
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,37 +19,11 @@ from onelora_compile.passes.sites.weight_path import run_of_shapes
 from onelora_compile.weight_uses.endless_loops import Loops
 from onelora_compile.weight_uses.followed_values import Value, any_of, is_code
 from onelora_compile.weight_uses.holders import Holders
+from onelora_compile.weight_uses.replaced_functions import output_of_a_module, part_of_a_value, stored_parameter
 
-PAST = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
+PAST_MARK = "onelora_past"  # key in node.meta: of a parameter that was not read as an attribute
 CALLED = "onelora_called"  # key in node.meta: the module whose output a node is
 Inside = dict[int, tuple[nn.Module, str]]
-_MADE_OF_SIZES = ("ones", "zeros", "empty", "rand", "randn")
-_ABOUT = {"finfo": torch.float32, "iinfo": torch.int64}  # of a dtype that is not known
-
-
-def output_of_a_module(*args: Any, **kwargs: Any) -> None:
-    """Stands in the graph for the call of a submodule."""
-
-
-def output_of_a_script(*args: Any, **kwargs: Any) -> None:
-    """Stands in the graph for the call of a function of `torch.jit.script`."""
-
-
-def part_of_a_value(value: Any) -> None:
-    """Stands in the graph for what `torch.func.vmap` hands to its function."""
-
-
-def not_entered(function: Any) -> Callable[..., Any]:
-    """A function that is one node where it is followed, and itself elsewhere."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        found: list[fx.Proxy] = []
-        fx.node.map_aggregate((args, kwargs), lambda one: found.append(one) if isinstance(one, fx.Proxy) else None)
-        if not found:
-            return function(*args, **kwargs)
-        return found[0].tracer.create_proxy("call_function", output_of_a_script, args, kwargs)
-
-    return call
 
 
 class Tracer(fx.Tracer):
@@ -78,7 +51,7 @@ class Tracer(fx.Tracer):
         """The graph of the forward of a module."""
         kind: Any = nn.Module
         own = kind.get_parameter, kind.__setattr__
-        kind.get_parameter = _stored_parameter
+        kind.get_parameter = stored_parameter
         kind.__setattr__ = lambda module, name, value: self._assign(own[1], module, name, value)
         try:
             return trace_here(self, root)
@@ -106,7 +79,7 @@ class Tracer(fx.Tracer):
             self.parameters[target] = parameter
             self._proxies[key] = self.create_proxy("get_attr", target, (), {})
             if past:
-                self._proxies[key].node.meta[PAST] = True
+                self._proxies[key].node.meta[PAST_MARK] = True
         return self._proxies[key]
 
     def _elsewhere(self) -> bool:
@@ -196,17 +169,6 @@ class Tracer(fx.Tracer):
         )
         return function(*pytree.tree_unflatten(parts, spec))
 
-    def of_torch(self) -> dict[str, Any]:
-        """What stands for functions that take no nodes: as sizes one by one, as a dtype, as a condition."""
-        made = {name: functools.partial(self._made, getattr(torch, name)) for name in _MADE_OF_SIZES}
-        about = {name: functools.partial(_about, getattr(torch, name), dtype) for name, dtype in _ABOUT.items()}
-        return made | about | {"cond": _branch}
-
-    def _made(self, make: Any, *sizes: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(size, fx.Proxy) for size in sizes):
-            return make(*sizes, **kwargs)
-        return self.create_proxy("call_function", make, sizes, kwargs)
-
     def _is_weight(self, value: Any) -> bool:
         node = value.node if isinstance(value, fx.Proxy) else None
         while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
@@ -277,30 +239,3 @@ class Tracer(fx.Tracer):
         elif node.args and isinstance(node.args[0], fx.Node):
             self.note(node.args[0])
             run_of_shapes(node)
-
-
-def both_branches(cond: Any) -> Callable[..., Any]:
-    """`torch.cond`, under whatever name, as it is followed in this thread, and itself in others."""
-    thread = threading.get_ident()
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (_branch if threading.get_ident() == thread else cond)(*args, **kwargs)
-
-    return call
-
-
-def _branch(pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
-    """Stands for `torch.cond`: an `if` whose branches are both followed; one inside a branch gets the next answer."""
-    outputs = true_fn(*operands), false_fn(*operands)
-    return outputs[0] if pred else outputs[1]
-
-
-def _about(kind: Any, guess: torch.dtype, *dtype: Any, **kwargs: Any) -> Any:
-    known = not any(isinstance(one, fx.Proxy) for one in (*dtype, *kwargs.values()))
-    return kind(*dtype, **kwargs) if known else kind(guess)
-
-
-def _stored_parameter(module: nn.Module, target: str) -> Any:
-    """Stands for `get_parameter`, which takes nothing but an `nn.Parameter`: no proxy, and no adapted weight either."""
-    path, _, name = target.rpartition(".")
-    return module.get_submodule(path)._parameters[name]

@@ -15,8 +15,8 @@ from onelora_compile.passes.sites.operators import op_name
 from onelora_compile.passes.sites.other_uses import ASK, made_of_parameters, other_uses, users
 from onelora_compile.passes.sites.weight_path import input_axes, weight_chains
 from onelora_compile.weight_uses.follow_forward import Followed
-from onelora_compile.weight_uses.tracer import PAST as PAST_MARK
-from onelora_compile.weight_uses.tracer import output_of_a_script, part_of_a_value
+from onelora_compile.weight_uses.replaced_functions import output_of_a_script, part_of_a_value
+from onelora_compile.weight_uses.tracer import PAST_MARK
 
 BOTH_WAYS = "its weight is used as W and as its transpose: one vector can't be both"
 INSIDE = "used in the forward of a linear that is adapted by its own weight or output"

@@ -28,7 +28,7 @@ OTHERS = {
     "root": "the model itself, not a module in it",
     "class": "a module of a class that PEFT has no layer for",
 }
-KINDS = (LINEAR, CONV1D, CONVOLUTION, *OTHERS)
+LAYER_KINDS = (LINEAR, CONV1D, CONVOLUTION, *OTHERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +100,10 @@ class AdapterFile:
         bases: fingerprints of the values that `saved` had before training, of floating tensors; empty if an older
             version wrote the file.
         aliases: of trained parameters that are tied to others, the names of these.
-        uses: how often one forward of the model uses a weight, at least and at most, where that may be more than once;
-            at most 0 where there is no count: the sizes of inputs tell, and one use is of constants.  Negative where it
-            is no bound: the sizes of inputs tell, or code was not followed.
+        uses: how often one forward of the model uses a weight, at least and at most: by the name of its vector, where
+            that may be more than once, and of trained linears by the name of the weight; at most 0 where there is no
+            count: the sizes of inputs tell, and one use is of constants. Negative where it is no bound: the sizes of
+            inputs tell, or code was not followed.
         layers: what each vector is on; empty if an older version wrote the file, or it was a runtime's.
         base_model: the name or path that the base was loaded from; "" where nothing tells.
         task_type: PEFT's word for what the model does; "" where it has none, or nothing tells.

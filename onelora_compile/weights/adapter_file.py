@@ -115,7 +115,7 @@ def content_of(
         producer="",
         bases=bases_of({key: state.originals[key] for key in values.saved}),
         aliases=tied_names(root, tensors),
-        uses={key: uses for key, uses in state.uses.items() if key in targets},
+        uses={key: uses for key, uses in state.uses.items() if key in targets or key in values.saved},
         layers=layers_of(root, targets),
         base_model=base_model_of(root),
         task_type=task_type_of(root),

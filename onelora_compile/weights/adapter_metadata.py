@@ -24,7 +24,7 @@ from typing import Any
 from onelora_compile.errors import AdapterFileError
 from onelora_compile.printable import shortened
 from onelora_compile.version import __version__
-from onelora_compile.weights.adapter_content import KINDS, LINEAR, AdapterFile, Layer, Part
+from onelora_compile.weights.adapter_content import LAYER_KINDS, LINEAR, AdapterFile, Layer, Part
 from onelora_compile.weights.fingerprint import Fingerprint
 
 PRODUCER = f"onelora-compile {__version__}"
@@ -112,7 +112,7 @@ def _layers(metadata: Mapping[str, str], names: list[str], prints: Mapping[str, 
     special: dict[str, Any] = json.loads(metadata["layers"])
     if strange := set(special) - set(names):
         raise ValueError(f"layers of no vector: {shortened(sorted(strange))}")
-    if any(kind not in KINDS or any(size < 1 for size in axes or ()) for kind, axes in special.values()):
+    if any(kind not in LAYER_KINDS or any(size < 1 for size in axes or ()) for kind, axes in special.values()):
         raise ValueError("layers of no known kind or size")
     found = {
         name: Layer(str(kind), None if sizes is None else tuple(map(int, sizes)))

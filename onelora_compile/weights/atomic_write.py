@@ -84,7 +84,7 @@ def replacing_all(paths: Sequence[PathLike], follow: bool = True) -> Iterator[li
             _replace_all(besides, targets)
         except BaseException:
             for beside in besides:
-                remove(beside)
+                remove_file(beside)
             raise
 
 
@@ -99,15 +99,15 @@ def _replace_all(besides: Sequence[Path], targets: Sequence[Path]) -> None:
     except OSError:
         for target, old in kept:
             if old is None:
-                remove(target)
+                remove_file(target)
             else:
                 with contextlib.suppress(OSError):  # the error that is on its way says why
                     os.replace(old, target)
-                    remove(old)  # is still there if both are one file
+                    remove_file(old)  # is still there if both are one file
         raise
     for _, old in kept:
         if old is not None:
-            remove(old)
+            remove_file(old)
 
 
 def _keep(path: Path) -> Path | None:
@@ -230,7 +230,7 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)  # which ends the lock too
 
 
-def remove(path: Path) -> None:
+def remove_file(path: Path) -> None:
     """Remove a file if it is there and can be removed; never an error that hides another one, or what was written."""
     with contextlib.suppress(OSError):
         path.unlink()

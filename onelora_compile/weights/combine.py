@@ -42,9 +42,9 @@ from onelora_compile.weights.file_kinds import ADAPTER, GGUF_FILE, refuse_other_
 from onelora_compile.weights.layers import without_still_statistics
 from onelora_compile.weights.same_base import (
     Term,
-    check_layers,
+    all_names,
+    check_same_layers,
     layers_together,
-    names_of,
     not_compared,
     same_weights,
     uses_together,
@@ -168,11 +168,11 @@ def combined(terms: Sequence[Term], trained: str = REFUSE, base_value: BaseValue
     Raises:
         ConfigError, AdapterFileError, BaseMismatchError: as `combine`.
     """
-    names = names_of(term.file.vectors for term in terms)
+    names = all_names(term.file.vectors for term in terms)
     parts = _parts(terms)
     terms = [_moved(term) for term in terms]
     files = [term.file for term in terms]
-    check_layers(terms)
+    check_same_layers(terms)
     fingerprints = same_weights(terms)
     besides = combined_trained(terms, trained, base_value)
     vectors = {

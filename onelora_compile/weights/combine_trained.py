@@ -19,7 +19,7 @@ from torch import Tensor
 from onelora_compile.errors import AdapterFileError, BaseMismatchError, ConfigError
 from onelora_compile.printable import shortened
 from onelora_compile.weights.fingerprint import Fingerprint
-from onelora_compile.weights.same_base import Term, agreed, aliases_together, names_of
+from onelora_compile.weights.same_base import Term, agreed, aliases_together, all_names
 
 REFUSE, DROP, ADD, FROM = "refuse", "drop", "add", "from:"
 BaseValue = Callable[[str, Sequence[str], Fingerprint | None], Tensor]
@@ -78,7 +78,7 @@ def check_word(trained: str) -> None:
 
 
 def _question(holding: Sequence[Term]) -> str:
-    names = names_of(term.file.saved for term in holding)
+    names = all_names(term.file.saved for term in holding)
     return (
         f"{shortened((term.name for term in holding), 3)} trained {shortened(names, 4)} besides vectors (heads, norms, "
         f"statistics of batch norms), which replace values of the base: say what becomes of them. trained={DROP!r} "
@@ -110,14 +110,14 @@ def _as_trained(terms: Sequence[Term]) -> TrainedSum:
         files[0].saved,
         bases,
         aliases_together(files),
-        tuple(names_of(file.config.modules_to_save for file in files)),
+        tuple(all_names(file.config.modules_to_save for file in files)),
         any(file.config.train_norms for file in files),
     )
 
 
 def _added(terms: Sequence[Term], known: TrainedSum, base_value: BaseValue | None) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for name in names_of(term.file.saved for term in terms):
+    for name in all_names(term.file.saved for term in terms):
         held = [term for term in terms if name in term.file.saved]
         values = [term.file.saved[name] for term in held]
         if len(shapes := {tuple(value.shape) for value in values}) > 1:
@@ -182,7 +182,7 @@ def _check_places(found: TrainedSum, terms: Sequence[Term]) -> None:
     if tied:
         raise AdapterFileError(f"{tied[0][0]} and {tied[0][1]} are one parameter of the base, and both were trained")
     places = {other: name for name in found.saved for other in (name, *found.aliases.get(name, ()))}
-    for name in names_of(term.file.vectors for term in terms):
+    for name in all_names(term.file.vectors for term in terms):
         if own := places.get(f"{name}.weight".removeprefix(".")) or places.get(name):
             here = next(term.name for term in terms if name in term.file.vectors)
             there = next(term.name for term in terms if own in term.file.saved)

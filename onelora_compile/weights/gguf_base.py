@@ -25,7 +25,7 @@ from onelora_compile.weights.fingerprint import Fingerprint, fingerprint
 from onelora_compile.weights.gguf_layout import (
     ARCHITECTURES,
     GgufLayout,
-    interleaved,
+    interleaved_heads,
     layout_of_config,
     open_file,
     the_package,
@@ -97,7 +97,7 @@ def _layout(fields: Mapping[str, Any], own_head: bool, path: Path) -> GgufLayout
             f"{path}: a {fields.get('general.type', 'model')} of architecture {kind!r}, {blocks} layers and {heads} "
             f"heads; known here are models of {', '.join(dict.fromkeys(ARCHITECTURES.values()))}"
         )
-    return GgufLayout(kind, blocks, interleaved(kind, heads, grouped), own_head, str(path))
+    return GgufLayout(kind, blocks, interleaved_heads(kind, heads, grouped), own_head, str(path))
 
 
 def _size(fields: Mapping[str, Any], key: str, default: int = 0) -> int:

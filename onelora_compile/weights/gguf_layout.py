@@ -188,7 +188,7 @@ def layout_of_config(fields: Mapping[str, Any], source: str) -> GgufLayout:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{source}: {name} is {value!r}, and the layout needs it")
     tied = fields.get("tie_word_embeddings")
-    return GgufLayout(architecture, blocks, interleaved(architecture, heads, grouped), tied is False, source)
+    return GgufLayout(architecture, blocks, interleaved_heads(architecture, heads, grouped), tied is False, source)
 
 
 def layout_of_model(root: nn.Module) -> GgufLayout:
@@ -201,6 +201,6 @@ def layout_of_model(root: nn.Module) -> GgufLayout:
     return layout_of_config(to_dict() if to_dict else {}, type(root).__name__)
 
 
-def interleaved(architecture: str, heads: int, grouped: int) -> dict[str, int]:
+def interleaved_heads(architecture: str, heads: int, grouped: int) -> dict[str, int]:
     """The `heads` of a layout, from the heads of q and those of k."""
     return {"q_proj": heads, "k_proj": grouped} if architecture in _INTERLEAVED else {}

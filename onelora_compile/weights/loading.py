@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted
 from onelora_compile.adapting.adapter import (
-    attach_vectors,
+    attach_selected,
     refuse_fully_sharded,
     refuse_wrapped,
     release,
@@ -31,7 +31,7 @@ from onelora_compile.adapting.adapter_state import (
     was_adapted,
 )
 from onelora_compile.adapting.module_names import named_tensors
-from onelora_compile.adapting.pool import DEFAULT, check_name
+from onelora_compile.adapting.pool import DEFAULT_ADAPTER, check_name
 from onelora_compile.adapting.select_targets import Selection, available_targets, saved_parameters, select
 from onelora_compile.errors import AdapterFileError, OneLoRAWarning, TargetError
 from onelora_compile.many_adapters.extend import as_base, refuse_replicated
@@ -105,7 +105,7 @@ def load_adapter(
         state = state_of(root, "load")
         _load_beside(model, state, file, path, adapter_name or state.pool.active)
     else:
-        _load_as_active(model, file, path, adapter_name or DEFAULT)
+        _load_as_active(model, file, path, adapter_name or DEFAULT_ADAPTER)
     if file.projection is not None:
         warnings.warn(f"{path} was approximated: vectors keep {file.projection.text}", OneLoRAWarning, stacklevel=2)
     if file.unknown:
@@ -170,7 +170,7 @@ def attach_like(root: nn.Module, file: AdapterFile, path: PathLike) -> AdapterSt
     Raises:
         AdapterFileError: the model has no linear of that name, or is laid out otherwise.
     """
-    attach_vectors(root, _chosen_like(root, file, path), file.config)
+    attach_selected(root, _chosen_like(root, file, path), file.config)
     return state_of(root, "load")
 
 

@@ -27,13 +27,13 @@ class Term:
     file: AdapterFile
 
 
-def check_layers(terms: Sequence[Term]) -> None:
+def check_same_layers(terms: Sequence[Term]) -> None:
     """Check that vectors of one name are on layers of one kind and size.
 
     Raises:
         AdapterFileError: they are not.
     """
-    for name in names_of(term.file.vectors for term in terms):
+    for name in all_names(term.file.vectors for term in terms):
         first, *others = (term for term in terms if name in term.file.vectors)
         for other in others:
             one, two = first.file.vectors[name].shape, other.file.vectors[name].shape
@@ -131,7 +131,7 @@ def layers_together(files: Sequence[AdapterFile]) -> dict[str, Layer]:
         for name, layer in file.layers.items():
             known = found.get(name)
             found[name] = layer if known is None or known.inputs is None else known
-    return found if set(found) >= set(names_of(file.vectors for file in files)) else {}
+    return found if set(found) >= set(all_names(file.vectors for file in files)) else {}
 
 
 def uses_together(files: Iterable[AdapterFile]) -> dict[str, tuple[int, int]]:
@@ -157,6 +157,6 @@ def aliases_together(files: Iterable[AdapterFile]) -> dict[str, tuple[str, ...]]
     return found
 
 
-def names_of(parts: Iterable[Iterable[str]]) -> list[str]:
+def all_names(parts: Iterable[Iterable[str]]) -> list[str]:
     """All names, each once, in the order of their first place."""
     return list(dict.fromkeys(name for part in parts for name in part))

@@ -95,12 +95,19 @@ def test_every_call_of_what_was_trained_gets_it(config, ones, writer, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["frozen", "head_1"])  # the second is what TorchScript calls a second call
-@pytest.mark.parametrize("excluded", [False, True])
+@pytest.mark.parametrize("chosen", ["with a vector", "excluded", "not chosen"])
 @pytest.mark.parametrize("writer", [tools.torchscript, tools.dynamo, tools.slim, tools.simplified])
-def test_the_copy_of_a_head_keeps_its_values(writer, excluded, name, tmp_path):
+def test_the_copy_of_a_head_keeps_its_values(writer, chosen, name, tmp_path):
     torch.manual_seed(0)
     base = Copied(name).eval()
-    folded(base, trained(base, HEAD | ({"exclude_modules": [name]} if excluded else {})), writer, tmp_path)
+    config = {"excluded": {"exclude_modules": [name]}, "not chosen": {"target_modules": ["fc"]}}.get(chosen, {})
+    model = trained(base, HEAD | config)
+    if chosen == "not chosen" and name == "head_1" and writer in (tools.slim, tools.simplified):
+        with pytest.raises(ExportError, match=r"head.weight: head_1 may be a later call, and the model had one call"):
+            folded(base, model, writer, tmp_path)
+        assert not (tmp_path / "out.onnx").exists()
+    else:
+        folded(base, model, writer, tmp_path)
 
 
 @pytest.mark.parametrize("strip", [without_op_names, without_names])

