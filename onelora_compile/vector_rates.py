@@ -68,7 +68,9 @@ def parameter_groups(
     capture(root, args, kwargs, sizes.watch)
     factors = {name: min(LARGEST, one.factor) for name, one in sizes.seen.items()}
     if not factors:
-        raise ConfigError("the batch uses none of the vectors of the model: give the inputs of a training step")
+        raise ConfigError(
+            "the batch uses none of the vectors, or in a way that can't be measured: give the inputs of a training step"
+        )
     if left := [name for name in own if name not in factors]:
         middle = statistics.median(factors.values())
         warnings.warn(

@@ -77,7 +77,7 @@ def test_rates_of_a_convolution():
     assert rates(model, x) == {"0": pytest.approx(expected, rel=1e-5)}
 
 
-def test_rates_of_an_expert_that_a_tensor_picks():
+def test_rates_of_experts_that_a_tensor_picks():
     torch.manual_seed(0)
 
     class Experts(nn.Module):
@@ -85,13 +85,13 @@ def test_rates_of_an_expert_that_a_tensor_picks():
             super().__init__()
             self.w = nn.Parameter(torch.randn(3, 6, 8))
 
-        def forward(self, x, number):
-            return torch.nn.functional.linear(x, self.w[number])
+        def forward(self, x, picked):
+            return torch.bmm(self.w[picked], x[..., None])
 
     model, x = Experts(), torch.randn(5, 8) + 1
-    expected = linear_factor(x, model.w[1].detach())
+    expected = linear_factor(x, model.w[1].detach())  # each row by the expert of number 1
     onelora.adapt(model)
-    assert rates(model, (x, torch.tensor(1))) == {"w": pytest.approx(expected, rel=1e-5)}
+    assert rates(model, (x, torch.full((5,), 1))) == {"w": pytest.approx(expected, rel=1e-5)}
 
 
 def test_rates_under_checkpointing_and_in_half_precision():
