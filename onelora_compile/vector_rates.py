@@ -13,6 +13,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,7 +22,7 @@ from onelora_compile.adapting.adapter import trainable_parameters, unwrap, vecto
 from onelora_compile.adapting.adapter_state import state_of
 from onelora_compile.dynamo import private_api
 from onelora_compile.dynamo.capture import capture
-from onelora_compile.errors import ConfigError, OneLoRAWarning
+from onelora_compile.errors import ConfigError, OneLoRAWarning, StateError
 from onelora_compile.kinds import as_args
 from onelora_compile.ops import ADD_RANK1, feature_sum
 from onelora_compile.passes.graph.subgraphs import scopes
@@ -52,20 +53,23 @@ def parameter_groups(
         heads and norms that are trained too. Schedules of an optimizer scale all of them.
 
     Raises:
-        ConfigError: `lr` is no positive number, or the batch uses none of the vectors.
-        StateError: the model is not adapted.
+        ConfigError: `lr` is no positive number; the batch uses none of the vectors, or gives NaN or infinity.
+        StateError: the model is not adapted, or on the meta device.
 
     Warns:
         OneLoRAWarning: the batch does not use some vectors, or in a way that can't be measured; they get the median.
     """
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
-        raise ConfigError(f"lr={lr!r} is no positive number")
+    lr = _positive(lr)
     root = unwrap(model)
     state_of(root, "measure the sums of")
     own = vectors(root)
+    if (name := next((name for name, vector in own.items() if vector.is_meta), None)) is not None:
+        raise StateError(f"can't measure sums: {name!r} is on the meta device: load the model's weights first")
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (as_args(batch), {})
     sizes = _Sizes({id(vector): name for name, vector in own.items()})
     capture(root, args, kwargs, sizes.watch)
+    if wrong := [name for name, one in sizes.seen.items() if not math.isfinite(one.outputs + one.sums)]:
+        raise ConfigError(f"the batch gives {shortened(wrong)} NaN or infinity: its sums have no size")
     factors = {name: min(LARGEST, one.factor) for name, one in sizes.seen.items()}
     if not factors:
         raise ConfigError(
@@ -86,6 +90,12 @@ def parameter_groups(
     known = {id(vector) for vector in own.values()}
     others = [parameter for parameter in trainable_parameters(root) if id(parameter) not in known]
     return [*groups, {"params": others, "lr": lr, "name": "others"}] if others else groups
+
+
+def _positive(lr: object) -> float:
+    if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < lr < math.inf:
+        raise ConfigError(f"lr={lr!r} is no positive number")
+    return float(lr)
 
 
 @dataclasses.dataclass

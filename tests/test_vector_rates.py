@@ -202,6 +202,20 @@ def test_a_model_without_vectors_is_refused():
         onelora.parameter_groups(nn.Linear(4, 4), 1e-2, torch.randn(2, 4))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_batch_whose_sums_have_no_size_is_refused(value):
+    model = onelora.adapt(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ConfigError, match="the batch gives 0 NaN or infinity"):
+        onelora.parameter_groups(model, 1e-2, torch.full((2, 4), value))
+    with pytest.raises(ConfigError, match="uses none of the vectors"):
+        onelora.parameter_groups(model, 1e-2, torch.empty(0, 4))
+
+
+def test_a_model_without_numbers_is_refused():
+    with pytest.raises(StateError, match="'0' is on the meta device"):
+        onelora.parameter_groups(onelora.adapt(nn.Sequential(nn.Linear(4, 4, device="meta"))), 1e-2, torch.randn(2, 4))
+
+
 def test_a_batch_by_names():
     torch.manual_seed(0)
     model, x = onelora.adapt(nn.Sequential(nn.Linear(4, 4))), torch.randn(2, 4) + 1
