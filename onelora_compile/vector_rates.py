@@ -93,7 +93,7 @@ def parameter_groups(
 
 
 def _positive(lr: object) -> float:
-    if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < lr < math.inf:
+    if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < float(lr) < math.inf:
         raise ConfigError(f"lr={lr!r} is no positive number")
     return float(lr)
 
