@@ -46,6 +46,7 @@ OTHERS = {
     "ia3": (peft.IA3Config(target_modules=["fc1"], feedforward_modules=[]), "a IA3 adapter is not one vector"),
     "miss 2": (peft.MissConfig(r=2, target_modules=["fc1"]), "MISS of r=2: 2 vectors for each layer"),
     "bat": (peft.MissConfig(r=1, init_weights="bat", target_modules=["fc1"]), "init_weights='bat'"),
+    "lora 4": (peft.LoraConfig(r=4, target_modules=["fc1"]), r"rank 4 .* keep \d+\.\d% of .*would be lost"),
     "mini": (peft.MissConfig(r=1, init_weights="mini", mini_r=2, target_modules=["fc1"]), "init_weights='mini'"),
 }
 
@@ -74,7 +75,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"r": 3}, "of rank 1; adapter_config.json says 3"),
     "rank pattern": ({"rank_pattern": {"fc1": 2}}, "'blocks.0.fc1' is of rank 1; adapter_config.json says 2"),
     "r of no number": ({"r": "one"}, "damaged: r is 'one'"),
-    "no alpha": ({"lora_alpha": None}, "damaged: lora_alpha is None"),
+    "no alpha": ({"lora_alpha": None}, "damaged: lora_alpha is None, and has to be a finite number"),
+    "alpha is NaN": ({"lora_alpha": float("nan")}, "damaged: lora_alpha is nan, and has to be a finite number"),
+    "no rank": ({"r": 0}, "damaged: r is 0, and has to be a whole number from 1"),
     "a hostile pattern": ({"alpha_pattern": {"(a+)+$": 2}}, "more than one repetition"),
     "no pattern": ({"alpha_pattern": {"(": 2}}, "no regular expression"),
     "patterns of no dict": ({"rank_pattern": [1]}, "rank_pattern is "),

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from onelora_compile.adapting.module_names import matches
 from onelora_compile.errors import AdapterFileError, ConfigError
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_content import CONV1D, AdapterFile
@@ -138,9 +137,10 @@ def _malformed(kind: str, fields: dict[str, Any]) -> str:
                 return f"{pattern}: {expression!r} is no regular expression, or has more than one repetition"
             numbers[f"{name} of {expression!r}"] = value
     for name, value in numbers.items():
-        whole = name.startswith("lora_alpha") or isinstance(value, int)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not whole or not 0 < value < 1e9:
-            return f"{name} is {value!r}"
+        rank = not name.startswith("lora_alpha")
+        number = isinstance(value, int if rank else int | float) and not isinstance(value, bool)
+        if not number or not abs(value) < 1e9 or (rank and value < 1):
+            return f"{name} is {value!r}, and has to be {'a whole number from 1' if rank else 'a finite number'}"
     for name in ("modules_to_save", "target_modules", "exclude_modules"):
         value = fields.get(name)
         listed = isinstance(value, list) and all(isinstance(one, str) and one for one in value)
@@ -194,7 +194,9 @@ def config_of(file: AdapterFile, peft_type: str, saved: Collection[str], modules
         "peft_type": peft_type,
         "task_type": task or None,
         "base_model_name_or_path": file.base_model or None,
-        "target_modules": _targets(list(file.vectors), modules),
+        # SGLang takes no expression for target_modules, so that what a list selects besides is excluded.
+        "target_modules": list(file.vectors),
+        "exclude_modules": all_but(file.vectors),
         "modules_to_save": sorted(saved) or None,
         "r": 1,
         "bias": "none",
@@ -213,9 +215,6 @@ def config_of(file: AdapterFile, peft_type: str, saved: Collection[str], modules
     }
 
 
-def _targets(names: list[str], modules: Collection[str]) -> list[str] | str:
-    """Names that select exactly these modules; one regular expression where a list would select others too."""
-    wanted = set(names)
-    if any(module not in wanted and matches(names, module) for module in modules):
-        return "|".join(map(re.escape, names))
-    return names
+def all_but(names: Collection[str]) -> str:
+    """A regular expression for every other module: PEFT takes a list of names as endings, of modules anywhere."""
+    return f"(?!(?:{'|'.join(map(re.escape, sorted(names)))})$).*"

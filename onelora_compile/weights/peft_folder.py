@@ -27,7 +27,7 @@ from onelora_compile.weights.adapter_metadata import base_from_metadata, base_to
 from onelora_compile.weights.atomic_write import replacing, replacing_folder
 from onelora_compile.weights.file_kinds import refuse_other_kinds
 from onelora_compile.weights.layers import STATISTICS, trained_modules, without_still_statistics
-from onelora_compile.weights.peft_config import CONFIG, LORA, MISS, PeftConfig, config_of, read_config
+from onelora_compile.weights.peft_config import CONFIG, LORA, MISS, PeftConfig, all_but, config_of, read_config
 from onelora_compile.weights.peft_tensors import from_peft, to_peft
 
 PEFT, PEFT_MISS = "peft", "peft-miss"
@@ -139,11 +139,14 @@ def read_folder(folder: Path, approximate: bool = False) -> AdapterFile:
 
 def _selection(config: PeftConfig, names: list[str], roots: list[str]) -> OneLoRAConfig:
     """What was selected, by PEFT's own words where those are lists."""
-    targets, excluded = config.fields.get("target_modules"), config.fields.get("exclude_modules")
-    if not isinstance(targets, list) or not targets or config.fields.get("layers_to_transform") is not None:
+    targets, excluded = config.fields.get("target_modules"), config.fields.get("exclude_modules") or None
+    listed = isinstance(targets, list) and bool(targets)
+    if listed and excluded == all_but(targets):  # as this package writes it: these names alone
+        excluded = None
+    if not listed or isinstance(excluded, str) or config.fields.get("layers_to_transform") is not None:
+        # An expression is not tried: a hostile one takes for ever.
         return OneLoRAConfig(target_modules=names, modules_to_save=roots)
-    # An expression is not tried: a hostile one takes for ever.
-    return OneLoRAConfig(targets, excluded if isinstance(excluded, list) and excluded else None, roots)
+    return OneLoRAConfig(targets, excluded, roots)
 
 
 def _check_files(folder: Path) -> None:
