@@ -37,7 +37,7 @@ from onelora_compile.weights.adapter_content import AdapterFile as AdapterFile
 from onelora_compile.weights.adapter_content import check_finite, check_vectors
 from onelora_compile.weights.adapter_metadata import DAMAGED, base_to_metadata, parsed_base
 from onelora_compile.weights.atomic_write import replacing
-from onelora_compile.weights.file_kinds import ADAPTER, FORMAT, GGUF_FILE, refuse_other_kinds
+from onelora_compile.weights.file_kinds import ADAPTER, FORMAT, GGUF_FILE, no_safetensors, refuse_other_kinds
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of, fingerprint_of_values
 from onelora_compile.weights.fits_model import on_the_base, tied_names
 from onelora_compile.weights.gguf_base import layout_of_base
@@ -189,7 +189,7 @@ def read_adapter(
     except safetensors.SafetensorError as error:
         ours = path.suffix in (".onnx_adapter", ".vectors")
         hint = f"; convert reads it: onelora convert {path} -o a.safetensors --like MODEL.onnx" if ours else ""
-        raise AdapterFileError(f"{path} is not a safetensors file, or is damaged: {error}{hint}") from error
+        raise AdapterFileError(f"{no_safetensors(path, error)}{hint}") from error
     try:
         config = OneLoRAConfig.from_json(metadata["config"])
         said = parsed_base(metadata)

@@ -34,6 +34,15 @@ _BEGINS: dict[str, Callable[[bytes], bool]] = {
     GGUF_FILE: lambda start: start[:4] == b"GGUF" and b"general.type" in start and b"adapter" in start,
 }
 
+# What is often found under a name of safetensors.
+_MISTAKEN = {
+    b"PK\x03\x04": "a zip file, as torch.save writes: its pickle could run any code and is not opened",
+    **{bytes([0x80, protocol]): "a pickle, which could run any code and is not opened" for protocol in range(2, 6)},
+    b"GGUF": "a GGUF file",
+    b"version https://git-lfs": "a pointer of git LFS in the place of the file: git lfs pull gets it",
+    b"<": "a page of HTML or XML: download the file itself",
+}
+
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors package
 _FEW = 256  # bytes, of any other file; the first two fields of a GGUF file are the architecture and the type
 
@@ -69,6 +78,16 @@ def refuse_other_kinds(out: str | os.PathLike[str], ending: str, what: str = "ou
         foreign = ending == ".xml" and not _BEGINS[ending](start)
     if foreign:
         raise ConfigError(f"{what}={str(out)!r} is there and is not {KINDS[ending]}: remove it, or give another name")
+
+
+def no_safetensors(path: Path, error: Exception) -> str:
+    """What a file is that the reader of safetensors refused, by how it begins."""
+    start = _start(path)
+    if start[8:9] != b"{":  # else a damaged one: its header begins after 8 bytes
+        for begin, kind in _MISTAKEN.items():
+            if start.startswith(begin):
+                return f"{path} is not a safetensors file but {kind}"
+    return f"{path} is not a safetensors file, or is damaged: {error}"
 
 
 def _start(path: Path) -> bytes:

@@ -127,7 +127,9 @@ def read_config(folder: Path) -> PeftConfig:
 
 def _malformed(kind: str, fields: dict[str, Any]) -> str:
     """What of the fields that are read has the wrong type."""
-    numbers = {"r": fields.get("r")} | ({"lora_alpha": fields.get("lora_alpha")} if kind == LORA else {})
+    numbers: dict[str, Any] = {"r": fields.get("r")} | (
+        {"lora_alpha": fields.get("lora_alpha")} if kind == LORA else {}
+    )
     for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         given = fields.get(pattern) or {}
         if not isinstance(given, dict):

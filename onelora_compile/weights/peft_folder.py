@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import safetensors
 from safetensors.torch import save_file
@@ -25,7 +26,7 @@ from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_content import AdapterFile, check_finite, check_vectors
 from onelora_compile.weights.adapter_metadata import base_from_metadata, base_to_metadata
 from onelora_compile.weights.atomic_write import replacing, replacing_folder
-from onelora_compile.weights.file_kinds import refuse_other_kinds
+from onelora_compile.weights.file_kinds import no_safetensors, refuse_other_kinds
 from onelora_compile.weights.layers import STATISTICS, trained_modules, without_still_statistics
 from onelora_compile.weights.peft_config import CONFIG, LORA, MISS, PeftConfig, all_but, config_of, read_config
 from onelora_compile.weights.peft_tensors import from_peft, to_peft
@@ -110,7 +111,7 @@ def read_folder(folder: Path, approximate: bool = False) -> AdapterFile:
             metadata = held.metadata() or {}
             stored: dict[str, Tensor] = {name: held.get_tensor(name) for name in held.keys()}
     except safetensors.SafetensorError as error:
-        raise AdapterFileError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+        raise AdapterFileError(no_safetensors(path, error)) from error
     check_finite(stored, f"{path} was not loaded")
     found = from_peft(config, stored, path, approximate)
     check_finite(found.vectors, f"{path}: a vector is too large for float32")
@@ -139,7 +140,8 @@ def read_folder(folder: Path, approximate: bool = False) -> AdapterFile:
 
 def _selection(config: PeftConfig, names: list[str], roots: list[str]) -> OneLoRAConfig:
     """What was selected, by PEFT's own words where those are lists."""
-    targets, excluded = config.fields.get("target_modules"), config.fields.get("exclude_modules") or None
+    targets: Any = config.fields.get("target_modules")
+    excluded: Any = config.fields.get("exclude_modules") or None
     listed = isinstance(targets, list) and bool(targets)
     if listed and excluded == all_but(targets):  # as this package writes it: these names alone
         excluded = None
