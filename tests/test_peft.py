@@ -246,6 +246,23 @@ def test_an_expression_of_peft_selects_what_there_are_tensors_for(selection, tmp
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+def test_names_of_a_list_that_end_another_module_have_to_have_tensors_for_it(tmp_path):
+    """PEFT warns, and takes what its initialisation gives: zeros, or with init_lora_weights=False random values."""
+    base = Two()
+    config = peft.LoraConfig(r=1, init_lora_weights=False, target_modules=["fc"], exclude_modules=["inner.fc"])
+    theirs = peft_folders.written(copy.deepcopy(base), tmp_path / "a", config)
+    peft_folders.edit_config(tmp_path / "a", exclude_modules=None)
+    peft_folders.edit_tensors(
+        tmp_path / "a", lambda tensors: [t.fill_(1.0) for k, t in tensors.items() if "lora_A" in k]
+    )
+    with pytest.warns(UserWarning, match=r"missing adapter keys.*inner\.fc"):
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a"))
+    x = torch.randn(3, 4)
+    assert (again(x) - theirs(x)).abs().max() > 0.1
+    with pytest.raises(onelora.AdapterFileError, match=r"no tensors for inner\.fc, which its target_modules select"):
+        onelora.load_adapter(base, tmp_path / "a")
+
+
 @pytest.mark.parametrize("alpha", [-3, -0.5, 0, 0.0])
 def test_alphas_of_any_sign_are_those_of_peft(alpha, tmp_path):
     base, x = Two(), torch.randn(3, 4)

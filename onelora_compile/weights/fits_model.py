@@ -75,8 +75,7 @@ def left_to_the_base(names: Iterable[str], file: AdapterFile) -> list[str]:
 def _check_named(root: nn.Module, current: Mapping[str, Tensor], file: AdapterFile, path: PathLike) -> None:
     """Of an adapter of PEFT: whether it has all that its configuration names, and nothing that is tied here."""
     config = file.config
-    # The names of its own vectors stand for an expression, which selected no others.
-    if not isinstance(config.target_modules, str) and set(config.target_modules) != set(file.vectors):
+    if not isinstance(config.target_modules, str):
         linears = [name for name, module in named_modules(root) if is_linear(module)]
         linears = [one for one in linears if matches(config.target_modules, one) and one not in file.vectors]
         apart = [*(config.exclude_modules or ()), *config.modules_to_save]

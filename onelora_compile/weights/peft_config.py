@@ -67,6 +67,13 @@ class PeftConfig:
         return list(self.fields.get("modules_to_save") or ())
 
     @property
+    def whole_names(self) -> list[str]:
+        """The names of all adapted modules, where those are said: as this package does. PEFT says endings."""
+        targets: Any = self.fields.get("target_modules")
+        alone = isinstance(targets, list) and self.fields.get("exclude_modules") == _all_but(targets)
+        return targets if alone else []
+
+    @property
     def base_model(self) -> str:
         """The name or path of the base; "" without."""
         return str(self.fields.get("base_model_name_or_path") or "")
@@ -198,7 +205,7 @@ def config_of(file: AdapterFile, peft_type: str, saved: Collection[str], modules
         "base_model_name_or_path": file.base_model or None,
         # SGLang takes no expression for target_modules, so that what a list selects besides is excluded.
         "target_modules": list(file.vectors),
-        "exclude_modules": all_but(file.vectors),
+        "exclude_modules": _all_but(file.vectors),
         "modules_to_save": sorted(saved) or None,
         "r": 1,
         "bias": "none",
@@ -217,6 +224,11 @@ def config_of(file: AdapterFile, peft_type: str, saved: Collection[str], modules
     }
 
 
-def all_but(names: Collection[str]) -> str:
-    """A regular expression for every other module: PEFT takes a list of names as endings, of modules anywhere."""
-    return f"(?!(?:{'|'.join(map(re.escape, sorted(names)))})$).*"
+def these_alone(names: Collection[str]) -> str:
+    """A regular expression for modules of these names and no others."""
+    return "|".join(map(re.escape, sorted(names)))
+
+
+def _all_but(names: Collection[str]) -> str:
+    """One for every other module: PEFT takes a list of names as endings, of modules anywhere."""
+    return f"(?!(?:{these_alone(names)})$).*"
