@@ -78,8 +78,8 @@ def test_attention_of_torch_and_embeddings_as_peft_adapts_them_are_refused(tmp_p
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field": ({"use_magic": True}, "use_magic.*does not know"),
-    "rank": ({"r": 3}, "of rank 1; adapter_config.json says 3"),
-    "rank pattern": ({"rank_pattern": {"fc1": 2}}, "'blocks.0.fc1' is of rank 1; adapter_config.json says 2"),
+    "rank": ({"r": 3}, "of rank 1; the configuration says 3"),
+    "rank pattern": ({"rank_pattern": {"fc1": 2}}, "'blocks.0.fc1' is of rank 1; the configuration says 2"),
     "r of no number": ({"r": "one"}, "damaged: r is 'one'"),
     "no alpha": ({"lora_alpha": None}, "damaged: lora_alpha is None, and has to be a finite number"),
     "alpha is NaN": ({"lora_alpha": float("nan")}, "damaged: lora_alpha is nan, and has to be a finite number"),

@@ -12,6 +12,7 @@ from onelora_compile.file_names import as_file, as_path
 
 ADAPTER = ".safetensors"  # how the name of an adapter file ends
 IN_FOLDERS = "onelora.safetensors"  # its name in a checkpoint, and in a repository of the Hugging Face Hub
+OF_DIFFUSERS = "pytorch_lora_weights.safetensors"  # as diffusers calls a LoRA
 GGUF_FILE = ".gguf"
 FORMAT = "onelora"  # what its metadata says
 # What the names of files tell.

@@ -117,6 +117,19 @@ def read_config(folder: Path) -> PeftConfig:
         fields: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not JSON, or is damaged: {error}") from error
+    return checked_config(fields, path)
+
+
+def checked_config(fields: Any, path: Path) -> PeftConfig:
+    """Check a configuration.
+
+    Args:
+        fields: all of it.
+        path: what messages call it.
+
+    Raises:
+        AdapterFileError: as `read_config`.
+    """
     if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
         raise AdapterFileError(f"{path} is no configuration of PEFT: it names no peft_type")
     kind = fields["peft_type"]

@@ -276,7 +276,7 @@ def _factors(config: PeftConfig, name: str, tensors: Mapping[str, Tensor], path:
             "[out_features, r] belong together"
         )
     if len(a) != (rank := config.rank(name)):
-        raise AdapterFileError(f"{path}: {name!r} is of rank {len(a)}; adapter_config.json says {rank}")
+        raise AdapterFileError(f"{path}: {name!r} is of rank {len(a)}; the configuration says {rank}")
     return a, b
 
 
