@@ -246,6 +246,24 @@ def test_an_expression_of_peft_selects_what_there_are_tensors_for(selection, tmp
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_named_adapter_of_peft_on_some_layers_has_a_folder_of_its_own(tmp_path):
+    base, inputs = zoo.bert()
+    config = peft.MissConfig(r=1, target_modules=["query"], layers_to_transform=[1], layers_pattern="layer")
+    theirs = peft.get_peft_model(copy.deepcopy(base), config, adapter_name="mine").eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "miss_" in name:
+                parameter.fill_(0.1)
+    theirs.save_pretrained(str(tmp_path))
+    with pytest.raises(onelora.AdapterFileError, match=r"no adapter_config.json; .*mine is one"):
+        onelora.read_adapter(tmp_path)
+    with pytest.warns(onelora.OneLoRAWarning, match="could not be checked"):
+        ours = onelora.load_adapter(base, tmp_path / "mine")
+    assert list(onelora.vectors(ours)) == ["bert.encoder.layer.1.attention.self.query"]
+    torch.testing.assert_close(output(ours, inputs), output(theirs, inputs), rtol=1e-5, atol=1e-6)
+
+
 def test_names_of_a_list_that_end_another_module_have_to_have_tensors_for_it(tmp_path):
     """PEFT warns, and takes what its initialisation gives: zeros, or with init_lora_weights=False random values."""
     base = Two()
