@@ -17,7 +17,7 @@ import zoo
 from command_line import run
 from hub_places import CONFIG, OURS, TENSORS, assert_same_vectors, cached, in_cache, push
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import onelora_compile as onelora
 from onelora_compile.testing import fill_vectors
@@ -134,6 +134,22 @@ def test_only_fixed_names_are_asked_for(hub, trained, tmp_path):
     hub.holds("user/name", tmp_path / "a")
     onelora.read_adapter("user/name")
     assert {Path(path).name for _, path in hub.requests if "/resolve/" in path} == {CONFIG, TENSORS}
+
+
+@pytest.mark.parametrize("besides", [[], [CONFIG, TENSORS], [OURS]], ids=["alone", "peft", "ours"])
+def test_a_lora_of_diffusers_is_read_where_there_is_nothing_else(besides, hub, trained, tmp_path):
+    folder = tmp_path / "a"
+    onelora.save_adapter(trained[1], folder, format="peft")
+    tensors = {name.removeprefix("base_model.model."): one for name, one in load_file(folder / TENSORS).items()}
+    save_file({name: 2 * one for name, one in tensors.items()}, folder / "pytorch_lora_weights.safetensors")
+    onelora.save_adapter(trained[1], folder / OURS)
+    for name in {CONFIG, TENSORS, OURS} - set(besides):
+        (folder / name).unlink()
+    hub.holds("user/name", folder)
+    factor = 1 if besides else 4  # both factors of the LoRA are twice as large
+    for found in (onelora.read_adapter("user/name"), onelora.read_adapter(folder)):
+        for name, vector in onelora.vectors(trained[1]).items():
+            assert torch.equal(found.vectors[name], factor * vector)
 
 
 def test_what_is_here_comes_before_the_hub(hub, trained):

@@ -19,6 +19,7 @@ from torch import nn
 import onelora_compile as onelora
 from onelora_compile.exporters import convert_adapter
 from onelora_compile.testing import fill_vectors
+from onelora_compile.weights.base_values import base_values
 
 
 @pytest.fixture
@@ -46,6 +47,7 @@ OTHERS = {
     "ia3": (peft.IA3Config(target_modules=["fc1"], feedforward_modules=[]), "a IA3 adapter is not one vector"),
     "miss 2": (peft.MissConfig(r=2, target_modules=["fc1"]), "MISS of r=2: 2 vectors for each layer"),
     "bat": (peft.MissConfig(r=1, init_weights="bat", target_modules=["fc1"]), "init_weights='bat'"),
+    "lora 4": (peft.LoraConfig(r=4, target_modules=["fc1"]), r"rank 4 .* keep \d+\.\d% of .*would be lost"),
     "mini": (peft.MissConfig(r=1, init_weights="mini", mini_r=2, target_modules=["fc1"]), "init_weights='mini'"),
 }
 
@@ -55,6 +57,11 @@ def test_other_maps_of_peft_are_named(case, tmp_path):
     config, message = OTHERS[case]
     peft_folders.written(zoo.tiny_vit()[0], tmp_path / "a", copy.deepcopy(config))
     refused(tmp_path / "a", message)
+
+
+def test_a_lora_that_is_nearly_one_vector_is_not_called_all_of_it(folder):
+    peft_folders.edit_tensors(folder, lambda tensors: tensors[KEY.format("A")][0, 0].add_(0.01))
+    refused(folder, r"vectors keep >99\.9% of ‖ΔW‖² in all, >99\.9% to 100\.0% per layer.*would be lost")
 
 
 def test_attention_of_torch_and_embeddings_as_peft_adapts_them_are_refused(tmp_path):
@@ -71,10 +78,12 @@ def test_attention_of_torch_and_embeddings_as_peft_adapts_them_are_refused(tmp_p
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field": ({"use_magic": True}, "use_magic.*does not know"),
-    "rank": ({"r": 3}, "of rank 1; adapter_config.json says 3"),
-    "rank pattern": ({"rank_pattern": {"fc1": 2}}, "'blocks.0.fc1' is of rank 1; adapter_config.json says 2"),
+    "rank": ({"r": 3}, "of rank 1; the configuration says 3"),
+    "rank pattern": ({"rank_pattern": {"fc1": 2}}, "'blocks.0.fc1' is of rank 1; the configuration says 2"),
     "r of no number": ({"r": "one"}, "damaged: r is 'one'"),
-    "no alpha": ({"lora_alpha": None}, "damaged: lora_alpha is None"),
+    "no alpha": ({"lora_alpha": None}, "damaged: lora_alpha is None, and has to be a finite number"),
+    "alpha is NaN": ({"lora_alpha": float("nan")}, "damaged: lora_alpha is nan, and has to be a finite number"),
+    "no rank": ({"r": 0}, "damaged: r is 0, and has to be a whole number from 1"),
     "a hostile pattern": ({"alpha_pattern": {"(a+)+$": 2}}, "more than one repetition"),
     "no pattern": ({"alpha_pattern": {"(": 2}}, "no regular expression"),
     "patterns of no dict": ({"rank_pattern": [1]}, "rank_pattern is "),
@@ -153,13 +162,36 @@ def test_pickles_are_not_opened_and_sharded_or_foreign_folders_are_named(folder,
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap()))
     refused(folder, "as a pickle .*is not opened")
     tensors.write_bytes(pickle.dumps(Trap()))  # under the name of the other format
-    refused(folder, "not a safetensors file, or is damaged")
+    refused(folder, "not a safetensors file but a pickle, .*not opened")
+    torch.save({"weight": torch.ones(3)}, tensors)
+    refused(folder, "not a safetensors file but a zip file, as torch.save writes")
     assert not Path("opened").exists()
     tensors.unlink()
     for name in ("adapter_model-00001-of-00002.safetensors", "adapter_model.safetensors.index.json"):
         (folder / name).write_bytes(kept)
     refused(folder, "split over several files")
     refused(tmp_path, r"no adapter of PEFT: it has no adapter_config.json; .*a is one")
+
+
+MISTAKEN = {
+    "pickle": (pickle.dumps(Trap()), "but a pickle"),
+    "git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "but a pointer of git LFS"),
+    "page": (b"<!doctype html><html>", "but a page of HTML"),
+    "GGUF": (b"GGUF" + bytes(40), "but a GGUF file"),
+    "damaged": (b"\x80\x02" + bytes(6) + b"{}", "or is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKEN)
+def test_what_lies_under_a_name_of_safetensors_is_named(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, message = MISTAKEN[case]
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    refused(path, message)
+    with pytest.raises(onelora.ConfigError, match=f"base: .*{message}"):
+        base_values(path)
+    assert not Path("opened").exists()
 
 
 def test_another_base_is_refused_by_fingerprint_or_by_shape(folder, tmp_path):

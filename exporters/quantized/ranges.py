@@ -10,7 +10,7 @@ from onelora_compile.exporters.quantized.beside_matmul import Branches
 from onelora_compile.exporters.quantized.calibration import Seen, check_fits, measure
 from onelora_compile.exporters.quantized.saturation import Quantizer, Saturation, Widened, quantizers_behind, refusal
 from onelora_compile.exporters.quantized.widen import needed, widen
-from onelora_compile.printable import shortened
+from onelora_compile.printable import percent, shortened
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -82,7 +82,7 @@ def _settle(
 
 
 def _stuck(which: dict[str, float | None]) -> ExportError:
-    texts = (name if share is None else f"{name}, clips {share:.1%}" for name, share in which.items())
+    texts = (name if share is None else f"{name}, clips {percent(share)}" for name, share in which.items())
     return ExportError(
         f"{len(which)} ranges behind the vectors were calibrated on the base and can't be widened: "
         f"{shortened(texts, 4)}. Fold before quantising, or on_saturation='allow' to let them clip"

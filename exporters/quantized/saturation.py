@@ -11,7 +11,7 @@ import numpy as np
 from onelora_compile.errors import ExportError
 from onelora_compile.exporters.onnx_file.constants import Constants
 from onelora_compile.exporters.quantized.quantizers import Range, range_of
-from onelora_compile.printable import shortened
+from onelora_compile.printable import percent, shortened
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -65,9 +65,9 @@ class Saturation:
         worst = max((one.beyond for one in self.widened.values()), default=0.0)
         text = f"{count}: on {self.inputs} calibration inputs {len(self.widened)} were too narrow"
         if self.widened:
-            text += f" (for up to {worst:.1%} of their values) and were widened"
+            text += f" (for up to {percent(worst)} of their values) and were widened"
         if self.clipping:
-            text += f"; {len(self.clipping)} can't be widened and clip up to {max(self.clipping.values()):.1%}"
+            text += f"; {len(self.clipping)} can't be widened and clip up to {percent(max(self.clipping.values()))}"
         return text
 
 

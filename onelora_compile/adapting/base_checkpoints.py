@@ -3,11 +3,13 @@
 Its heads, norms and statistics are the base's from then on, for `disabled`, `detach` and files, as its weights are.
 
 A hook of the model, not of its adapted modules: each of those sees its own part alone, and a checkpoint that has
-some of the vectors is none of the base; what it lacks is missing, as PyTorch says.
+some of the vectors is none of the base. What it lacks is missing, as PyTorch says, and a warning says what to do: a
+hook is not told whether the load is strict.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from onelora_compile.adapting.adapted_module import is_vector
 from onelora_compile.adapting.adapter_state import AdapterState, Arriving, state_or_none
 from onelora_compile.adapting.module_names import clean_name, named_tensors
+from onelora_compile.errors import OneLoRAWarning
+from onelora_compile.printable import shortened
 from onelora_compile.sharded import memory_here, whole
 
 
@@ -71,8 +75,18 @@ def _vectors_stay(root: nn.Module, found: Any) -> None:
         loaded = brought
     elif not missing and unknown and not any(whole(named[name].detach()).any() for name in vectors):
         loaded = set(named)  # the same, of vectors that were copied
+    if missing and missing < vectors:  # of one shard of a checkpoint more is missing
+        warnings.warn(_partly(missing, len(vectors)), OneLoRAWarning, stacklevel=2)
     if not errors:  # of a load that fails something is not there, and nothing says what
         _remember(state, named, loaded)
+
+
+def _partly(missing: Collection[str], count: int) -> str:
+    return (
+        f"the checkpoint has {count - len(missing)} of the {count} vectors of this model, without "
+        f"{shortened(sorted(missing))}: it is of a model that was adapted on other linears. Adapt this one with the "
+        "same OneLoRAConfig, or detach it and load the adapter's file, which knows its selection, with load_adapter"
+    )
 
 
 def _is_unknown(root: nn.Module, state: AdapterState) -> bool:

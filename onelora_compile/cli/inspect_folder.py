@@ -8,7 +8,7 @@ from pathlib import Path
 from onelora_compile.errors import AdapterFileError, ExportError
 from onelora_compile.printable import Printable, bytes_text, shortened
 from onelora_compile.table import Table
-from onelora_compile.weights.file_kinds import IN_FOLDERS
+from onelora_compile.weights.file_kinds import IN_FOLDERS, OF_DIFFUSERS
 from onelora_compile.weights.peft_config import CONFIG
 
 _SHOWN = (".onnx", ".safetensors", ".engine", ".plan", ".trt")
@@ -112,17 +112,19 @@ def refuse_unknown(path: Path) -> None:
         AdapterFileError: it does not; the message names what in it can be inspected.
     """
     held = sorted(path.iterdir())
-    if any(one.name in (CONFIG, IN_FOLDERS) for one in held):
+    if any(one.name in (CONFIG, IN_FOLDERS, OF_DIFFUSERS) for one in held):
         return
     inside = [str(one) for one in held if one.is_file() and one.suffix in _SHOWN]
     inside += [
         str(one)
         for one in held
-        if one.is_dir() and (is_bundle(one) or any((one / name).is_file() for name in (CONFIG, IN_FOLDERS)))
+        if one.is_dir()
+        and (is_bundle(one) or any((one / name).is_file() for name in (CONFIG, IN_FOLDERS, OF_DIFFUSERS)))
     ]
     listed = f"; inspect one of {shortened(inside)}" if inside else ", and holds nothing that can be inspected"
     raise AdapterFileError(
-        f"{path} is no adapter of PEFT (it has no {CONFIG}), no folder with {IN_FOLDERS}, and no bundle{listed}"
+        f"{path} is no adapter of PEFT (it has no {CONFIG}), no folder with {IN_FOLDERS} or {OF_DIFFUSERS}, and no "
+        f"bundle{listed}"
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.errors import AdapterFileError
-from onelora_compile.printable import Printable, shortened
+from onelora_compile.printable import Printable, percent, shortened
 from onelora_compile.weights.fingerprint import Fingerprint
 
 # What a vector is on: a module that is called, and so has a layer in PEFT, or one of what has none, with the reason.
@@ -61,11 +61,11 @@ class Projection(Printable):
     def text(self) -> str:
         """The shares in one phrase."""
         low, high = min(self.layers.values()), max(self.layers.values())
-        return f"{self.total:.1%} of ‖ΔW‖² in all, {low:.1%} to {high:.1%} per layer"
+        return f"{percent(self.total)} of ‖ΔW‖² in all, {percent(low)} to {percent(high)} per layer"
 
     def __rich__(self) -> Text:
         lines = [f"a vector keeps {self.text}"]
-        lines += [f"  {share:7.2%}  {name}" for name, share in self.layers.items()]
+        lines += [f"  {percent(share, 2):>7}  {name}" for name, share in self.layers.items()]
         return Text("\n".join(lines), no_wrap=True, overflow="ignore")
 
 

@@ -37,7 +37,8 @@ from onelora_compile.weights.adapter_content import AdapterFile as AdapterFile
 from onelora_compile.weights.adapter_content import check_finite, check_vectors
 from onelora_compile.weights.adapter_metadata import DAMAGED, base_to_metadata, parsed_base
 from onelora_compile.weights.atomic_write import replacing
-from onelora_compile.weights.file_kinds import ADAPTER, FORMAT, GGUF_FILE, refuse_other_kinds
+from onelora_compile.weights.diffusers_file import is_lora, read_lora
+from onelora_compile.weights.file_kinds import ADAPTER, FORMAT, GGUF_FILE, no_safetensors, refuse_other_kinds
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of, fingerprint_of_values
 from onelora_compile.weights.fits_model import on_the_base, tied_names
 from onelora_compile.weights.gguf_base import layout_of_base
@@ -156,7 +157,8 @@ def read_adapter(
     """Read and check an adapter file, or a folder of PEFT, by itself, without a model.
 
     Args:
-        path: a file of `save_adapter`, a folder of PEFT, or an id on the Hugging Face Hub, as in `load_adapter`.
+        path: a file of `save_adapter`, a folder of PEFT, a LoRA of diffusers, or an id on the Hugging Face Hub, as in
+            `load_adapter`.
         approximate: as in `load_adapter`; the result's `projection` says what is kept.
         base: of a `.gguf`, its base: the folder, the `config.json` in it, or its own `.gguf`. It tells the order of the
             rows, which that of a Llama needs.
@@ -184,12 +186,15 @@ def read_adapter(
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            _check_format(metadata, path)
+            if not (of_diffusers := metadata.get("format") != FORMAT and is_lora(file.keys())):
+                _check_format(metadata, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         ours = path.suffix in (".onnx_adapter", ".vectors")
         hint = f"; convert reads it: onelora convert {path} -o a.safetensors --like MODEL.onnx" if ours else ""
-        raise AdapterFileError(f"{path} is not a safetensors file, or is damaged: {error}{hint}") from error
+        raise AdapterFileError(f"{no_safetensors(path, error)}{hint}") from error
+    if of_diffusers:
+        return read_lora(tensors, metadata, path, approximate)
     try:
         config = OneLoRAConfig.from_json(metadata["config"])
         said = parsed_base(metadata)

@@ -12,6 +12,7 @@ from torch import Tensor
 from onelora_compile.errors import BaseMismatchError, ConfigError
 from onelora_compile.file_names import as_path
 from onelora_compile.weights.combine_trained import BaseValue
+from onelora_compile.weights.file_kinds import no_safetensors
 from onelora_compile.weights.fingerprint import Fingerprint, fingerprint_of_values
 
 
@@ -53,4 +54,4 @@ def _opened(path: Path) -> tuple[set[str], Callable[[str], Tensor]]:
         file = safetensors.safe_open(path, framework="pt")
         return set(file.keys()), file.get_tensor
     except safetensors.SafetensorError as error:
-        raise ConfigError(f"base: {path} is not a .safetensors file, or is damaged: {error}") from error
+        raise ConfigError(f"base: {no_safetensors(path, error)}") from error

@@ -12,6 +12,7 @@ from onelora_compile.file_names import as_file, as_path
 
 ADAPTER = ".safetensors"  # how the name of an adapter file ends
 IN_FOLDERS = "onelora.safetensors"  # its name in a checkpoint, and in a repository of the Hugging Face Hub
+OF_DIFFUSERS = "pytorch_lora_weights.safetensors"  # as diffusers calls a LoRA
 GGUF_FILE = ".gguf"
 FORMAT = "onelora"  # what its metadata says
 # What the names of files tell.
@@ -32,6 +33,15 @@ _BEGINS: dict[str, Callable[[bytes], bool]] = {
     ".engine": lambda start: start[1:4] == b"trt",
     ".xml": lambda start: b"<net " in start,
     GGUF_FILE: lambda start: start[:4] == b"GGUF" and b"general.type" in start and b"adapter" in start,
+}
+
+# What is often found under a name of safetensors.
+_MISTAKEN = {
+    b"PK\x03\x04": "a zip file, as torch.save writes: its pickle could run any code and is not opened",
+    **{bytes([0x80, protocol]): "a pickle, which could run any code and is not opened" for protocol in range(2, 6)},
+    b"GGUF": "a GGUF file",
+    b"version https://git-lfs": "a pointer of git LFS in the place of the file: git lfs pull gets it",
+    b"<": "a page of HTML or XML: download the file itself",
 }
 
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors package
@@ -69,6 +79,16 @@ def refuse_other_kinds(out: str | os.PathLike[str], ending: str, what: str = "ou
         foreign = ending == ".xml" and not _BEGINS[ending](start)
     if foreign:
         raise ConfigError(f"{what}={str(out)!r} is there and is not {KINDS[ending]}: remove it, or give another name")
+
+
+def no_safetensors(path: Path, error: Exception) -> str:
+    """What a file is that the reader of safetensors refused, by how it begins."""
+    start = _start(path)
+    if start[8:9] != b"{":  # else a damaged one: its header begins after 8 bytes
+        for begin, kind in _MISTAKEN.items():
+            if start.startswith(begin):
+                return f"{path} is not a safetensors file but {kind}"
+    return f"{path} is not a safetensors file, or is damaged: {error}"
 
 
 def _start(path: Path) -> bytes:

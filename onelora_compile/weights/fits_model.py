@@ -13,7 +13,7 @@ from onelora_compile.adapting.module_names import clean_name, matches, named_mod
 from onelora_compile.adapting.weight_target import Target
 from onelora_compile.errors import AdapterFileError, BaseMismatchError
 from onelora_compile.kinds import is_linear
-from onelora_compile.printable import shortened
+from onelora_compile.printable import percent, shortened
 from onelora_compile.progress import over_weights
 from onelora_compile.weights.adapter_content import AdapterFile
 from onelora_compile.weights.fingerprint import fingerprint_of
@@ -132,7 +132,7 @@ def check_base(targets: dict[str, Target], file: AdapterFile, path: PathLike) ->
                 f"{list(shape)}; the model's is {list(found)} and takes {list(target.shape)}"
             )
         if expected and not (here := fingerprint_of(target, with_levels=False)).agrees(expected):
-            wrong.append(f"{name} (differs by {here.distance(expected):.1%})")
+            wrong.append(f"{name} (differs by {percent(here.distance(expected))})")
     if wrong:
         raise BaseMismatchError(
             f"{path} was trained on another base: {len(wrong)} of {len(targets)} weights are not those it was trained "

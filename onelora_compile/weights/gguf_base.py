@@ -17,7 +17,7 @@ import torch
 
 from onelora_compile.errors import BaseMismatchError, ConfigError
 from onelora_compile.file_names import check_there
-from onelora_compile.printable import shortened
+from onelora_compile.printable import percent, shortened
 from onelora_compile.progress import steps
 from onelora_compile.weights.adapter_content import AdapterFile
 from onelora_compile.weights.file_kinds import GGUF_FILE
@@ -120,7 +120,7 @@ def _check(file: AdapterFile, tensors: Mapping[str, Any], layout: GgufLayout) ->
             if shape != (out_features, in_features):
                 wrong.append(f"{name} is {[out_features, in_features]} and not {list(shape)}")
             elif known and not (here := _fingerprint(name, tensors[key], layout)).agrees(known):
-                wrong.append(f"{name} (differs by {here.distance(known):.1%})")
+                wrong.append(f"{name} (differs by {percent(here.distance(known))})")
     if wrong:
         raise BaseMismatchError(
             f"the adapter was trained on another base than {layout.source}: {len(wrong)} of {len(names)} weights are "

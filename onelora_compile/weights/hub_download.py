@@ -3,7 +3,8 @@
     onelora_compile.load_adapter(model, "owner/name")
 
 An id is what has that form and is no file or folder here. The names of the files are fixed, and all are of one commit:
-`onelora.safetensors`, else a folder of PEFT. Tokens, the cache and HF_HUB_OFFLINE are those of huggingface_hub.
+`onelora.safetensors`, else a folder of PEFT, else a LoRA of diffusers. Tokens, the cache and HF_HUB_OFFLINE are those
+of huggingface_hub.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from onelora_compile.errors import AdapterFileError, ConfigError, require
 from onelora_compile.file_names import as_path
 from onelora_compile.printable import shortened
 from onelora_compile.version import __version__
-from onelora_compile.weights.file_kinds import IN_FOLDERS, KINDS
+from onelora_compile.weights.file_kinds import IN_FOLDERS, KINDS, OF_DIFFUSERS
 from onelora_compile.weights.peft_config import CONFIG
 from onelora_compile.weights.peft_folder import TENSORS
 
@@ -29,6 +30,7 @@ Token = str | bool | None
 HUB = "Hugging Face Hub"
 LIBRARY = {"library_name": "onelora-compile", "library_version": __version__}
 FILES = (IN_FOLDERS, CONFIG, TENSORS)
+_READ = (*FILES, OF_DIFFUSERS)
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _FILES = {*KINDS, ".onnx_adapter", ".plan", ".trt", ".bin", ".pt", ".pth", ".json"}
 
@@ -83,8 +85,8 @@ def local_adapter(
         folder = _downloaded(place.as_posix(), revision, inside, token)
     else:
         raise FileNotFoundError(f"there is no adapter file {place}")
-    own = folder / IN_FOLDERS
-    return own if own.is_file() else folder
+    alone = [IN_FOLDERS] if (folder / CONFIG).is_file() else [IN_FOLDERS, OF_DIFFUSERS]
+    return next((folder / one for one in alone if (folder / one).is_file()), folder)
 
 
 def told(error: Exception) -> str:
@@ -100,7 +102,7 @@ def _inside(subfolder: str | None) -> PurePosixPath:
 
 
 def _downloaded(name: str, revision: str | None, inside: PurePosixPath, token: Token) -> Path:
-    wanted = [glob.escape(str(inside / file)) for file in FILES]
+    wanted = [glob.escape(str(inside / file)) for file in _READ]
     try:
         hub = hub_library(f"look for {name} on the {HUB}")
         got = hub.snapshot_download(name, revision=revision, token=token, allow_patterns=wanted, **LIBRARY)
@@ -110,13 +112,13 @@ def _downloaded(name: str, revision: str | None, inside: PurePosixPath, token: T
             f"{f' and revision {revision!r}' if revision else ''}: {told(error)}"
         ) from error
     folder = Path(got, inside)
-    there = [file for file in FILES if (folder / file).is_file()]
-    if IN_FOLDERS in there or {CONFIG, TENSORS} <= set(there):
+    there = [file for file in _READ if (folder / file).is_file()]
+    if {IN_FOLDERS, OF_DIFFUSERS} & set(there) or {CONFIG, TENSORS} <= set(there):
         return folder
     where = f" in {inside}" if inside.parts else ""
     raise AdapterFileError(
-        f"{name} on the {HUB} holds no adapter{where}: neither {IN_FOLDERS}, nor {CONFIG} with {TENSORS} (pickles are "
-        f"not opened). It holds {shortened(_listed(hub, name, revision, token) or there)}"
+        f"{name} on the {HUB} holds no adapter{where}: neither {IN_FOLDERS}, nor {CONFIG} with {TENSORS}, nor "
+        f"{OF_DIFFUSERS} (pickles are not opened). It holds {shortened(_listed(hub, name, revision, token) or there)}"
     )
 
 

@@ -71,9 +71,10 @@ def load_adapter(
     Args:
         model: the model, plain or compiled, adapted or not.
         path: a file of `save_adapter`; a folder of PEFT: LoRA whose lora_A is constant, MiSS or Bone of r=1; a LoRA of
-            that kind for llama.cpp, `.gguf`, if the model's form there is known (needs the package gguf); a folder that
-            holds `onelora.safetensors`; or, where nothing of that name is here, an id on the Hub, "owner/name", of
-            a repository with one of these. The Hub needs the package huggingface_hub.
+            that kind for llama.cpp, `.gguf`, if the model's form there is known (needs the package gguf), or of
+            diffusers for this model of a pipeline; a folder that holds `onelora.safetensors`; or, where nothing of that
+            name is here, an id on the Hub, "owner/name", of a repository with one of these. The Hub needs the package
+            huggingface_hub.
         approximate: take the best vector of each layer of a LoRA that is more than that, b = ΔW 1 / in_features; a
             `OneLoRAWarning` says which share of ‖ΔW‖² that keeps.
         adapter_name: under which the model holds it, beside the adapters that it has; it waits until `set_adapter`,

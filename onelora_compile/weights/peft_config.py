@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from onelora_compile.adapting.module_names import matches
 from onelora_compile.errors import AdapterFileError, ConfigError
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_content import CONV1D, AdapterFile
@@ -68,6 +67,13 @@ class PeftConfig:
         return list(self.fields.get("modules_to_save") or ())
 
     @property
+    def whole_names(self) -> list[str]:
+        """The names of all adapted modules, where those are said: as this package does. PEFT says endings."""
+        targets: Any = self.fields.get("target_modules")
+        alone = isinstance(targets, list) and self.fields.get("exclude_modules") == _all_but(targets)
+        return targets if alone else []
+
+    @property
     def base_model(self) -> str:
         """The name or path of the base; "" without."""
         return str(self.fields.get("base_model_name_or_path") or "")
@@ -111,6 +117,19 @@ def read_config(folder: Path) -> PeftConfig:
         fields: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not JSON, or is damaged: {error}") from error
+    return checked_config(fields, path)
+
+
+def checked_config(fields: Any, path: Path) -> PeftConfig:
+    """Check a configuration.
+
+    Args:
+        fields: all of it.
+        path: what messages call it.
+
+    Raises:
+        AdapterFileError: as `read_config`.
+    """
     if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
         raise AdapterFileError(f"{path} is no configuration of PEFT: it names no peft_type")
     kind = fields["peft_type"]
@@ -128,7 +147,9 @@ def read_config(folder: Path) -> PeftConfig:
 
 def _malformed(kind: str, fields: dict[str, Any]) -> str:
     """What of the fields that are read has the wrong type."""
-    numbers = {"r": fields.get("r")} | ({"lora_alpha": fields.get("lora_alpha")} if kind == LORA else {})
+    numbers: dict[str, Any] = {"r": fields.get("r")} | (
+        {"lora_alpha": fields.get("lora_alpha")} if kind == LORA else {}
+    )
     for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         given = fields.get(pattern) or {}
         if not isinstance(given, dict):
@@ -138,9 +159,10 @@ def _malformed(kind: str, fields: dict[str, Any]) -> str:
                 return f"{pattern}: {expression!r} is no regular expression, or has more than one repetition"
             numbers[f"{name} of {expression!r}"] = value
     for name, value in numbers.items():
-        whole = name.startswith("lora_alpha") or isinstance(value, int)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not whole or not 0 < value < 1e9:
-            return f"{name} is {value!r}"
+        rank = not name.startswith("lora_alpha")
+        number = isinstance(value, int if rank else int | float) and not isinstance(value, bool)
+        if not number or not abs(value) < 1e9 or (rank and value < 1):
+            return f"{name} is {value!r}, and has to be {'a whole number from 1' if rank else 'a finite number'}"
     for name in ("modules_to_save", "target_modules", "exclude_modules"):
         value = fields.get(name)
         listed = isinstance(value, list) and all(isinstance(one, str) and one for one in value)
@@ -194,7 +216,9 @@ def config_of(file: AdapterFile, peft_type: str, saved: Collection[str], modules
         "peft_type": peft_type,
         "task_type": task or None,
         "base_model_name_or_path": file.base_model or None,
-        "target_modules": _targets(list(file.vectors), modules),
+        # SGLang takes no expression for target_modules, so that what a list selects besides is excluded.
+        "target_modules": list(file.vectors),
+        "exclude_modules": _all_but(file.vectors),
         "modules_to_save": sorted(saved) or None,
         "r": 1,
         "bias": "none",
@@ -213,9 +237,11 @@ def config_of(file: AdapterFile, peft_type: str, saved: Collection[str], modules
     }
 
 
-def _targets(names: list[str], modules: Collection[str]) -> list[str] | str:
-    """Names that select exactly these modules; one regular expression where a list would select others too."""
-    wanted = set(names)
-    if any(module not in wanted and matches(names, module) for module in modules):
-        return "|".join(map(re.escape, names))
-    return names
+def these_alone(names: Collection[str]) -> str:
+    """A regular expression for modules of these names and no others."""
+    return "|".join(map(re.escape, sorted(names)))
+
+
+def _all_but(names: Collection[str]) -> str:
+    """One for every other module: PEFT takes a list of names as endings, of modules anywhere."""
+    return f"(?!(?:{these_alone(names)})$).*"

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import safetensors
 from safetensors.torch import save_file
@@ -25,9 +26,9 @@ from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_content import AdapterFile, check_finite, check_vectors
 from onelora_compile.weights.adapter_metadata import base_from_metadata, base_to_metadata
 from onelora_compile.weights.atomic_write import replacing, replacing_folder
-from onelora_compile.weights.file_kinds import refuse_other_kinds
+from onelora_compile.weights.file_kinds import no_safetensors, refuse_other_kinds
 from onelora_compile.weights.layers import STATISTICS, trained_modules, without_still_statistics
-from onelora_compile.weights.peft_config import CONFIG, LORA, MISS, PeftConfig, config_of, read_config
+from onelora_compile.weights.peft_config import CONFIG, LORA, MISS, PeftConfig, config_of, read_config, these_alone
 from onelora_compile.weights.peft_tensors import from_peft, to_peft
 
 PEFT, PEFT_MISS = "peft", "peft-miss"
@@ -110,12 +111,35 @@ def read_folder(folder: Path, approximate: bool = False) -> AdapterFile:
             metadata = held.metadata() or {}
             stored: dict[str, Tensor] = {name: held.get_tensor(name) for name in held.keys()}
     except safetensors.SafetensorError as error:
-        raise AdapterFileError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+        raise AdapterFileError(no_safetensors(path, error)) from error
+    return adapter_of(config, stored, metadata, path, approximate)
+
+
+def adapter_of(
+    config: PeftConfig, stored: dict[str, Tensor], metadata: dict[str, str], path: Path, approximate: bool
+) -> AdapterFile:
+    """An adapter from what is stored of one of PEFT.
+
+    Args:
+        config: its configuration.
+        stored: its tensors, by PEFT's keys.
+        metadata: of their file.
+        path: of their file, for messages.
+        approximate: as in `read_folder`.
+
+    Raises:
+        AdapterFileError: tensors that are damaged or missing, or more than vectors hold.
+    """
     check_finite(stored, f"{path} was not loaded")
     found = from_peft(config, stored, path, approximate)
     check_finite(found.vectors, f"{path}: a vector is too large for float32")
     known = base_from_metadata(metadata, found.vectors, found.saved, path)
     check_vectors(found.vectors, known.fingerprints, path)
+    if missing := sorted(set(config.whole_names) - set(found.vectors)):
+        raise AdapterFileError(
+            f"{path} has no tensors for {shortened(missing)}, which its target_modules select: they would stay the "
+            "base's"
+        )
     saved, roots = found.saved, found.roots
     if known.names:  # what is there because PEFT holds whole modules, and was not trained
         saved = {name: value for name, value in saved.items() if name in known.bases or not value.is_floating_point()}
@@ -138,12 +162,14 @@ def read_folder(folder: Path, approximate: bool = False) -> AdapterFile:
 
 
 def _selection(config: PeftConfig, names: list[str], roots: list[str]) -> OneLoRAConfig:
-    """What was selected, by PEFT's own words where those are lists."""
-    targets, excluded = config.fields.get("target_modules"), config.fields.get("exclude_modules")
-    if not isinstance(targets, list) or not targets or config.fields.get("layers_to_transform") is not None:
-        return OneLoRAConfig(target_modules=names, modules_to_save=roots)
-    # An expression is not tried: a hostile one takes for ever.
-    return OneLoRAConfig(targets, excluded if isinstance(excluded, list) and excluded else None, roots)
+    """What was selected: PEFT's lists where those say it, else the modules that there are tensors for."""
+    targets: Any = config.fields.get("target_modules")
+    excluded: Any = config.fields.get("exclude_modules") or None
+    listed = isinstance(targets, list) and bool(targets)
+    if not listed or isinstance(excluded, str) or config.fields.get("layers_to_transform") is not None:
+        # Their expression is not tried: a hostile one takes for ever. A list of names would select their endings too.
+        return OneLoRAConfig(target_modules=these_alone(names), modules_to_save=roots)
+    return OneLoRAConfig(targets, excluded, roots)
 
 
 def _check_files(folder: Path) -> None:

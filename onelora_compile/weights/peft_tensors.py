@@ -239,7 +239,8 @@ def _of_lora(
         a, b = (one.flatten(1).double() for one in factors)  # [r, in_features], [out_features, r]
         constant = a[:, :1]
         scaling = config.scaling(name, len(a))
-        same = bool((a == constant).all())
+        adding = (b * scaling).any(0)  # a row of A that B multiplies by zero, as at the start of training, adds nothing
+        same = bool((a == constant)[adding].all())
         mean = constant if same else a.mean(1, keepdim=True)
         exact &= same
         vector = scaling * (b @ mean).flatten()
@@ -275,7 +276,7 @@ def _factors(config: PeftConfig, name: str, tensors: Mapping[str, Tensor], path:
             "[out_features, r] belong together"
         )
     if len(a) != (rank := config.rank(name)):
-        raise AdapterFileError(f"{path}: {name!r} is of rank {len(a)}; adapter_config.json says {rank}")
+        raise AdapterFileError(f"{path}: {name!r} is of rank {len(a)}; the configuration says {rank}")
     return a, b
 
 

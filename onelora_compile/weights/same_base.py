@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 from onelora_compile.errors import AdapterFileError, BaseMismatchError
-from onelora_compile.printable import shortened
+from onelora_compile.printable import percent, shortened
 from onelora_compile.weights.adapter_content import AdapterFile, Layer
 from onelora_compile.weights.fingerprint import Fingerprint
 
@@ -107,7 +107,7 @@ def agreed(
 def _difference(one: Fingerprint, other: Fingerprint) -> str:
     if one.shape != other.shape:
         return f"{list(other.shape)} and {list(one.shape)}"
-    return f"differs by {one.distance(other):.1%}"
+    return f"differs by {percent(one.distance(other))}"
 
 
 def not_compared(terms: Sequence[Term]) -> list[str]:

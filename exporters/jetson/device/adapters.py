@@ -163,7 +163,8 @@ def _check_base(path: str, found: dict[str, Fingerprint], known: dict[str, Any])
         here, other = Fingerprint.of(fields), found[name]
         distance = here.distance(other)
         if distance > max(TOLERANCE.get(one.dtype, TOLERANCE_OTHER) for one in (here, other)):
-            wrong.append(f"{name} (differs by {distance:.1%})")
+            share = "<0.1%" if distance < 0.0005 else f"{distance:.1%}"  # nothing that is refused differs by 0.0%
+            wrong.append(f"{name} (differs by {share})")
     if wrong:
         raise BundleError(f"{path} was trained on another base: {_shortened(wrong)}")
 
