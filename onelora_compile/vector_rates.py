@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from onelora_compile.adapting.adapter import trainable_parameters, unwrap, vectors
@@ -24,8 +25,7 @@ from onelora_compile.dynamo import private_api
 from onelora_compile.dynamo.capture import capture
 from onelora_compile.errors import ConfigError, OneLoRAWarning, StateError
 from onelora_compile.kinds import as_args
-from onelora_compile.ops import ADD_RANK1, feature_sum
-from onelora_compile.passes.graph.subgraphs import scopes
+from onelora_compile.ops import ADD_RANK1, accumulation_dtype, feature_sum
 from onelora_compile.passes.move_updates import weight_to_activation
 from onelora_compile.passes.open_attention import expand_attention
 from onelora_compile.passes.run import run_passes
@@ -66,20 +66,21 @@ def parameter_groups(
     if (name := next((name for name, vector in own.items() if vector.is_meta), None)) is not None:
         raise StateError(f"can't measure sums: {name!r} is on the meta device: load the model's weights first")
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (as_args(batch), {})
-    sizes = _Sizes({id(vector): name for name, vector in own.items()})
+    sizes = _Sizes({_place(vector): name for name, vector in own.items()})
     capture(root, args, kwargs, sizes.watch)
     if wrong := [name for name, one in sizes.seen.items() if not math.isfinite(one.outputs + one.sums)]:
         raise ConfigError(f"the batch gives {shortened(wrong)} NaN or infinity: its sums have no size")
-    factors = {name: min(LARGEST, one.factor) for name, one in sizes.seen.items()}
+    factors = {name: one.factor for name, one in sizes.seen.items() if one.outputs}
     if not factors:
         raise ConfigError(
-            "the batch uses none of the vectors, or in a way that can't be measured: give the inputs of a training step"
+            "the batch uses none of the vectors, or in a way that can't be measured (outputs that are zero, vmap, "
+            "Dynamo switched off): give the inputs of a training step"
         )
     if left := [name for name in own if name not in factors]:
         middle = statistics.median(factors.values())
         warnings.warn(
-            f"{shortened(left)}: the batch does not use these vectors, or in a way that can't be measured. They get "
-            f"the median rate of the others, {lr * middle:.2g}",
+            f"{shortened(left)}: the batch does not use these vectors, or in a way that can't be measured, as outputs "
+            f"that are zero. They get the median rate of the others, {lr * middle:.2g}",
             OneLoRAWarning,
             stacklevel=2,
         )
@@ -93,9 +94,16 @@ def parameter_groups(
 
 
 def _positive(lr: object) -> float:
-    if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < float(lr) < math.inf:
+    if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < (rate := _as_float(lr)) < math.inf:
         raise ConfigError(f"lr={lr!r} is no positive number")
-    return float(lr)
+    return rate
+
+
+def _as_float(number: Real) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 @dataclasses.dataclass
@@ -109,45 +117,59 @@ class _Size:
 
     @property
     def factor(self) -> float:
-        """The size of the output over that of the sum."""
-        return math.sqrt(self.outputs / self.outputs_count * self.sums_count / self.sums) if self.sums else math.inf
+        """The size of the output over that of the sum, at most `LARGEST`."""
+        if not self.sums:
+            return LARGEST
+        return min(LARGEST, math.sqrt(self.outputs / self.outputs_count * self.sums_count / self.sums))
 
 
 class _Sizes:
-    """Measures what the updates of captured graphs get as they run."""
+    """Measures what the updates of captured graphs get as they run.
+
+    Dynamo runs one graph for several layers that are alike, so that only the run tells whose vector it is.
+    """
 
     def __init__(self, names: Mapping[int, str]) -> None:
-        self._names = names  # of vectors, by their identity
+        self._names = names  # of vectors, by where they are in memory
         self.seen: dict[str, _Size] = {}
 
     def watch(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """A backend that makes every adapted weight an update, and measures before each update."""
         watched = private_api.copy_graph(gm)
-        given = zip(watched.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
-        names = {node: self._names[id(value)] for node, value in given if id(value) in self._names}
         run_passes(watched, (expand_attention, weight_to_activation))
-        for scope in scopes(watched):
-            for update in rank1_updates(scope.gm.graph):
-                y, second, vector = operands(update)
-                if (name := names.get(scope.outer.get(_origin(vector), vector))) is not None:
+        for module in watched.modules():
+            if isinstance(module, fx.GraphModule):
+                for update in rank1_updates(module.graph):
+                    y, second, vector = operands(update)
                     measure = self.of_sums if update.target is ADD_RANK1 else self.of_inputs
-                    with scope.gm.graph.inserting_before(update):
-                        scope.gm.graph.call_function(measure, (name, y, second))
-            scope.gm.recompile()
+                    with module.graph.inserting_before(update):
+                        module.graph.call_function(measure, (_origin(vector), y, second))
+                module.recompile()
         return watched.forward
 
-    def of_inputs(self, name: str, y: Tensor, x: Tensor) -> None:
+    def of_inputs(self, vector: Tensor, y: Tensor, x: Tensor) -> None:
         """Note an update of y by the features of x."""
-        self.of_sums(name, y, feature_sum(x))
+        self.of_sums(vector, y, feature_sum(x))
 
-    def of_sums(self, name: str, y: Tensor, s: Tensor) -> None:
+    def of_sums(self, vector: Tensor, y: Tensor, s: Tensor) -> None:
         """Note an update of y by feature sums."""
-        if y.numel():
+        if not y.numel() or any(map(private_api.is_of_a_transform, (vector, y, s))):  # under vmap there are no numbers
+            return
+        if (name := self._names.get(_place(vector))) is not None:
             size = self.seen.setdefault(name, _Size())
-            size.outputs += y.double().square().sum().item()
+            size.outputs += _square(y)
             size.outputs_count += y.numel()
-            size.sums += s.double().square().sum().item()
+            size.sums += _square(s)
             size.sums_count += s.numel()
+
+
+def _square(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=accumulation_dtype(values.dtype)).item() ** 2)
+
+
+def _place(tensor: Tensor) -> int:
+    """Where a tensor is in memory."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _origin(node: fx.Node) -> fx.Node:

@@ -156,6 +156,80 @@ def test_a_vector_that_the_batch_does_not_use_is_named_and_gets_the_median():
     assert found["a"] == found["b"]
 
 
+def test_layers_that_share_a_graph_have_rates_of_their_own():
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.fc(x).relu() + 1
+            torch._dynamo.graph_break()
+            return x
+
+    model, x = nn.Sequential(*[Block() for _ in range(4)]), torch.randn(5, 8) + 1
+    expected, inner = {}, x
+    for index, block in enumerate(model):
+        expected[f"{index}.fc"] = pytest.approx(linear_factor(inner, block.fc.weight, block.fc.bias), rel=1e-5)
+        inner = block(inner)
+    onelora.adapt(model)
+    assert rates(model, x) == expected
+
+
+def test_layers_of_one_compiled_region_have_rates_of_their_own():
+    torch.manual_seed(0)
+
+    class Regions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = region(layer, x)
+            return x
+
+    @torch.compiler.nested_compile_region
+    def region(layer, x):
+        return layer(x).relu() + 1
+
+    model, x = Regions(), torch.randn(5, 8) + 1
+    expected, inner = {}, x
+    for index, layer in enumerate(model.layers):
+        expected[f"layers.{index}"] = pytest.approx(linear_factor(inner, layer.weight, layer.bias), rel=1e-5)
+        inner = layer(inner).relu() + 1
+    onelora.adapt(model)
+    assert rates(model, x) == expected
+
+
+def test_a_layer_whose_output_is_zero_is_named_and_gets_the_median():
+    torch.manual_seed(0)
+    last = nn.Linear(8, 1)
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
+    model = onelora.adapt(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), last))
+    with pytest.warns(OneLoRAWarning, match="^2: .*outputs that are zero"):
+        found = rates(model, torch.randn(4, 8) + 1)
+    assert found["2"] == found["0"] > 0
+
+
+def test_a_layer_under_vmap_can_not_be_measured():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.last(torch.func.vmap(self.inner)(x))
+
+    model = onelora.adapt(Mapped())
+    with pytest.warns(OneLoRAWarning, match="^inner: the batch does not use these vectors, or in a way that can't"):
+        found = rates(model, torch.randn(3, 2, 4) + 1)
+    assert found["inner"] == found["last"]
+
+
 def test_looking_changes_nothing():
     torch.manual_seed(0)
     model = fill_vectors(
@@ -190,7 +264,7 @@ def test_an_optimizer_and_its_schedule_take_the_groups():
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("lr", [0, -1.0, float("nan"), float("inf"), True, "1e-2"])
+@pytest.mark.parametrize("lr", [0, -1.0, float("nan"), float("inf"), True, "1e-2", 10**400])
 def test_a_rate_that_is_none_is_refused(lr):
     model = onelora.adapt(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(ConfigError, match=r"lr=.* is no positive number"):
