@@ -19,6 +19,7 @@ from onelora_compile.exporters.half.retype import FLOATS, retype
 from onelora_compile.exporters.onnx_file.load import read_tensor
 from onelora_compile.exporters.onnx_file.save import save_model
 from onelora_compile.exporters.onnx_runtime.measuring import measuring_session
+from onelora_compile.exporters.opsets.one_node import constant_of
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -75,6 +76,11 @@ class TensorRange:
     def underflows(self) -> bool:
         """Whether even its largest number loses bits in float16."""
         return 0 < self.largest < NORMAL
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is a constant that float16 makes zero, as the number that keeps a norm from dividing by zero."""
+        return self.op == STORED and 0 < self.largest <= ZERO
 
     @property
     def broken(self) -> bool:
@@ -242,7 +248,10 @@ def _floating(value: onnx_ir.Value) -> bool:
 
 
 def _stored(model: onnx_ir.Model) -> list[tuple[onnx_ir.Value, Any]]:
+    """Numbers that the file has: in initializers, and in nodes, which are run but not watched."""
     held = [(value, value.const_value) for value in model.graph.initializers.values()]
+    nodes = [node.outputs[0] for node in model.graph if node.op_type == "Constant"]
+    held += [(value, constant_of(value)) for value in nodes]
     return [(value, tensor) for value, tensor in held if tensor is not None and tensor.dtype.name in FLOATS]
 
 
