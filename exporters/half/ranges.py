@@ -18,6 +18,7 @@ from onelora_compile.errors import ConfigError, require
 from onelora_compile.exporters.half.retype import FLOATS, retype
 from onelora_compile.exporters.onnx_file.load import read_tensor
 from onelora_compile.exporters.onnx_file.save import save_model
+from onelora_compile.exporters.onnx_runtime.declared import fitted, slots_of_model
 from onelora_compile.exporters.onnx_runtime.measuring import measuring_session
 from onelora_compile.exporters.opsets.one_node import constant_of
 
@@ -128,7 +129,9 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="onelora-") as folder:
         save_model(twin, Path(folder) / "twin.onnx", _loaded(twin) or None)
         session = measuring_session(Path(folder) / "twin.onnx", "in float32, to measure its ranges")
-        for feed in runs:
+        slots = slots_of_model(twin)
+        for given in runs:
+            feed = fitted(given, slots)
             _refuse_nan(feed)
             _run(session, [name for name in watched if name in made], feed, seen)
             for name in watched:

@@ -13,7 +13,7 @@ NO_INPUTS = "calibration= holds no inputs"
 
 
 def feeds(inputs: Any, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-    """Each input of a model, arrays by name.
+    """Each input of a model, arrays by name; `fitted` makes them what the model declares.
 
     Args:
         inputs: one input or several, each a mapping, a sequence in the order of the names, or an array or tensor of a
@@ -38,6 +38,5 @@ def feeds(inputs: Any, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         if set(feed) != set(names):
             raise ConfigError(f"a calibration input names {sorted(feed)}; the model takes {list(names)}")
         yield {
-            name: np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
-            for name, value in feed.items()
+            name: value.detach().cpu().numpy() if hasattr(value, "detach") else value for name, value in feed.items()
         }

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import bundles
 import numpy as np
@@ -18,10 +19,11 @@ import pytest
 import torch
 import zoo
 from bundles import ORT, active, call, changed, exported
+from signed import own_keys
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.exporters import bundle, sign_adapter
+from onelora_compile.exporters import bundle, export_onnx, sign_adapter
 from onelora_compile.weights import fingerprint
 from onelora_compile.weights.adapter_file import read_adapter
 
@@ -283,7 +285,7 @@ def test_two_updates_of_one_name_are_two_adapters(lost, tmp_path, capsys):
     assert active(folder) == names[2]
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "a, b", "", "\u202ea", "-v"])
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "a, b", "", "\u202ea", "-v", ".a", " a", "a$(b)", "a\\b"])
 def test_a_name_that_can_not_be_printed_or_typed_is_refused(name, tmp_path, capsys):
     folder = bundles.fresh("input", tmp_path)
     arrived = shutil.copy(bundles.sources() / "new.safetensors", tmp_path / f"{name}.safetensors")
@@ -295,3 +297,21 @@ def test_a_name_that_can_not_be_printed_or_typed_is_refused(name, tmp_path, caps
         sign_adapter(arrived, tmp_path / "key.pem")
     with pytest.raises(onelora.errors.ConfigError, match="rename the file"):
         bundle(bundles.sources() / "input.onnx", tmp_path / "b", shapes=bundles.SHAPES, adapters=[arrived])
+    bank = tmp_path / "bank.onnx"
+    with pytest.raises(onelora.errors.ConfigError, match="rename the file"):
+        export_onnx(bundles.base_model(), (torch.ones(1, 16, 12),), bank, adapters="bank", bank=[arrived])
+
+
+@pytest.mark.parametrize("name", ["rückfahrt v2 (1)", "夜間モデル", "हिन्दी", "a+b=c@d"])
+def test_a_name_that_people_give_is_signed_packed_and_used(name, tmp_path, capsys):
+    folder = bundles.fresh("input", tmp_path)
+    arrived = Path(shutil.copy(bundles.sources() / "new.safetensors", tmp_path / f"{name}.safetensors"))
+    assert call(folder, "update", arrived) == 0
+    assert active(folder) == name
+    assert call(folder, "rollback") == 0
+    assert call(folder, "use", name) == 0
+    assert f"in use: {name}\n" in capsys.readouterr().out
+    assert sign_adapter(arrived, own_keys()[0]).name == f"{name}.safetensors.sig"
+    report = bundle(bundles.sources() / "input.onnx", tmp_path / "b", shapes=bundles.SHAPES, adapters=[arrived])
+    assert name in report.adapters
+    assert call(tmp_path / "b", "use", name) == 0

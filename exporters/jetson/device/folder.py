@@ -12,12 +12,12 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import threading
 from typing import Any, Iterator
 
 from .core.messages import EngineError
 from .core.modes import MODES, Mode
+from .core.names import why_no_name
 
 try:
     import fcntl
@@ -33,18 +33,15 @@ BundleError = EngineError  # the name by which a bundle's users catch it
 
 
 def name_of(path: str) -> str:
-    """The name of an adapter: its file's, which is printed, typed and part of paths.
+    """The name of an adapter: its file's.
 
     Raises:
-        BundleError: it has other characters than those that are safe in all three.
+        BundleError: it is no name.
     """
     name = os.path.basename(path)
     name = name[: -len(".safetensors")] if name.endswith(".safetensors") else name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise BundleError(
-            f"{path!r}: an adapter's name is its file's, in letters, digits, '.', '_' and '-', from a letter or digit "
-            f"on; {name!r} is not of those: rename the file"
-        )
+    if why := why_no_name(name):
+        raise BundleError(f"{path!r}: an adapter's name is its file's, and {name!r} is none, as {why}: rename the file")
     return name
 
 
