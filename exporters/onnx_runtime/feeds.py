@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from onelora_compile.errors import ConfigError
 
 NO_INPUTS = "calibration= holds no inputs"
 
 
-def feeds(inputs: Any, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+def feeds(inputs: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Each input of a model, arrays by name; `fitted` makes them what the model declares.
 
     Args:
@@ -37,6 +35,4 @@ def feeds(inputs: Any, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
             feed = dict(zip(names, values, strict=True))
         if set(feed) != set(names):
             raise ConfigError(f"a calibration input names {sorted(feed)}; the model takes {list(names)}")
-        yield {
-            name: value.detach().cpu().numpy() if hasattr(value, "detach") else value for name, value in feed.items()
-        }
+        yield {name: one.detach().cpu().numpy() if hasattr(one, "detach") else one for name, one in feed.items()}

@@ -315,3 +315,11 @@ def test_a_name_that_people_give_is_signed_packed_and_used(name, tmp_path, capsy
     report = bundle(bundles.sources() / "input.onnx", tmp_path / "b", shapes=bundles.SHAPES, adapters=[arrived])
     assert name in report.adapters
     assert call(tmp_path / "b", "use", name) == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 11), (16, 12)])
+def test_an_input_of_another_shape_is_named(shape, tmp_path):
+    deployed = bundles.device(folder := bundles.fresh("input", tmp_path), "deployed")
+    model = deployed.Deployed(str(folder), deployed.Options(runtime="onnxruntime"))
+    with pytest.raises(deployed.BundleError, match=r"input 'x' is .*takes \[-1, 16, 12\]"):
+        model.run({"x": np.ones(shape, np.float32)})
