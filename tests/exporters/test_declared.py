@@ -1,5 +1,7 @@
 """Inputs that do not fit the model: an error that says which, and what to give; what fits exactly is converted."""
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -21,7 +23,7 @@ def path(tmp_path):
     return tmp_path / "m.onnx"
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "float64": ({"x": X.astype(np.float64)}, "'x' takes float32 .*given was float64.*astype\\('float32'\\)"),
     "float": ({"ids": IDS.astype(np.float32)}, "'ids' takes int64 .*given was float32"),
     "integers": ({"x": IDS}, "'x' takes float32 .*given was int64"),
