@@ -5,7 +5,8 @@
    inputs that nobody measured may be larger.
 3. What reads a vector: the update is rounded once, where it is added.
 4. What has no float16 in its opset, or a body.
-5. What only moves numbers between operators that stay: two casts less.
+5. What reads a constant that float16 makes zero or infinite: `lost.py`.
+6. What only moves numbers between operators that stay: two casts less.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onelora_compile.errors import ConfigError, require
+from onelora_compile.exporters.half.lost import MOVES, lost_constants
 from onelora_compile.exporters.half.norms import half_norms
 from onelora_compile.exporters.half.ranges import LARGEST, NORMAL, STORED, TensorRange
 from onelora_compile.exporters.half.retype import FLOATS, OWN_INPUTS
@@ -31,10 +33,6 @@ _REDUCING = frozenset(
     "CumSum InstanceNormalization LpNormalization MeanVarianceNormalization".split()
 )
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
-_MOVES = frozenset(
-    "Reshape Transpose Slice Concat Gather Split Squeeze Unsqueeze Expand Identity Pad Tile Flatten Where Neg".split()
-)
-
 READS_VECTOR = "reading a vector"
 
 KeptNodes = dict["onnx_ir.Node", str]
@@ -45,6 +43,7 @@ def kept_float32(
     ranges: Mapping[str, TensorRange],
     asked: str | Sequence[str],
     vectors: Collection[str] = (),
+    trained: Collection[str] = (),
 ) -> KeptNodes:
     """The operators of the main graph that stay, with the reason of each.
 
@@ -53,12 +52,13 @@ def kept_float32(
         ranges: of its values, where `asked` has "auto".
         asked: "auto", names of operators or of what they make, with `*` for any part, or several.
         vectors: initializers that adapters replace, and what stands for them.
+        trained: other initializers that they replace.
 
     Raises:
         ConfigError: a name that the model does not have.
     """
     wanted = [asked] if isinstance(asked, str) else list(asked)
-    kept = _impossible(model) | _reading(model, vectors)
+    kept = lost_constants(model, {*vectors, *trained}) | _impossible(model) | _reading(model, vectors)
     if AUTO in wanted:
         kept = _reduced(model) | _out_of_range(model, ranges) | kept
     for one in [one for one in wanted if one != AUTO]:
@@ -140,7 +140,7 @@ def _reading(model: onnx_ir.Model, vectors: Collection[str]) -> KeptNodes:
         for use in values.pop().uses():
             if use.node.graph is model.graph and use.node not in found:
                 found[use.node] = READS_VECTOR
-                if use.node.op_type in _MOVES:
+                if use.node.op_type in MOVES:
                     values += use.node.outputs
     return found
 
@@ -162,7 +162,7 @@ def _fill(model: onnx_ir.Model, kept: KeptNodes) -> None:
     while changed:
         changed = False
         for node in model.graph:
-            if node in kept or node.op_type not in _MOVES or not floats(node.outputs):
+            if node in kept or node.op_type not in MOVES or not floats(node.outputs):
                 continue
             before = [value.producer() for value in floats(node.inputs) if value.producer() is not None]
             after = [use.node for value in node.outputs for use in value.uses()]

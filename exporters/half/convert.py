@@ -11,6 +11,7 @@ import numpy as np
 
 from onelora_compile.errors import require
 from onelora_compile.exporters.half.choose import AUTO, READS_VECTOR, KeptNodes, floats, kept_float32, why_out
+from onelora_compile.exporters.half.lost import LOST
 from onelora_compile.exporters.half.ranges import TensorRange
 from onelora_compile.exporters.half.retype import retype
 from onelora_compile.exporters.onnx_file.load import read_tensor
@@ -66,7 +67,7 @@ def to_float16(
     auto = AUTO in ([asked] if isinstance(asked, str) else asked)
     ranges = measured() if auto else {}
     vectors, trained = (_held(model, names) for names in (vectors, trained))
-    kept = kept_float32(model, ranges, asked, vectors)
+    kept = kept_float32(model, ranges, asked, vectors, trained)
     own = [value for value in floats(model.graph.inputs) if value.name not in vectors | trained]
     for value in own:
         if not why_out(ranges.get(str(value.name))):
@@ -128,6 +129,8 @@ def _narrow_outputs(model: onnx_ir.Model, ranges: Ranges, ir: Any) -> int:
 
 
 def _kind(reason: str) -> str:
+    if reason.endswith(LOST):
+        return "by constants that float16 loses"
     if " is up to " in reason:
         return "by large values"
     return "by tiny values" if " is at most " in reason else reason

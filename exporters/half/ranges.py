@@ -18,7 +18,9 @@ from onelora_compile.errors import ConfigError, require
 from onelora_compile.exporters.half.retype import FLOATS, retype
 from onelora_compile.exporters.onnx_file.load import read_tensor
 from onelora_compile.exporters.onnx_file.save import save_model
+from onelora_compile.exporters.onnx_runtime.declared import fitted, slots_of_model
 from onelora_compile.exporters.onnx_runtime.measuring import measuring_session
+from onelora_compile.exporters.opsets.one_node import constant_of
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -77,6 +79,11 @@ class TensorRange:
         return 0 < self.largest < NORMAL
 
     @property
+    def lost(self) -> bool:
+        """Whether it is a constant that float16 makes zero, as the number that keeps a norm from dividing by zero."""
+        return self.op == STORED and 0 < self.largest <= ZERO
+
+    @property
     def broken(self) -> bool:
         """Whether the file has float16 here, and it overflows, or is NaN for what was rounded before."""
         return (self.overflows or self.nan) and self.dtype == "float16"
@@ -122,7 +129,9 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="onelora-") as folder:
         save_model(twin, Path(folder) / "twin.onnx", _loaded(twin) or None)
         session = measuring_session(Path(folder) / "twin.onnx", "in float32, to measure its ranges")
-        for feed in runs:
+        slots = slots_of_model(twin)
+        for given in runs:
+            feed = fitted(given, slots)
             _refuse_nan(feed)
             _run(session, [name for name in watched if name in made], feed, seen)
             for name in watched:
@@ -242,7 +251,10 @@ def _floating(value: onnx_ir.Value) -> bool:
 
 
 def _stored(model: onnx_ir.Model) -> list[tuple[onnx_ir.Value, Any]]:
+    """Numbers that the file has: in initializers, and in nodes, which are run but not watched."""
     held = [(value, value.const_value) for value in model.graph.initializers.values()]
+    nodes = [node.outputs[0] for node in model.graph if node.op_type == "Constant"]
+    held += [(value, constant_of(value)) for value in nodes]
     return [(value, tensor) for value, tensor in held if tensor is not None and tensor.dtype.name in FLOATS]
 
 

@@ -81,13 +81,14 @@ class RangeReport(Printable):
     def _shown(self) -> list[TensorRange]:
         bad = [one for one in self.worst() if one.overflows]
         small = [one for one in self.worst() if one.underflows and one.op != STORED]
+        small = [*(one for one in self.worst() if one.lost), *small]
         rest = [one for one in self.worst() if one not in bad and one not in small]
         return [*bad[:_SHOWN], *small[: _SHOWN // 2], *rest[: max(0, _SHOWN - len(bad))]]
 
 
 def _verdict(one: TensorRange) -> str:
     found = ["OVERFLOWS" if one.broken else "needs float32"] if one.overflows else []
-    found += ["loses bits"] if one.underflows else []
+    found += ["zero in float16"] if one.lost else ["loses bits"] if one.underflows else []
     found += ["NaN"] if one.nan else [] if one.finite else ["infinite in float32 too"]
     found += ["constant"] if one.constant and one.op != STORED else []
     return ", ".join(found)

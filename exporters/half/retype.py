@@ -75,6 +75,7 @@ class _Retyping:
         self.model, self.writer, self.swappable = model, Writer(model), swappable
         self.made: dict[tuple[onnx_ir.Value, onnx_ir.DataType], onnx_ir.Value] = {}
         self.before = {value: value.dtype for value in _values(model)}
+        self.constants = {value: constant_of(value) for value in self.before}  # before any is rounded
         self.casts = 0
 
     def outputs(self, node: onnx_ir.Node, dtype: onnx_ir.DataType) -> None:
@@ -111,7 +112,7 @@ class _Retyping:
 
     def _in(self, value: onnx_ir.Value, dtype: onnx_ir.DataType) -> onnx_ir.Value:
         if (value, dtype) not in self.made:
-            tensor = constant_of(value) if value.name not in self.swappable else None
+            tensor = self.constants.get(value) if value.name not in self.swappable else None
             self.made[value, dtype] = self._cast(value, dtype) if tensor is None else self._stored(value, tensor, dtype)
         return self.made[value, dtype]
 

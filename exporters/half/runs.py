@@ -44,13 +44,13 @@ class Runs:
         """The ranges of a model over all of them."""
         return measure(model, self.feeds(), self.names if self.mode.takes_files else ())
 
-    def feeds(self) -> Iterator[dict[str, np.ndarray]]:
+    def feeds(self) -> Iterator[dict[str, Any]]:
         """What is fed in each run."""
         for feed in feeds(self.inputs, self.input_names):
             for vectors in self._adapters(feed):
                 yield feed | vectors
 
-    def _adapters(self, feed: Vectors) -> Iterator[dict[str, np.ndarray]]:
+    def _adapters(self, feed: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
         if self.mode.feeds_ids:
             rows = len(next(iter(feed.values())))
             for number in range(self.bank + 1):  # the last row of a table is the base

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from onelora_compile.exporters.jetson.check_ranges import check_ranges
 from onelora_compile.exporters.jetson.container import IGNORED, dockerfile
 from onelora_compile.exporters.jetson.device.adapters import BUILT
 from onelora_compile.exporters.jetson.device.deployed import Deployed
-from onelora_compile.exporters.jetson.device.folder import BundleError, Folder, sha256_of
+from onelora_compile.exporters.jetson.device.folder import BundleError, Folder, name_of, sha256_of
 from onelora_compile.exporters.jetson.device.measure import Check, selftest
 from onelora_compile.exporters.jetson.device.options import Options
 from onelora_compile.exporters.jetson.fit_model import Fitted, fit
@@ -192,13 +191,14 @@ def _adapter_files(fitted: Fitted, adapters: Sequence[Path], source: Path) -> di
     found: dict[str, Path] = {}
     for path in adapters:
         check_there(path)
-        file, name = read_adapter(path), path.name.removesuffix(".safetensors")
+        file = read_adapter(path)
         fitted.metadata.check_fits(file, str(source))
-        if name in found or name in ("base", "default") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ConfigError(
-                f"{path}: an adapter's name is its file's, in letters, digits, '.', '_' and '-'; {name!r} is "
-                f"{'taken' if name in found or name in ('base', 'default') else 'not of those'}: rename the file"
-            )
+        try:
+            name = name_of(str(path))
+        except BundleError as error:
+            raise ConfigError(str(error)) from None
+        if name in found or name in ("base", "default"):
+            raise ConfigError(f"{path}: an adapter's name is its file's, and {name!r} is taken: rename the file")
         found[name] = path
     return found
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onelora_compile.errors import ConfigError, require
+from onelora_compile.exporters.jetson.device.folder import BundleError, name_of
 from onelora_compile.exporters.jetson.device.signature import LARGEST_SEQUENCE, SUFFIX, head
 from onelora_compile.exporters.jetson.fit_model import Fitted
 from onelora_compile.exporters.jetson.releases import JetPack
@@ -37,7 +38,7 @@ def sign_adapter(path: PathLike, key: PathLike, *, sequence: int | None = None) 
         The signature's file, `path` and ".sig", which is written or replaced in one step.
 
     Raises:
-        ConfigError: no such key, or no such number.
+        ConfigError: no such key, no such number, or a file's name that a device would refuse.
         AdapterFileError: no adapter file, or a damaged one.
         MissingExtraError: without the extra `sign`.
         OSError: a file can't be read or written.
@@ -46,6 +47,10 @@ def sign_adapter(path: PathLike, key: PathLike, *, sequence: int | None = None) 
     # No other place has to be asked for the time, and a loop gives each update its own.
     line = head(_checked(time.time_ns() // 1000 if sequence is None else sequence))
     check_there(file)
+    try:
+        name_of(str(file))
+    except BundleError as error:
+        raise ConfigError(str(error)) from None
     read_adapter(file)
     private = _loaded(place, "private")
     out = file.with_name(file.name + SUFFIX)

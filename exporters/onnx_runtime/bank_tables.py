@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onelora_compile.errors import ConfigError, ExportError, StateError, require
+from onelora_compile.exporters.jetson.device.core.names import why_no_name
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata
 from onelora_compile.weights.adapter_content import digest
@@ -127,4 +128,6 @@ def _named(adapter: str | os.PathLike[str] | AdapterFile, name: str | None) -> s
         name = Path(adapter).name.removesuffix(".safetensors")
     if not isinstance(name, str) or not name or name.endswith(".safetensors"):
         raise ConfigError(f"name={name!r}: an adapter of a bank has a name, not empty, and not that of a file")
+    if why := why_no_name(name):
+        raise ConfigError(f"name={name!r} is no name of an adapter, as {why}")
     return name

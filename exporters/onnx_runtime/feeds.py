@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from onelora_compile.errors import ConfigError
 
 NO_INPUTS = "calibration= holds no inputs"
 
 
-def feeds(inputs: Any, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-    """Each input of a model, arrays by name.
+def feeds(inputs: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Each input of a model, arrays by name; `fitted` makes them what the model declares.
 
     Args:
         inputs: one input or several, each a mapping, a sequence in the order of the names, or an array or tensor of a
@@ -37,7 +35,4 @@ def feeds(inputs: Any, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
             feed = dict(zip(names, values, strict=True))
         if set(feed) != set(names):
             raise ConfigError(f"a calibration input names {sorted(feed)}; the model takes {list(names)}")
-        yield {
-            name: np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
-            for name, value in feed.items()
-        }
+        yield {name: one.detach().cpu().numpy() if hasattr(one, "detach") else one for name, one in feed.items()}

@@ -17,6 +17,7 @@ from onelora_compile.exporters.jetson.device.core.modes import IDS
 from onelora_compile.exporters.onnx_file.load import load_model, read_tensor
 from onelora_compile.exporters.onnx_file.metadata import Metadata, bank_id, checked_ids
 from onelora_compile.exporters.onnx_runtime.bank_tables import BankTables
+from onelora_compile.exporters.onnx_runtime.declared import fitted, slots_of_session
 from onelora_compile.file_names import as_path
 from onelora_compile.printable import shortened
 from onelora_compile.weights.adapter_file import AdapterFile, read_adapter
@@ -175,9 +176,13 @@ class OnnxRunner:
             if len(inputs) != len(names):
                 raise ExportError(f"the ONNX model takes {len(names)} inputs {names}; {len(inputs)} were given")
             inputs = dict(zip(names, inputs, strict=True))
-        feed = {name: np.asarray(value) for name, value in inputs.items()}
-        if absent := [name for name in names if name not in feed]:
-            raise ExportError(f"the ONNX model takes {names}; {absent} are not among the given {list(feed)}")
+        if absent := [name for name in names if name not in inputs]:
+            raise ExportError(f"the ONNX model takes {names}; {absent} are not among the given {list(inputs)}")
+        slots = slots_of_session(self.session)
+        overridable = {one.name for one in self.session.get_overridable_initializers()}
+        if unknown := [name for name in inputs if name not in {*slots, *overridable}]:
+            raise ExportError(f"the ONNX model takes {names}; {unknown} are none of these")
+        feed = fitted(inputs, slots, ExportError)
         if self.metadata.traits.feeds_ids:
             rows = next(feed[name].shape[0] for name in names if feed[name].ndim)
             ids = np.full(rows, self._id) if adapter_ids is None else adapter_ids

@@ -17,6 +17,7 @@ import numpy as np
 from onelora_compile.errors import ConfigError, ExportError
 from onelora_compile.exporters.onnx_file.node_writer import Writer
 from onelora_compile.exporters.onnx_file.save import save_model
+from onelora_compile.exporters.onnx_runtime.declared import fitted, slots_of_model
 from onelora_compile.exporters.onnx_runtime.feeds import NO_INPUTS, feeds
 from onelora_compile.exporters.onnx_runtime.measuring import measuring_session
 from onelora_compile.exporters.quantized.saturation import Quantizer
@@ -69,7 +70,9 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="onelora-") as folder:
         save_model(twin, Path(folder) / "twin.onnx", external or None)
         session = measuring_session(Path(folder) / "twin.onnx", "without its quantisers, to measure them")
-        for feed in feeds(inputs, names):
+        slots = slots_of_model(model)
+        for given in feeds(inputs, names):
+            feed = fitted(given, slots)
             with_vectors = _run(session, probes, feed)
             plain = _run(session, probes, feed | zeroed)
             for one, quantizer, value, base in zip(seen, quantizers, with_vectors, plain, strict=True):

@@ -20,6 +20,7 @@ from onelora_compile.exporters.calls.quiet import quiet
 from onelora_compile.exporters.calls.signature import Call
 from onelora_compile.exporters.half.choose import AUTO
 from onelora_compile.exporters.half.convert import fit_inputs, to_float16
+from onelora_compile.exporters.half.lost import loses
 from onelora_compile.exporters.half.runs import Runs
 from onelora_compile.exporters.jetson.device.core.modes import BASE, EXPORTED, FOLD, IDS, MODES
 from onelora_compile.exporters.onnx_file.metadata import Metadata
@@ -31,7 +32,7 @@ from onelora_compile.exporters.to_onnx.operators import translations
 from onelora_compile.exporters.to_onnx.place_vectors import place_vectors
 from onelora_compile.exporters.to_onnx.read_bank import carrying, read_bank
 from onelora_compile.exporters.to_onnx.small_constants import small_constants_kept
-from onelora_compile.exporters.to_program.capture import VectorPlace
+from onelora_compile.exporters.to_program.capture import Frozen, VectorPlace
 from onelora_compile.exporters.to_program.report import ExportReport
 from onelora_compile.exporters.to_program.source import Source, exportable
 from onelora_compile.file_names import as_file, as_paths
@@ -103,7 +104,8 @@ def export_onnx(
         keep_float32: with `dtype=torch.float16`, which operators stay in float32. "auto": sums, softmax, norms that are
             written out, and what reads or makes values that float16 can't hold, on the inputs, with a margin of 8.
             Names of operators or of what they make, `*` for any part; names beside "auto" stay too. An input or
-            output that float16 can't hold stays in float32. None converts everything. Vectors are float32 in any case.
+            output that float16 can't hold stays in float32. None converts everything. Vectors are float32 in any case,
+            and so is what reads a constant that float16 makes zero or infinite, as the 1e-8 that guards a division.
         calibration: inputs for "auto", in the form that `fold_onnx` takes, by the names of the file's inputs; None is
             the example. Ranges are measured with the vectors, without, and with every adapter of a bank.
 
@@ -147,11 +149,17 @@ def export_onnx(
         taken = {} if mode is FOLD else dict.fromkeys(held, "a vector of the adapter")
         taken |= {IDS: "the ids of a bank"} if mode.feeds_ids else {}
         inputs = chosen_names("input", list(call.tensors), input_names, taken)
-        # What stays in float32 is never rounded: the program is captured wide, and converted as a file.
-        captured = dtype if keep_float32 is None else _wide(root)
-        given = [_cast(tensor, captured) for tensor in call.tensors.values()]
-        call_given = Call.of(root, *call.with_tensors(given))
-        frozen = source.captured(call_given, axes, _PLACES[adapters], captured, dtype)
+
+        def captured(kept: str | Sequence[str] | None) -> tuple[list[Tensor], Frozen]:
+            # What stays in float32 is never rounded: the program is captured wide, and converted as a file.
+            wanted = dtype if kept is None else _wide(root)
+            given = [_cast(tensor, wanted) for tensor in call.tensors.values()]
+            fed = Call.of(root, *call.with_tensors(given))
+            return given, source.captured(fed, axes, _PLACES[adapters], wanted, dtype)
+
+        given, frozen = captured(keep_float32)
+        if keep_float32 is None and dtype is torch.float16 and loses(frozen.program, source.originals):
+            given, frozen = captured(keep_float32 := ())
         taken |= dict.fromkeys(inputs, "an input")
         outputs = chosen_names("output", frozen.outputs, output_names, taken)
         folded = source.named(frozen.folded)

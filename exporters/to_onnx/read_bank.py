@@ -12,6 +12,7 @@ from torch import nn
 from onelora_compile.adapting.adapter import undo_adapt
 from onelora_compile.adapting.adapter_state import adapted_weights
 from onelora_compile.errors import AdapterFileError, ConfigError
+from onelora_compile.exporters.jetson.device.core.names import why_no_name
 from onelora_compile.exporters.onnx_file.trained import Trained
 from onelora_compile.exporters.to_onnx.place_vectors import Vectors
 from onelora_compile.printable import shortened
@@ -41,6 +42,10 @@ def read_bank(root: nn.Module, trained: Trained, files: Sequence[str | os.PathLi
         file = read_adapter(path)
         _check_bankable(root, trained, file, path)
         name = Path(path).name.removesuffix(".safetensors")
+        if why := why_no_name(name):
+            raise ConfigError(
+                f"{str(path)!r}: its name is the adapter's, and {name!r} is none, as {why}: rename the file"
+            )
         if name in bank:
             raise ConfigError(f"two files of the bank are called {name!r}: their names tell the adapters apart")
         bank[name] = {one: float32(value) for one, value in file.tensors.items() if one not in trained.counters}

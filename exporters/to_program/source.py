@@ -70,6 +70,11 @@ class Source:
         targets, values = self.trained.targets, self.trained.values
         return {target: self.prefix + name for target, name in targets.items() if name in values}
 
+    @property
+    def originals(self) -> dict[str, torch.Tensor]:
+        """The tensors of the model but for its vectors, as they are."""
+        return {name: value for name, value in self.root.state_dict().items() if vector_of(name) is None}
+
     def captured(
         self,
         call: Call,
@@ -91,8 +96,7 @@ class Source:
             ExportError: torch.export can't capture the model.
             OneLoRAError: a vector that can't be brought to its place.
         """
-        held = self.root.state_dict() if dtype is not None else {}
-        originals = {name: value for name, value in held.items() if vector_of(name) is None}
+        originals = self.originals if dtype is not None else {}
         try:
             return freeze(_in_dtype(self.root, dtype), call, axes, place, originals, self.replaced, stored)
         except OneLoRAError:

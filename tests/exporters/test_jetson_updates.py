@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import bundles
 import numpy as np
@@ -18,10 +19,11 @@ import pytest
 import torch
 import zoo
 from bundles import ORT, active, call, changed, exported
+from signed import own_keys
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.exporters import bundle
+from onelora_compile.exporters import bundle, export_onnx, sign_adapter
 from onelora_compile.weights import fingerprint
 from onelora_compile.weights.adapter_file import read_adapter
 
@@ -250,3 +252,74 @@ def test_a_full_disk_behind_standard_output_undoes_nothing(tmp_path, monkeypatch
     assert active(folder) == "a"
     assert call(folder, "rollback") == 0
     assert active(folder).startswith("new")
+
+
+@pytest.mark.parametrize("lost", ["nothing", "the index"])
+def test_two_updates_of_one_name_are_two_adapters(lost, tmp_path, capsys):
+    folder, source = bundles.fresh("input", tmp_path), bundles.sources() / "new.safetensors"
+    heads, names, x = {}, [], np.ones((1, 16, 12), np.float32)
+    for number in range(3):
+        path = changed(source, tmp_path / "nightly.safetensors", {"head": torch.full((5,), float(number))})
+        assert call(folder, "update", path, "--no-try") == 0
+        names.append(active(folder))
+        heads[names[-1]] = read_adapter(path).vectors["head"].numpy()
+        if lost == "the index":
+            (folder / "local" / "adapters" / "index.json").unlink()
+    assert names[0] == "nightly"
+    assert len(set(names)) == 3
+    deployed = bundles.device(folder, "deployed")
+
+    def head():
+        model = deployed.Deployed(str(folder), deployed.Options(runtime="onnxruntime"))
+        assert model.run({"x": x})
+        return model.engine.vectors["head"].numpy()
+
+    for expected in (names[1], names[0]):
+        assert call(folder, "rollback") == 0
+        assert f"in use: {expected}\n" in capsys.readouterr().out
+        np.testing.assert_array_equal(head(), heads[expected])
+    for name in names if lost == "nothing" else ():
+        assert call(folder, "use", name) == 0
+        np.testing.assert_array_equal(head(), heads[name])
+    assert call(folder, "update", path, "--no-try") == 0  # the last once more
+    assert active(folder) == names[2]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "a, b", "", "\u202ea", "-v", ".a", " a", "a$(b)", "a\\b"])
+def test_a_name_that_can_not_be_printed_or_typed_is_refused(name, tmp_path, capsys):
+    folder = bundles.fresh("input", tmp_path)
+    arrived = shutil.copy(bundles.sources() / "new.safetensors", tmp_path / f"{name}.safetensors")
+    assert call(folder, "update", arrived) == 1
+    assert "rename the file" in (told := capsys.readouterr().err)
+    assert told.count("\n") == 1
+    assert not (folder / "local" / "adapters").exists()
+    with pytest.raises(onelora.errors.ConfigError, match="rename the file"):
+        sign_adapter(arrived, tmp_path / "key.pem")
+    with pytest.raises(onelora.errors.ConfigError, match="rename the file"):
+        bundle(bundles.sources() / "input.onnx", tmp_path / "b", shapes=bundles.SHAPES, adapters=[arrived])
+    bank = tmp_path / "bank.onnx"
+    with pytest.raises(onelora.errors.ConfigError, match="rename the file"):
+        export_onnx(bundles.base_model(), (torch.ones(1, 16, 12),), bank, adapters="bank", bank=[arrived])
+
+
+@pytest.mark.parametrize("name", ["rückfahrt v2 (1)", "夜間モデル", "हिन्दी", "a+b=c@d"])
+def test_a_name_that_people_give_is_signed_packed_and_used(name, tmp_path, capsys):
+    folder = bundles.fresh("input", tmp_path)
+    arrived = Path(shutil.copy(bundles.sources() / "new.safetensors", tmp_path / f"{name}.safetensors"))
+    assert call(folder, "update", arrived) == 0
+    assert active(folder) == name
+    assert call(folder, "rollback") == 0
+    assert call(folder, "use", name) == 0
+    assert f"in use: {name}\n" in capsys.readouterr().out
+    assert sign_adapter(arrived, own_keys()[0]).name == f"{name}.safetensors.sig"
+    report = bundle(bundles.sources() / "input.onnx", tmp_path / "b", shapes=bundles.SHAPES, adapters=[arrived])
+    assert name in report.adapters
+    assert call(tmp_path / "b", "use", name) == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 11), (16, 12)])
+def test_an_input_of_another_shape_is_named(shape, tmp_path):
+    deployed = bundles.device(folder := bundles.fresh("input", tmp_path), "deployed")
+    model = deployed.Deployed(str(folder), deployed.Options(runtime="onnxruntime"))
+    with pytest.raises(deployed.BundleError, match=r"input 'x' is .*takes \[-1, 16, 12\]"):
+        model.run({"x": np.ones(shape, np.float32)})

@@ -17,6 +17,7 @@ from typing import Any, Iterator
 
 from .core.messages import EngineError
 from .core.modes import MODES, Mode
+from .core.names import why_no_name
 
 try:
     import fcntl
@@ -29,6 +30,19 @@ _CHUNK = 1 << 20
 
 
 BundleError = EngineError  # the name by which a bundle's users catch it
+
+
+def name_of(path: str) -> str:
+    """The name of an adapter: its file's.
+
+    Raises:
+        BundleError: it is no name.
+    """
+    name = os.path.basename(path)
+    name = name[: -len(".safetensors")] if name.endswith(".safetensors") else name
+    if why := why_no_name(name):
+        raise BundleError(f"{path!r}: an adapter's name is its file's, and {name!r} is none, as {why}: rename the file")
+    return name
 
 
 class Folder:
@@ -120,7 +134,7 @@ class Folder:
         return _adapter(known[name])
 
     def installed(self) -> dict[str, dict[str, Any]]:
-        """Adapters that were installed after the bundle, by name; the newest of a name."""
+        """Adapters that were installed after the bundle, by name."""
         path = self.file("local", "adapters", "index.json")
         if not os.path.isfile(path):
             return {}
@@ -129,21 +143,23 @@ class Folder:
 
     def install(self, source: str, content: bytes, sequence: int | None = None) -> dict[str, Any]:
         """Keep the content of an adapter file on this device; what is in use does not change."""
-        state = self.state()
+        digest, state = hashlib.sha256(content).hexdigest(), self.state()
+        name = self._free_name(name_of(source), digest, state)
         if sequence is not None and not self.has_state and state["taken"] is None:
             # From now on a state that is not there was lost.
             self._write_state(state["adapter"], [], None)
-        digest = hashlib.sha256(content).hexdigest()
-        name = os.path.basename(source)
-        name = name[: -len(".safetensors")] if name.endswith(".safetensors") else name
-        if name in self.packed():
-            name = f"{name}-{digest[:8]}"
         entry = {"name": name, "file": f"local/adapters/{digest[:16]}.safetensors", "sha256": digest}
         write_atomically(self.file(*entry["file"].split("/")), content)
         others = {key: one for key, one in self.installed().items() if key != name}
         numbered = entry if sequence is None else {**entry, "sequence": sequence}
         self._write_index({**others, name: numbered})  # the newest last
         return entry
+
+    def _free_name(self, name: str, digest: str, state: dict[str, Any]) -> str:
+        """The name, with a part of the hash where another adapter here has it: both can be used and gone back to."""
+        known = [state["adapter"], *state["previous"], *self.installed().values()]
+        others = {one["name"] for one in known if one["sha256"] != digest}
+        return f"{name}-{digest[:8]}" if name in others | set(self.packed()) else name
 
     def activate(self, adapter: dict[str, Any], sequence: int | None = None) -> None:
         """Make an adapter the one in use; the one before becomes the first to go back to.

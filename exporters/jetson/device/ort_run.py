@@ -16,7 +16,7 @@ from .adapters import Vectors, vectors_of
 from .folder import BundleError, Folder
 from .options import Options
 from .ort_providers import cache_of, label_of, note_of, open_session, providers_of
-from .tensors import Tensor
+from .tensors import Tensor, TensorError
 
 _TYPES = {"float": "float32", "double": "float64"}
 
@@ -73,7 +73,9 @@ class OnnxRuntime:
 
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs for inputs."""
-        feed: dict[str, Any] = {name: value.to(self.inputs[name][0]).numpy() for name, value in inputs.items()}
+        feed: dict[str, Any] = {
+            name: _fitted(name, value, *self.inputs[name]).numpy() for name, value in inputs.items()
+        }
         if self.folder.traits.feeds_vectors:
             feed.update(self.vectors)
         try:
@@ -113,6 +115,16 @@ def _modules() -> tuple[Any, Any]:
     except ImportError as error:
         raise BundleError(f"--runtime onnxruntime needs the packages onnxruntime and numpy: {error}") from None
     return onnxruntime, numpy
+
+
+def _fitted(name: str, value: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor as the model takes it: ONNX Runtime names what it refuses, and neither its input nor what helps."""
+    if len(shape) != len(value.shape) or any(size not in (-1, given) for size, given in zip(shape, value.shape)):
+        raise BundleError(f"input {name!r} is {list(value.shape)}; the model takes {list(shape)}, -1 being any size")
+    try:
+        return value.to(dtype)
+    except TensorError as error:
+        raise BundleError(f"input {name!r} is {value.dtype}; the model takes {dtype}: {error}") from None
 
 
 def _slot(node: Any) -> tuple[str, tuple[int, ...]]:
