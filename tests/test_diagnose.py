@@ -145,3 +145,23 @@ def test_what_has_no_numbers_is_refused_by_name():
     with pytest.raises(StateError, match=r"weight of '1' is not in memory .*load the model into memory"):
         onelora.diagnose(model, (x,))
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("loss", [lambda output: None, lambda output: output, lambda output: 3.0])
+def test_a_loss_that_is_no_number_is_named(loss):
+    with pytest.raises(ConfigError, match=r"the loss gave .*has to give a tensor with one number"):
+        onelora.diagnose(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), loss=loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_batch_without_a_finite_loss_is_refused(value):
+    with pytest.raises(ConfigError, match="give inputs whose loss is a finite number"):
+        onelora.diagnose(nn.Sequential(nn.Linear(4, 4)), torch.full((2, 4), value), loss=lambda output: output.mean())
+
+
+def test_inference_mode_outside_changes_nothing():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    with torch.inference_mode():
+        inside = onelora.diagnose(model, x)
+    assert inside == onelora.diagnose(model, x)

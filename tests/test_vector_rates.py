@@ -169,12 +169,12 @@ def test_layers_that_share_a_graph_have_rates_of_their_own():
             torch._dynamo.graph_break()
             return x
 
-    model, x = nn.Sequential(*[Block() for _ in range(4)]), torch.randn(5, 8) + 1
+    blocks, x = [Block() for _ in range(4)], torch.randn(5, 8) + 1
     expected, inner = {}, x
-    for index, block in enumerate(model):
+    for index, block in enumerate(blocks):
         expected[f"{index}.fc"] = pytest.approx(linear_factor(inner, block.fc.weight, block.fc.bias), rel=1e-5)
         inner = block(inner)
-    onelora.adapt(model)
+    model = onelora.adapt(nn.Sequential(*blocks))
     assert rates(model, x) == expected
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,13 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # for every method of every task
 SEEDS = (1, 2, 3)
 
 
+def _rate(text: str) -> float:
+    rate = float(text)
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return rate
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -50,12 +58,12 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument(
-        "--rates", nargs="+", type=float, default=list(GRID), help="the grid, the same for every method"
+        "--rates", nargs="+", type=_rate, default=list(GRID), help="the grid, the same for every method"
     )
     parser.add_argument("--rule", default="", choices=list(RULES), help="a rate for each vector; with --methods 1LoRA")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), help="to test with; none: rates alone")
     parser.add_argument("--folder", type=Path, default=store.RESULTS, help="of the results")
-    parser.add_argument("--fixed", type=float, help="this rate for every task, validation data and --seeds alone")
+    parser.add_argument("--fixed", type=_rate, help="this rate for every task, validation data and --seeds alone")
     parser.add_argument("--range-test", action="store_true", help="a range test of 1LoRA's rate, and nothing else")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps at one rate: shows that it works, not how well"
@@ -66,6 +74,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.rule and chosen.methods != [ONE_LORA]:
         parser.error("--rule gives vectors their rates: it needs --methods 1LoRA")
+    if chosen.quick and (chosen.fixed is not None or chosen.range_test or chosen.folder != store.RESULTS):
+        parser.error("--quick has rates, seeds and a folder of its own")
     try:
         with _folder(chosen) as folder:
             if not chosen.table:
@@ -98,7 +108,7 @@ def _run(chosen: argparse.Namespace, folder: Path) -> None:
                 if reason := why_not(method, task):
                     print(f"{name}, {method}: not run, {reason}")
                     continue
-                if chosen.fixed:
+                if chosen.fixed is not None:
                     stages.at_one_rate(folder, task, method, chosen.fixed, seeds, bar, chosen.rule)
                     continue
                 tried = [task.head_rate] if method == HEAD_ONLY else rates

@@ -14,6 +14,8 @@ from . import stages, store
 from .rates import RULES
 from .task import Task
 
+RULE, RATE = "by the output", 1e-2  # what `onelora.parameter_groups` offers
+
 
 def losses(folder: Path, tasks: Sequence[Task]) -> dict[tuple[str, float], dict[str, float]]:
     """By rule and rate, for each task the relative loss against its best run of 1LoRA, at any rate by any rule.
@@ -55,13 +57,14 @@ def against_own_rates(folder: Path, tasks: Sequence[Task]) -> str:
     rows = []
     for task in tasks:
         own = store.read(folder, task.name, "test", ONE_LORA)
-        fixed = [run for run in store.read(folder, task.name, "fixed") if run["method"] == ONE_LORA]
+        label = store.label({"method": ONE_LORA, "rule": RULE})
+        fixed = [run for run in store.read(folder, task.name, "fixed", label) if run["rate"] == RATE]
         if own and fixed:
             mine, ruled = (statistics.fmean(_score(run, task) for run in runs) for runs in (own, fixed))
             text = "{:.3f}" if task.chosen_by == "loss" else "{:.1%}"
             behind = f"{_behind(ruled, mine, task):+.1%}"
             rows.append([task.name, f"{own[0]['rate']:g}", text.format(mine), text.format(ruled), behind])
-    return markdown(["", "its own rate", "with it", "by the output, 0.01", "behind"], rows) if rows else ""
+    return markdown(["", "its own rate", "with it", f"{RULE}, {RATE:g}", "behind"], rows) if rows else ""
 
 
 def _runs(folder: Path, task: Task) -> Iterator[dict[str, Any]]:

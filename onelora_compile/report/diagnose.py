@@ -138,8 +138,8 @@ def diagnose(
         config: which linears; None is all of them.
 
     Raises:
-        ConfigError: the output holds no floating tensor, no weight has a gradient, an input is on the meta device, or
-            `config` is no `OneLoRAConfig`.
+        ConfigError: the output holds no floating tensor, no weight has a gradient, the loss is no finite number, an
+            input is on the meta device, or `config` is no `OneLoRAConfig`.
         StateError: a weight is on the meta device, or accelerate has offloaded it.
         TargetError: the config selects nothing.
     """
@@ -153,6 +153,8 @@ def diagnose(
         number, what = _loss(output, loss)
         if not number.requires_grad:
             raise ConfigError("no weight of the model's linears has a gradient: the output does not depend on them")
+        if not math.isfinite(number.item()):
+            raise ConfigError(f"{what} is {number.item()}: give inputs whose loss is a finite number")
         gradients = torch.autograd.grad(number, list(weights.values()), allow_unused=True)
     shares = {
         name: _share(gradient, selection.targets[name]) if gradient is not None else None
@@ -178,7 +180,11 @@ def _refuse_meta(weights: Mapping[str, Tensor], inputs: Any) -> None:
 
 def _loss(output: Any, loss: Callable[[Any], Tensor] | None) -> tuple[Tensor, str]:
     if loss is not None:
-        return loss(output), "the loss"
+        value = loss(output)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"the loss gave {found}, and has to give a tensor with one number")
+        return value, "the loss"
     own = getattr(output, "loss", None)
     if isinstance(own, Tensor):
         return own, "the model's loss"
@@ -206,7 +212,7 @@ def _differentiable(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[Non
     """Evaluation mode, with gradients for the weights alone; afterwards all that the model can reach is as it was."""
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        with Kept(model, tensors=True), torch.enable_grad():
+        with Kept(model, tensors=True), torch.inference_mode(False), torch.enable_grad():
             model.eval().requires_grad_(False)
             for weight in weights:
                 weight.requires_grad_(True)
