@@ -65,6 +65,7 @@ THINNED = {
     "test_merged_files.py": 6,
     "test_modes.py": 8,
     "test_named_adapters.py": 2,
+    "test_named_copies.py": 2,
     "test_nothing_eaten.py": 3,
     "test_opset_pairs.py": 8,
     "test_oracle.py": 5,
