@@ -88,6 +88,7 @@ THINNED = {
     "test_untouched.py": 4,
     "test_untouched_zoo.py": 4,
     "test_weight_reads.py": 5,
+    "test_weights_kept.py": 3,
     "test_zoo.py": 8,
 }
 
