@@ -65,6 +65,7 @@ THINNED = {
     "test_merged_files.py": 6,
     "test_modes.py": 8,
     "test_named_adapters.py": 2,
+    "test_named_copies.py": 2,
     "test_nothing_eaten.py": 3,
     "test_opset_pairs.py": 8,
     "test_oracle.py": 5,
@@ -87,6 +88,7 @@ THINNED = {
     "test_untouched.py": 4,
     "test_untouched_zoo.py": 4,
     "test_weight_reads.py": 5,
+    "test_weights_kept.py": 3,
     "test_zoo.py": 8,
 }
 

@@ -1,7 +1,7 @@
 """Uses of parameters in products that are no linear ops."""
 
 import torch
-from forms import module, weight
+from form_parts import module, weight
 from torch import nn
 from torch.nn import functional as F
 

@@ -10,6 +10,7 @@ import peft
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.testing import fill_vectors
@@ -62,6 +63,17 @@ def ours(folder):
     onelora.save_adapter(fill_vectors(onelora.adapt(base)), folder, format="peft")
     edit_tensors(folder, lambda tensors: None)
     return folder
+
+
+class Two(nn.Module):
+    """The name of one linear ends that of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.inner = nn.Linear(4, 4), nn.ModuleDict({"fc": nn.Linear(4, 4)})
+
+    def forward(self, x):
+        return self.inner["fc"](self.fc(x))
 
 
 def output(model, inputs):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from forms import module, weight
+from form_parts import module, weight
 from torch import nn
 
 import onelora_compile as onelora

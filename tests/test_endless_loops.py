@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from forms import weight
+from form_parts import weight
 from torch import nn
 from torch.nn import functional as F
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from forms import module, weight
+from form_parts import module, weight
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm

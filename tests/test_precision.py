@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from forms import build, module, weight
+from form_parts import module, weight
+from forms import build
 from torch import nn
 
 import onelora_compile as onelora

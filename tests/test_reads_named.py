@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from forms import FORMS, LONG, build, weight
+from form_parts import weight
+from forms import FORMS, LONG, build
 from named_uses import NAMED
 from torch import nn
 from torch.nn import functional as F

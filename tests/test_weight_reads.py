@@ -6,7 +6,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from forms import ADAPTED, FORMS, LONG, build, module, weight
+from form_parts import module, weight
+from forms import ADAPTED, FORMS, LONG, build
 from oracle import row_sums
 from torch import nn
 from torch.nn import functional as F

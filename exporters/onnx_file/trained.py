@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from onelora_compile.adapting.adapter import vectors
-from onelora_compile.adapting.adapter_state import adapted_part, saved_tensors, state_or_none
+from onelora_compile.adapting.adapter_state import adapted_part, state_or_none
 from onelora_compile.adapting.module_names import clean_name
+from onelora_compile.adapting.trained_besides import saved_tensors
 from onelora_compile.weights.adapter_content import digest, float32
 from onelora_compile.weights.adapter_file import bases_of
 from onelora_compile.weights.fingerprint import Fingerprint

@@ -14,11 +14,9 @@ from onelora_compile.adapting.adapter_state import (
     STATE,
     AdapterState,
     adapted_weights,
-    all_saved_tensors,
     mark,
     refuse_offloaded_vectors,
     refuse_weights_in_files,
-    saved_tensors,
     state_of,
     state_or_none,
     unmark,
@@ -32,6 +30,7 @@ from onelora_compile.adapting.pool import DEFAULT_ADAPTER, check_name
 from onelora_compile.adapting.select_targets import Selection, select
 from onelora_compile.adapting.stand_ins import meant
 from onelora_compile.adapting.torch_fast_paths import close_fast_paths
+from onelora_compile.adapting.trained_besides import all_saved_tensors, saved_tensors
 from onelora_compile.adapting.weight_target import attach
 from onelora_compile.errors import StateError, TargetError
 from onelora_compile.sharded import is_fully_sharded, is_sharded, whole

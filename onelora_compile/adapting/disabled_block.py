@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted
 from onelora_compile.adapting.adapter import unwrap, vectors
-from onelora_compile.adapting.adapter_state import all_saved_tensors, state_of
+from onelora_compile.adapting.adapter_state import state_of
 from onelora_compile.adapting.stand_ins import stand_in
+from onelora_compile.adapting.trained_besides import all_saved_tensors
 
 
 @contextlib.contextmanager

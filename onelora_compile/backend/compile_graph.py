@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 
 from onelora_compile.adapting.adapted_module import is_adapted
 from onelora_compile.adapting.adapter import vectors
-from onelora_compile.adapting.adapter_state import STATE, AdapterState, saved_tensors, state_or_none, was_adapted
+from onelora_compile.adapting.adapter_state import STATE, AdapterState, state_or_none, was_adapted
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.dead_vectors import constant_inputs
+from onelora_compile.adapting.trained_besides import saved_tensors
 from onelora_compile.backend.first_call import FirstCall
 from onelora_compile.backend.name_the_rest import warn_about_the_rest
 from onelora_compile.backend.options import BackendOptions

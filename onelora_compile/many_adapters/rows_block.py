@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import OneLoRALayer
 from onelora_compile.adapting.adapter import unwrap
-from onelora_compile.adapting.adapter_state import AdapterState, own_state, saved_tensors
+from onelora_compile.adapting.adapter_state import AdapterState, own_state
 from onelora_compile.adapting.batch_rows import Chosen
 from onelora_compile.adapting.pool import Pool
+from onelora_compile.adapting.trained_besides import saved_tensors
 from onelora_compile.errors import ConfigError, StateError
 from onelora_compile.many_adapters.row_training import follow_tables, refuse_reduced
 from onelora_compile.many_adapters.values import live_vectors, pool_of

@@ -10,17 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapted_module import Adapted, vector_name
-from onelora_compile.adapting.adapter_state import (
-    AdapterState,
-    adapted_weights,
-    check_saved,
-    places_of_saved,
-    refuse_offloaded_vector,
-)
+from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, refuse_offloaded_vector
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.module_names import named_modules
 from onelora_compile.adapting.pool import Held, Places, Pool
 from onelora_compile.adapting.stand_ins import meant
+from onelora_compile.adapting.trained_besides import check_saved, places_of_saved
 from onelora_compile.adapting.weight_target import vector_at
 from onelora_compile.errors import StateError
 from onelora_compile.printable import shortened

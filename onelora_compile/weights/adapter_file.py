@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from onelora_compile.adapting.adapter import unwrap
-from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, saved_tensors, state_of
+from onelora_compile.adapting.adapter_state import AdapterState, adapted_weights, state_of
 from onelora_compile.adapting.config import OneLoRAConfig
 from onelora_compile.adapting.module_names import named_modules
+from onelora_compile.adapting.trained_besides import saved_tensors
 from onelora_compile.errors import AdapterFileError, ConfigError, one_of
 from onelora_compile.file_names import as_path
 from onelora_compile.many_adapters.values import values_of

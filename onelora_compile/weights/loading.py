@@ -26,13 +26,13 @@ from onelora_compile.adapting.adapter_state import (
     AdapterState,
     adapted_weights,
     refuse_weights_in_files,
-    saved_tensors,
     state_of,
     was_adapted,
 )
 from onelora_compile.adapting.module_names import named_tensors
 from onelora_compile.adapting.pool import DEFAULT_ADAPTER, check_name
 from onelora_compile.adapting.select_targets import Selection, available_targets, saved_parameters, select
+from onelora_compile.adapting.trained_besides import saved_tensors
 from onelora_compile.errors import AdapterFileError, OneLoRAWarning, TargetError
 from onelora_compile.many_adapters.extend import as_base, refuse_replicated
 from onelora_compile.many_adapters.names import put_adapter

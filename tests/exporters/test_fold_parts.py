@@ -9,7 +9,7 @@ import onnx_tools as tools
 import onnxruntime
 import pytest
 import torch
-from forms import module
+from form_parts import module
 from torch import nn
 from torch.nn import functional as F
 

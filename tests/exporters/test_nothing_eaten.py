@@ -1,84 +1,36 @@
-"""No writer writes over what it reads, and clean-up removes nothing that anybody still names."""
+"""No writer writes over what it reads, or over a file of another kind."""
 
 import os
 import shutil
 import stat
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from faults import content
+from kinds_of_files import X, adapted, make_files, outputs, writers
 from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.errors import ConfigError
-from onelora_compile.exporters import build_engine, bundle, convert_adapter, export_onnx, fold_onnx, refit_engine
-from onelora_compile.testing import fill_vectors
-
-X = torch.randn(2, 24)
-
-
-def outputs(path):
-    session = onnxruntime.InferenceSession(path)
-    return session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]
+from onelora_compile.exporters import build_engine, convert_adapter, export_onnx, fold_onnx, refit_engine
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """base.onnx of a foreign exporter with base.onnx.data, a model of each mode, two adapters, and a script."""
-    folder = tmp_path_factory.mktemp("made")
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
-    torch.onnx.export(model, (X,), folder / "base.onnx", dynamo=True, external_data=True, verbose=False)
-    held = onnx.load(folder / "base.onnx")
-    onnx.save(held, folder / "base.onnx", save_as_external_data=True, location="base.onnx.data", size_threshold=0)
-    onelora.adapt(model)
-    for seed, name in enumerate("ab"):
-        onelora.save_adapter(fill_vectors(model, 0.3, seed), folder / f"{name}.safetensors")
-        torch.save(model(X).detach(), folder / f"{name}.pt")
-    for mode in ("input", "load"):
-        export_onnx(model, (X,), folder / f"{mode}.onnx", adapters=mode, progress=False)
-    return folder
+    return make_files(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
 def here(made, tmp_path):
-    shutil.copytree(made, tmp_path / "work")
-    return tmp_path / "work"
+    return shutil.copytree(made, tmp_path / "work")
 
 
 def link(kind, source, name):
     place = source.with_name(name)
     {"symbolic": place.symlink_to, "hard": place.hardlink_to}[kind](source)
     return place
-
-
-def writers(here):
-    """Every function that reads files and writes one: (call with an output, the inputs it must not touch)."""
-    a, b, base = here / "a.safetensors", here / "b.safetensors", here / "base.onnx"
-
-    def bank(out):
-        torch.manual_seed(0)
-        loaded = onelora.load_adapter(nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16)).eval(), a)
-        export_onnx(loaded, (X,), out, adapters="bank", bank=[a], progress=False)
-
-    return {
-        "fold": (lambda out: fold_onnx(base, a, out, progress=False), [a, here / "base.onnx.data"]),
-        "export": (bank, [a]),
-        "convert": (lambda out: convert_adapter(a, out), [a]),
-        "convert like": (lambda out: convert_adapter(a, out, like=here / "load.onnx"), [a]),
-        "combine": (lambda out: onelora.combine({a: 0.7, b: -0.3}, out), [a, b]),
-        "bundle": (
-            lambda out: bundle(here / "input.onnx", out, adapters=[a], selftest=False, progress=False),
-            [a, here / "input.onnx", here],
-        ),
-    }
 
 
 @pytest.mark.parametrize("kind", ["itself", "relative", "symbolic", "hard"])
@@ -219,90 +171,6 @@ def test_an_engine_is_none_of_its_inputs(here):
         with pytest.raises(onelora.ConfigError, match="would overwrite the input"):
             call()
         assert content(here) == before
-
-
-def fold(here, name, source, out):
-    fold_onnx(here / source, here / f"{name}.safetensors", here / out, progress=False)
-
-
-def right(here, name, path):
-    """Whether the model at `path` is the base with that adapter."""
-    return np.allclose(outputs(here / path), torch.load(here / f"{name}.pt").numpy(), rtol=1e-4, atol=1e-4)
-
-
-def weights(here, start):
-    return sorted(path.name for path in here.iterdir() if path.name.startswith(start) and path.suffix == ".data")
-
-
-def test_weights_of_another_exporter_stay_and_our_own_are_removed_when_nobody_names_them(here):
-    shutil.copy(here / "base.onnx", here / "decoder_with_past.onnx")  # two models, one file of weights
-    base = outputs(here / "base.onnx")
-    fold(here, "a", "base.onnx", "base.onnx")
-    assert "base.onnx.data" in weights(here, "base.onnx")
-    assert right(here, "a", "base.onnx")
-    assert np.array_equal(outputs(here / "decoder_with_past.onnx"), base)
-    for name in "aba":
-        fold(here, name, "decoder_with_past.onnx", "out.onnx")
-        assert right(here, name, "out.onnx")
-        assert len(weights(here, "out.onnx")) == 1
-
-
-def test_a_copy_that_is_folded_over_its_original_keeps_its_weights(here):
-    fold(here, "a", "base.onnx", "model.onnx")
-    shutil.copy(here / "model.onnx", here / "copy.onnx")
-    fold(here, "b", "base.onnx", "model.onnx")
-    assert right(here, "a", "copy.onnx")
-    assert right(here, "b", "model.onnx")
-    assert len(weights(here, "model.onnx")) == 2
-    (here / "copy.onnx").unlink()
-    fold(here, "a", "base.onnx", "model.onnx")
-    assert right(here, "a", "model.onnx")
-
-
-@pytest.mark.parametrize("how", ["threads", "processes"])
-def test_of_several_writers_the_last_one_wins_whole(here, how):
-    if how == "threads":
-        writers = [threading.Thread(target=fold, args=(here, name, "base.onnx", "out.onnx")) for name in "abab"]
-        for one in writers:
-            one.start()
-        for one in writers:
-            one.join()
-    else:
-        program = (
-            "import sys; from onelora_compile.exporters import fold_onnx\n"
-            "for _ in range(5): fold_onnx('base.onnx', sys.argv[1], 'out.onnx', progress=False)"
-        )
-        run = [sys.executable, "-P", "-c", program]
-        children = [subprocess.Popen([*run, f"{name}.safetensors"], cwd=here) for name in "ab"]
-        assert [child.wait() for child in children] == [0, 0]
-    assert any(right(here, name, "out.onnx") for name in "ab")
-    assert len(weights(here, "out.onnx")) == 1
-    assert not list(here.glob(".onelora-*"))
-
-
-def test_a_link_is_replaced_by_the_model_and_what_it_pointed_to_stays(here, tmp_path):
-    store = tmp_path / "store"
-    store.mkdir()
-    fold_onnx(here / "base.onnx", here / "a.safetensors", store / "model.onnx", progress=False)
-    before = content(store)
-    (here / "model.onnx").symlink_to(store / "model.onnx")
-    fold(here, "b", "base.onnx", "model.onnx")
-    assert content(store) == before
-    assert not (here / "model.onnx").is_symlink()
-    assert right(here, "b", "model.onnx")
-
-
-@pytest.mark.parametrize("name", ["n" * 250 + ".onnx", "\N{GREEK SMALL LETTER ALPHA}" * 125 + ".onnx"])
-def test_names_may_be_as_long_as_names_may_be(here, name):
-    assert len(name.encode()) == 255
-    for adapter in "ab":
-        fold(here, adapter, "base.onnx", name)
-        assert right(here, adapter, name)
-    onelora.save_adapter(adapted(), here / (name[:-12] + ".safetensors"))
-
-
-def adapted():
-    return onelora.adapt(nn.Sequential(nn.Linear(24, 32)))
 
 
 def test_a_folder_is_replaced_only_if_it_is_a_bundle_and_nothing_else(here):

@@ -3,6 +3,7 @@
 import forms
 import pytest
 import torch
+from form_parts import module, weight
 from hard_models import HARD
 from torch import fx, nn
 from torch.fx._symbolic_trace import PH
@@ -97,9 +98,7 @@ def test_a_chain_sums_what_the_update_before_gave(how):
 
 
 def test_stored_weights_get_an_update_behind_the_op_and_views_one_on_the_weight():
-    model = forms.module(
-        lambda s, x: nn.functional.linear(x, s.w) @ s.v.t(), w=forms.weight(6, 8), v=forms.weight(3, 6)
-    )
+    model = module(lambda s, x: nn.functional.linear(x, s.w) @ s.v.t(), w=weight(6, 8), v=weight(3, 6))
     gm = fx.symbolic_trace(model)
     insert_rank1(gm, {"w": torch.zeros(6), "v": torch.zeros(3)})
     targets = [node.target for node in gm.graph.nodes]
@@ -107,7 +106,7 @@ def test_stored_weights_get_an_update_behind_the_op_and_views_one_on_the_weight(
 
 
 def test_a_weight_under_two_names_is_left_alone_and_said():
-    model = forms.module(lambda s, x: x @ s.w[:4].t() + x @ s.w[4:].t(), w=forms.weight(8, 6))
+    model = module(lambda s, x: x @ s.w[:4].t() + x @ s.w[4:].t(), w=weight(8, 6))
     gm = fx.symbolic_trace(model)
     names = iter(("first", "second"))
     result, inputs = insert_rank1(gm, {"first": torch.zeros(8)}, lambda site: next(names))
@@ -117,7 +116,7 @@ def test_a_weight_under_two_names_is_left_alone_and_said():
 
 
 def test_a_vector_of_the_wrong_shape_is_refused():
-    model = forms.module(lambda s, x: x @ s.w.t(), w=forms.weight(6, 8))
+    model = module(lambda s, x: x @ s.w.t(), w=weight(6, 8))
     with pytest.raises(onelora.PassError, match=r"the vector 'w' has shape \[8\]; its weight needs \[6\]"):
         insert_rank1(fx.symbolic_trace(model), {"w": torch.zeros(8)})
 
