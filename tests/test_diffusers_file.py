@@ -14,6 +14,7 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from peft_folders import output
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import onelora_compile as onelora
 
@@ -79,6 +80,45 @@ def test_ranks_that_differ_have_a_scale_of_one_where_nothing_says_alpha(tmp_path
     torch.testing.assert_close(output(ours, inputs), output(bare, inputs), rtol=1e-5, atol=1e-5)
 
 
+def test_names_of_a_model_are_no_part_of_a_pipeline(tmp_path):
+    """Its blocks are called transformer_blocks, and no configuration says that it is a model's own file."""
+    base, theirs, inputs = with_lora("sd3", lora_alpha=2)
+    theirs.save_lora_adapter(str(tmp_path))
+    tensors = load_file(tmp_path / FILE)
+    assert all(name.startswith("transformer_blocks.") for name in tensors)
+    for prefix in ("", "transformer.", "transformer_2."):
+        save_file({f"{prefix}{name}": value for name, value in tensors.items()}, tmp_path / "bare.safetensors")
+        with pytest.warns(onelora.OneLoRAWarning, match=UNKNOWN):
+            ours = onelora.load_adapter(copy.deepcopy(base), tmp_path / "bare.safetensors")
+        torch.testing.assert_close(output(ours, inputs), output(theirs, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_the_file_of_a_text_encoder_is_read(tmp_path):
+    """Its names, `.lora_linear_layer.down`, are older."""
+    base, inputs = clip()
+    theirs: Any = copy.deepcopy(base)
+    theirs.add_adapter(peft.LoraConfig(r=1, lora_alpha=1, target_modules=["q_proj"], init_lora_weights=False))
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if "lora_A" in name:
+                value.fill_(0.5)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(theirs))
+    save: Any = StableDiffusionPipeline.save_lora_weights
+    save(str(tmp_path), text_encoder_lora_layers=layers)
+    assert any(name.endswith(".lora_linear_layer.down.weight") for name in load_file(tmp_path / FILE))
+    with pytest.warns(onelora.OneLoRAWarning, match=UNKNOWN):
+        ours = onelora.load_adapter(base, tmp_path)
+    found, expected = (model(**inputs).last_hidden_state for model in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def clip():
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 30, "max_position_embeddings": 8, "hidden_size": 16, "intermediate_size": 16}
+    config = CLIPTextConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+    return CLIPTextModel(config).eval(), {"input_ids": torch.arange(6)[None]}
+
+
 def test_it_is_converted_and_shown(tmp_path):
     base, theirs, inputs = with_lora("sd3")
     path = by_pipeline("sd3", theirs, tmp_path, configured=True)
@@ -116,6 +156,16 @@ DAMAGED: dict[str, tuple[dict[str, torch.Tensor], Any, str]] = {
     "no dict": (factors("unet.fc"), "[1]", "damaged metadata: lora_adapter_metadata is"),
     "another map": (factors("unet.fc"), {"unet.r": 1, "unet.lora_alpha": 1, "unet.use_dora": True}, "use_dora: DoRA"),
     "another rank": (factors("unet.fc"), {"unet.r": 2, "unet.lora_alpha": 1}, "of rank 1; the configuration says 2"),
+    "kohya": (
+        {f"lora_unet_a_to_q.lora_{name}.weight": torch.ones(1, 1) for name in ("down", "up")},
+        None,
+        r"LoRA of kohya's scripts \(lora_unet_a_to_q\.lora_down\.weight",
+    ),
+    "old": (
+        {f"unet.a.processor.to_q_lora.{name}.weight": torch.ones(1, 1) for name in ("down", "up")},
+        None,
+        r"LoRA of an old diffusers \(unet\.a\.processor\.to_q_lora\.down\.weight",
+    ),
     "NaN": ({name: value * torch.nan for name, value in factors("fc").items()}, None, "NaN or infinity"),
 }
 

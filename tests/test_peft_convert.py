@@ -9,6 +9,8 @@ import pytest
 import torch
 import zoo
 from peft_folders import adapted, output
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import onelora_compile as onelora
 from onelora_compile.cli import main
@@ -83,3 +85,39 @@ def test_the_command_line(tmp_path, monkeypatch, capfd):
     assert "1LoRA adapter" in run("inspect", "c.safetensors").out
     assert "there is no file or folder gone" in run("convert", "gone", "-o", "b", code=1).err
     assert "a folder" in run("convert", "a.safetensors", "-o", "a.bin", code=1).err
+
+
+@pytest.mark.parametrize("way", ["peft", "peft-miss"])
+def test_a_head_that_peft_trained_stays_through_folders_and_files(way, tmp_path, monkeypatch):
+    """Nobody knows from which values it began, as PEFT keeps no fingerprints."""
+    monkeypatch.chdir(tmp_path)
+    base, inputs = zoo.tiny_vit()
+    config = peft.LoraConfig if way == "peft" else peft.MissConfig
+    peft_folders.written(copy.deepcopy(base), "a", config(r=1, target_modules=["fc1"], modules_to_save=["head"]))
+    if way == "peft":
+        peft_folders.edit_tensors("a", lambda held: [one.fill_(1) for name, one in held.items() if "lora_A" in name])
+    theirs = peft_folders.loaded(copy.deepcopy(base), "a")
+    convert_adapter("a", "b", format=way)
+    convert_adapter("b", "c.safetensors")
+    convert_adapter("c.safetensors", "d", format=way)
+    onelora.combine({"d": 1.0}, "e.safetensors", trained="from:d")
+    convert_adapter("e.safetensors", "e", format=way)
+    for place in ("b", "c.safetensors", "d", "e.safetensors", "e"):
+        assert set(onelora.read_adapter(place).saved) == {"head.weight", "head.bias"}
+        with pytest.warns(onelora.OneLoRAWarning, match="could not be checked"):
+            ours = onelora.load_adapter(copy.deepcopy(base), place)
+        torch.testing.assert_close(output(ours, inputs), output(theirs, inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_what_another_tool_adds_to_a_folder_is_read(tmp_path):
+    base, model, _ = adapted("tiny_vit", target_modules=["fc1"])
+    onelora.save_adapter(model, tmp_path, format="peft")
+    path = tmp_path / peft_folders.TENSORS
+    with safe_open(path, framework="pt") as held:
+        metadata = held.metadata()
+    head = {f"base_model.model.head.{name}": torch.randn_like(one) for name, one in base.head.named_parameters()}
+    save_file(load_file(path) | head, path, metadata)
+    peft_folders.edit_config(tmp_path, modules_to_save=["head"])
+    model = onelora.load_adapter(base, tmp_path)
+    for name, value in head.items():
+        assert torch.equal(model.get_parameter(name.removeprefix("base_model.model.")), value)

@@ -102,6 +102,28 @@ def test_a_configuration_that_is_no_json(text, folder):
     refused(folder, "adapter_config.json")
 
 
+def test_a_configuration_that_an_editor_gave_a_byte_order_mark(folder):
+    path = folder / peft_folders.CONFIG
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert onelora.read_adapter(folder).vectors
+
+
+def test_the_configuration_of_a_folder_is_given_for_it(folder):
+    with pytest.raises(onelora.AdapterFileError, match=f"configuration .*: give its folder, {folder}"):
+        onelora.read_adapter(folder / peft_folders.CONFIG)
+
+
+def test_a_linear_with_a_vector_that_is_trained_as_a_whole_too(folder):
+    """As no program writes it."""
+    heads = {f"base_model.model.head.{name}": one for name, one in zoo.tiny_vit()[0].head.named_parameters()}
+    peft_folders.edit_tensors(folder, lambda tensors: tensors.update(heads))
+    peft_folders.edit_config(folder, modules_to_save=["head"])
+    model, _ = zoo.tiny_vit()
+    with pytest.raises(onelora.AdapterFileError, match="has vectors for head, which its modules_to_save train"):
+        onelora.load_adapter(model, folder)
+    assert not onelora.vectors(model)
+
+
 KEY = "base_model.model.blocks.0.fc1.lora_{}.weight"
 TENSORS = {
     "missing B": (lambda t: t.pop(KEY.format("B")), "'blocks.0.fc1' has lora_A, and misses lora_B"),

@@ -77,7 +77,7 @@ def bert():
     return perturb_norms(BertForSequenceClassification(config)).eval(), inputs
 
 
-def llama():
+def llama(tied=False):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -89,6 +89,7 @@ def llama():
         intermediate_size=96,
         vocab_size=64,
         use_cache=False,
+        tie_word_embeddings=tied,
     )
     ids = torch.randint(0, 64, (2, 9))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -48,6 +48,7 @@ from onelora_compile.weights.gguf_layout import layout_of_model
 from onelora_compile.weights.gguf_read import read_gguf
 from onelora_compile.weights.hub_download import Token, local_adapter
 from onelora_compile.weights.layers import base_model_of, layers_of, task_type_of, whole_modules
+from onelora_compile.weights.peft_config import CONFIG
 from onelora_compile.weights.peft_folder import PEFT_FORMATS, read_folder, refuse_other_folders, write_folder
 
 FORMAT_VERSION = 2
@@ -88,12 +89,13 @@ def save_adapter(model: nn.Module, path: PathLike, format: str = ONELORA, *, ada
     root = unwrap(model)
     state = state_of(root, "save")
     file = content_of(root, state, adapter_name, base_fingerprints(root, state))
+    trained = set(file.saved)
     if format in PEFT_FORMATS:
         file = dataclasses.replace(file, saved=whole_modules(root, file))
     check_finite(file.tensors, "nothing was written: the training has diverged")
     with together(list(root.parameters()), Path(path)) as mine:
         if mine and format in PEFT_FORMATS:
-            write_folder(file, path, format, {name for name, _ in named_modules(root)})
+            write_folder(file, path, format, {name for name, _ in named_modules(root)}, set(file.saved) - trained)
         elif mine:
             with replacing(path) as beside:
                 if format == GGUF:
@@ -184,6 +186,8 @@ def read_adapter(
         return read_folder(path, approximate)
     if not path.is_file():
         raise FileNotFoundError(f"there is no adapter file {path}")
+    if path.name == CONFIG:
+        raise AdapterFileError(f"{path} is the configuration of an adapter of PEFT: give its folder, {path.parent}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -211,7 +215,8 @@ def read_adapter(
     saved = {name: tensor for name, tensor in tensors.items() if name not in found}
     if strange := sorted(set(said.bases) - set(saved)):
         raise AdapterFileError(f"{path}: the file names trained tensors that it does not hold: {shortened(strange)}")
-    known = {field.name: getattr(said, field.name) for field in dataclasses.fields(said) if field.name != "names"}
+    known = {field.name: getattr(said, field.name) for field in dataclasses.fields(said)}
+    del known["names"], known["carried"]
     return AdapterFile(config=config, vectors=found, saved=saved, **known)
 
 

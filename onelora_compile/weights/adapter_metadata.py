@@ -8,6 +8,7 @@ Keys, with JSON values
                         0 at most is no count, a negative number no bound
     layers              what each vector is on, [kind, inputs], but for a linear of the inputs that its fingerprint has
     base_model          [name or path, PEFT's task type]
+    carried             names of what lies in a folder of PEFT, which holds whole modules, and was not trained
     parts               of a sum of adapters, [weight, file name, digest of the vectors, whether its base was compared]
 """
 
@@ -46,6 +47,7 @@ class Base:
     task_type: str
     producer: str
     parts: tuple[Part, ...] = ()
+    carried: tuple[str, ...] = ()
 
 
 def base_to_metadata(file: AdapterFile) -> dict[str, str]:
@@ -96,6 +98,7 @@ def parsed_base(metadata: Mapping[str, str]) -> Base:
         task_type=str(task),
         producer=metadata.get("producer", "unknown"),
         parts=tuple(_part(*fields) for fields in json.loads(metadata.get("parts", "[]"))),
+        carried=tuple(map(str, json.loads(metadata.get("carried", "[]")))),
     )
 
 

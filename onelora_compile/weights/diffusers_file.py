@@ -1,7 +1,8 @@
 """A LoRA as diffusers writes it: one file, `pytorch_lora_weights.safetensors`.
 
     <part>.<path>.lora_A.weight, .lora_B.weight     of a part of the pipeline; no part from a model's save_lora_adapter
-    <part>.<path>.lora.down.weight, .lora.up.weight the same, of a Stable Diffusion
+    <part>.<path>.lora.down.weight, .lora.up.weight the same, of a Stable Diffusion; of its text encoder with
+                                                    .lora_linear_layer for .lora
     metadata    lora_adapter_metadata (JSON): the configuration of PEFT, `<part>.<field>`; not in every file
 
 Without a configuration alpha is the rank, as diffusers takes it.
@@ -27,15 +28,20 @@ from onelora_compile.weights.peft_folder import adapter_of
 from onelora_compile.weights.peft_tensors import PREFIX
 
 _METADATA = "lora_adapter_metadata"
-_FACTOR = re.compile(r"(?P<path>.+)\.(?P<factor>lora_[AB]|lora\.(?:down|up))\.weight")
-_NEWER = {"lora.down": "lora_A", "lora.up": "lora_B"}
+_FACTOR = re.compile(r"(?P<path>.+)\.(?:(?P<factor>lora_[AB])|lora(?:_linear_layer)?\.(?P<way>down|up))\.weight")
+_NEWER = {"down": "lora_A", "up": "lora_B"}
+# What other programs call factors, whose names of modules are no paths in the model.
+_OTHERS = {
+    "kohya's scripts": re.compile(r".+\.lora_(down|up)\.weight"),
+    "an old diffusers": re.compile(r".+\.processor\.to_\w+_lora\.(down|up)\.weight"),
+}
 # The models of a pipeline, as its save_lora_weights calls them.
-_PART = re.compile(r"(unet|transformer|text_encoder|prior|controlnet|connectors|text_conditioner)(_\w+)?")
+_PART = re.compile(r"(unet|transformer|text_encoder|prior|controlnet|connectors|text_conditioner)(_\d+|_ref)?")
 
 
 def is_lora(names: Collection[str]) -> bool:
     """Whether a file of safetensors has the factors of a LoRA."""
-    return any(_FACTOR.fullmatch(name) for name in names)
+    return any(form.fullmatch(name) for name in names for form in (_FACTOR, *_OTHERS.values()))
 
 
 def read_lora(stored: Mapping[str, Tensor], metadata: dict[str, str], path: Path, approximate: bool) -> AdapterFile:
@@ -48,13 +54,21 @@ def read_lora(stored: Mapping[str, Tensor], metadata: dict[str, str], path: Path
         approximate: take the best vector for each layer of a LoRA that is more than that.
 
     Raises:
-        AdapterFileError: the tensors of a folder of PEFT, of several models, damaged, or more than vectors hold.
+        AdapterFileError: the tensors of a folder of PEFT, of another program, of several models, damaged, or more than
+            vectors hold.
     """
     if any(name.startswith(PREFIX) for name in stored):
         raise AdapterFileError(
             f"{path} holds the tensors of an adapter of PEFT, whose scale is in the {CONFIG} that belongs to them: "
             "give the folder that has both"
         )
+    for origin, form in _OTHERS.items():
+        if found := [name for name in stored if form.fullmatch(name)]:
+            raise AdapterFileError(
+                f"{path} is a LoRA of {origin} ({shortened(found, 1)}), whose names are not those of the model: "
+                "diffusers reads it, pipe.load_lora_weights(path, adapter_name='default'), and saves each model by "
+                "itself, as pipe.unet.save_lora_adapter(folder) does"
+            )
     fields = _said(metadata, path)
     parts = {"" if "r" in fields else _part(name) for name in stored}
     if len(parts) > 1:
@@ -89,7 +103,7 @@ def _part(name: str) -> str:
 
 def _newer(name: str) -> str:
     found = _FACTOR.fullmatch(name)
-    return f"{found['path']}.{_NEWER.get(found['factor'], found['factor'])}.weight" if found else name
+    return f"{found['path']}.{found['factor'] or _NEWER[found['way']]}.weight" if found else name
 
 
 def _as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

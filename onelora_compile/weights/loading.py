@@ -200,4 +200,9 @@ def _selected(root: nn.Module, file: AdapterFile, path: PathLike) -> Selection:
             f"It has: {shortened(offered)}"
         )
     chosen = select(root, dataclasses.replace(file.config, target_modules=list(file.vectors), exclude_modules=None))
+    if twice := [name for name in file.vectors if name not in chosen.targets]:
+        raise AdapterFileError(
+            f"{path} has vectors for {shortened(twice)}, which its modules_to_save train as a whole: a linear has "
+            "one or the other. The program that wrote it has to save it again"
+        )
     return dataclasses.replace(chosen, targets={name: chosen.targets[name] for name in file.vectors})

@@ -114,7 +114,7 @@ def read_config(folder: Path) -> PeftConfig:
     """
     path = folder / CONFIG
     try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+        fields: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not JSON, or is damaged: {error}") from error
     return checked_config(fields, path)

@@ -3,8 +3,8 @@
     "peft"        LoRA of r = 1, lora_A of ones: what PEFT, transformers, diffusers and servers of LoRA read
     "peft-miss"   MiSS of r = 1: half the size; PEFT reads it
 
-What PEFT has no word for (fingerprints) is metadata of the safetensors file, which PEFT leaves alone. A folder that
-PEFT wrote has none: its base can't be checked.
+What PEFT has no word for (fingerprints, what was not trained of a module that is whole) is metadata of the safetensors
+file, which PEFT leaves alone. A folder that PEFT wrote has none: its base can't be checked.
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ def refuse_other_folders(out: str | os.PathLike[str], what: str = "path") -> Non
 
 
 def write_folder(
-    file: AdapterFile, out: str | os.PathLike[str], peft_format: str = PEFT, modules: Collection[str] = ()
+    file: AdapterFile,
+    out: str | os.PathLike[str],
+    peft_format: str = PEFT,
+    modules: Collection[str] = (),
+    carried: Collection[str] = (),
 ) -> None:
     """Write an adapter as a folder of PEFT, in one step.
 
@@ -66,6 +70,7 @@ def write_folder(
         out: the folder; an adapter of PEFT that is there is replaced, if nothing else is with it.
         peft_format: "peft" or "peft-miss".
         modules: names of all modules of the model, where they are known.
+        carried: what of `file.saved` was not trained, and is there because PEFT holds whole modules.
 
     Raises:
         ConfigError: what PEFT has no place for, or something else is there.
@@ -88,7 +93,8 @@ def write_folder(
     text = json.dumps(config_of(file, peft_type, roots, known), indent=2, sort_keys=True)
     with replacing_folder(out) as folder:
         with replacing(folder / TENSORS) as beside:
-            save_file(tensors, beside, {"format": "pt"} | base_to_metadata(file))
+            said = {"carried": json.dumps(sorted(carried))} if carried else {}
+            save_file(tensors, beside, {"format": "pt"} | base_to_metadata(file) | said)
         with replacing(folder / CONFIG) as beside:
             beside.write_text(f"{text}\n", encoding="utf-8")
 
@@ -134,15 +140,16 @@ def adapter_of(
     found = from_peft(config, stored, path, approximate)
     check_finite(found.vectors, f"{path}: a vector is too large for float32")
     known = base_from_metadata(metadata, found.vectors, found.saved, path)
-    check_vectors(found.vectors, known.fingerprints, path)
+    fingerprints = found.fingerprints | known.fingerprints
+    check_vectors(found.vectors, fingerprints, path)
     if missing := sorted(set(config.whole_names) - set(found.vectors)):
         raise AdapterFileError(
             f"{path} has no tensors for {shortened(missing)}, which its target_modules select: they would stay the "
             "base's"
         )
     saved, roots = found.saved, found.roots
-    if known.names:  # what is there because PEFT holds whole modules, and was not trained
-        saved = {name: value for name, value in saved.items() if name in known.bases or not value.is_floating_point()}
+    if known.names:
+        saved = {name: value for name, value in saved.items() if name not in known.carried}
         trained = [name for name in saved if not name.endswith(STATISTICS)]
         roots = [root for root in roots if any(name.startswith(f"{root}.") for name in trained)]
     return AdapterFile(
@@ -150,7 +157,7 @@ def adapter_of(
         vectors=found.vectors,
         saved=saved,
         producer=known.producer or f"PEFT {config.fields.get('peft_version') or ''}".strip(),
-        fingerprints=known.fingerprints,
+        fingerprints=fingerprints,
         bases=known.bases,
         uses=known.uses,
         layers=known.layers or found.layers,

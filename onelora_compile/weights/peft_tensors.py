@@ -31,6 +31,8 @@ from onelora_compile.weights.adapter_content import (
     Layer,
     Projection,
 )
+from onelora_compile.weights.fingerprint import Fingerprint
+from onelora_compile.weights.peft_base_copies import without_base_copies
 from onelora_compile.weights.peft_config import LORA, MISS, TASKS_WITH_HEADS, PeftConfig
 
 PREFIX = "base_model.model."
@@ -121,6 +123,7 @@ class PeftTensors:
         layers: what each is on, as far as the tensors tell.
         saved: what else was trained, by parameter or buffer name.
         roots: the modules that were trained as a whole.
+        fingerprints: of base weights that lie beside the adapter.
         projection: what the vectors keep, if they are an approximation.
     """
 
@@ -128,6 +131,7 @@ class PeftTensors:
     layers: dict[str, Layer]
     saved: dict[str, Tensor]
     roots: list[str]
+    fingerprints: dict[str, Fingerprint]
     projection: Projection | None = None
 
 
@@ -146,12 +150,13 @@ def from_peft(config: PeftConfig, stored: Mapping[str, Tensor], path: Path, appr
     parts, rest = _sorted_out(stored, path)
     if not parts:
         raise AdapterFileError(f"{path} holds no tensors of {config.peft_type}; it has {shortened(stored)}")
+    rest, prints = without_base_copies(rest, parts)
     saved, roots = _saved(config, rest, path)
     if config.peft_type == LORA:
         vectors, layers, projection = _of_lora(config, parts, path, approximate)
-        return PeftTensors(vectors, layers, saved, roots, projection)
+        return PeftTensors(vectors, layers, saved, roots, prints, projection)
     vectors = {name: _of_block(config, name, tensors, path) for name, tensors in parts.items()}
-    return PeftTensors(vectors, {name: Layer(LINEAR, None) for name in vectors}, saved, roots)
+    return PeftTensors(vectors, {name: Layer(LINEAR, None) for name in vectors}, saved, roots, prints)
 
 
 def _sorted_out(stored: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
