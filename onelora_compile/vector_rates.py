@@ -69,12 +69,13 @@ def parameter_groups(
     sizes = _Sizes({_place(vector): name for name, vector in own.items()})
     capture(root, args, kwargs, sizes.watch)
     if wrong := [name for name, one in sizes.seen.items() if not math.isfinite(one.outputs + one.sums)]:
-        raise ConfigError(f"the batch gives {shortened(wrong)} NaN or infinity: its sums have no size")
+        raise ConfigError(f"the batch gives {shortened(wrong)} NaN, infinity or numbers near it: its sums have no size")
     factors = {name: one.factor for name, one in sizes.seen.items() if one.outputs}
     if not factors:
         raise ConfigError(
-            "the batch uses none of the vectors, or in a way that can't be measured (outputs that are zero, vmap, "
-            "Dynamo switched off): give the inputs of a training step"
+            "the batch uses none of the vectors, or in a way that can't be measured (outputs that are zero, vmap, a "
+            "weight that is computed from others, code that Dynamo does not capture): give the inputs of a training "
+            "step, or each vector a rate by hand"
         )
     if left := [name for name in own if name not in factors]:
         middle = statistics.median(factors.values())
@@ -169,7 +170,7 @@ def _square(values: Tensor) -> float:
 
 def _place(tensor: Tensor) -> int:
     """Where a tensor is in memory."""
-    return tensor.untyped_storage().data_ptr()
+    return tensor.data_ptr()
 
 
 def _origin(node: fx.Node) -> fx.Node:

@@ -230,6 +230,14 @@ def test_a_layer_under_vmap_can_not_be_measured():
     assert found["inner"] == found["last"]
 
 
+def test_vectors_that_share_a_storage_have_rates_of_their_own():
+    torch.manual_seed(0)
+    model, x = onelora.adapt(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))), torch.randn(4, 8) + 1
+    before, vectors = rates(model, x), list(onelora.vectors(model).values())
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(vectors), vectors)
+    assert rates(model, x) == before
+
+
 def test_looking_changes_nothing():
     torch.manual_seed(0)
     model = fill_vectors(
@@ -279,7 +287,7 @@ def test_a_model_without_vectors_is_refused():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_batch_whose_sums_have_no_size_is_refused(value):
     model = onelora.adapt(nn.Sequential(nn.Linear(4, 4)))
-    with pytest.raises(ConfigError, match="the batch gives 0 NaN or infinity"):
+    with pytest.raises(ConfigError, match="the batch gives 0 NaN, infinity"):
         onelora.parameter_groups(model, 1e-2, torch.full((2, 4), value))
     with pytest.raises(ConfigError, match="uses none of the vectors"):
         onelora.parameter_groups(model, 1e-2, torch.empty(0, 4))
