@@ -61,14 +61,16 @@ def _fitted(
         value = np.asarray(given)
     except ValueError as error:
         raise raised(f"input {name!r} is no array: {error}") from None
-    wanted = f"input {name!r} takes {dtype or 'an array'} {_text(shape)}; given was {value.dtype} {list(value.shape)}"
     if shape is not None and not _same(value.shape, shape):
-        raise raised(f"{wanted}: give {len(shape)} axes of these sizes, where a name stands for any size")
-    if dtype is None or value.dtype == dtype:
+        remedy = f"give {len(shape)} axes of these sizes, where a name stands for any size"
+    elif dtype is None or value.dtype == dtype:
         return value
-    if (found := _converted(value, dtype, isinstance(given, int | float | list | tuple))) is None:
-        raise raised(f"{wanted}: convert it, as with .astype('{dtype}')")
-    return found
+    elif (found := _converted(value, dtype, isinstance(given, int | float | list | tuple))) is not None:
+        return found
+    else:
+        remedy = f"convert it, as with .astype('{dtype}')"
+    kind = dtype or "an array"
+    raise raised(f"input {name!r} takes {kind} {_text(shape)}; given was {value.dtype} {list(value.shape)}: {remedy}")
 
 
 def _converted(value: np.ndarray, dtype: np.dtype[Any], plain: bool) -> np.ndarray | None:

@@ -71,6 +71,8 @@ class OnnxRunner:
         self._id = -1
         self._tables = BankTables(self.path, room, self._providers) if room else None
         self.session = self._open({})
+        self._slots = slots_of_session(self.session)  # asked once: that takes as long as a small model's run
+        self._overridable = {node.name for node in self.session.get_overridable_initializers()}
         self._metadata = Metadata.from_props(self.session.get_modelmeta().custom_metadata_map, str(path))
         if self._metadata.traits.feeds_ids:
             self._require([IDS])
@@ -178,11 +180,9 @@ class OnnxRunner:
             inputs = dict(zip(names, inputs, strict=True))
         if absent := [name for name in names if name not in inputs]:
             raise ExportError(f"the ONNX model takes {names}; {absent} are not among the given {list(inputs)}")
-        slots = slots_of_session(self.session)
-        overridable = {one.name for one in self.session.get_overridable_initializers()}
-        if unknown := [name for name in inputs if name not in {*slots, *overridable}]:
+        if unknown := [name for name in inputs if name not in self._slots and name not in self._overridable]:
             raise ExportError(f"the ONNX model takes {names}; {unknown} are none of these")
-        feed = fitted(inputs, slots, ExportError)
+        feed = fitted(inputs, self._slots, ExportError)
         if self.metadata.traits.feeds_ids:
             rows = next(feed[name].shape[0] for name in names if feed[name].ndim)
             ids = np.full(rows, self._id) if adapter_ids is None else adapter_ids
