@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +18,17 @@ WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 def as_args(given: Any) -> tuple[Any, ...]:
     """The positional arguments of a call: those of a tuple or a list, or one value alone."""
     return tuple(given) if isinstance(given, (tuple, list)) else (given,)
+
+
+def finite_number(given: object) -> float | None:
+    """A finite real number of Python or NumPy as a float; None for anything else, a bool too."""
+    if isinstance(given, bool) or not isinstance(given, Real):
+        return None
+    try:
+        number = float(given)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def is_conv1d(module: nn.Module) -> bool:

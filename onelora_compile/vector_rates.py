@@ -13,7 +13,6 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from onelora_compile.adapting.adapter_state import state_of
 from onelora_compile.dynamo import private_api
 from onelora_compile.dynamo.capture import capture
 from onelora_compile.errors import ConfigError, OneLoRAWarning, StateError
-from onelora_compile.kinds import as_args
+from onelora_compile.kinds import as_args, finite_number
 from onelora_compile.ops import ADD_RANK1, accumulation_dtype, feature_sum
 from onelora_compile.passes.move_updates import weight_to_activation
 from onelora_compile.passes.open_attention import expand_attention
@@ -59,7 +58,8 @@ def parameter_groups(
     Warns:
         OneLoRAWarning: the batch does not use some vectors, or in a way that can't be measured; they get the median.
     """
-    lr = _positive(lr)
+    if (rate := finite_number(lr)) is None or rate <= 0:
+        raise ConfigError(f"lr={lr!r} is no positive number")
     root = unwrap(model)
     state_of(root, "measure the sums of")
     own = vectors(root)
@@ -81,30 +81,17 @@ def parameter_groups(
         middle = statistics.median(factors.values())
         warnings.warn(
             f"{shortened(left)}: the batch does not use these vectors, or in a way that can't be measured, as outputs "
-            f"that are zero. They get the median rate of the others, {lr * middle:.2g}",
+            f"that are zero. They get the median rate of the others, {rate * middle:.2g}",
             OneLoRAWarning,
             stacklevel=2,
         )
         factors |= dict.fromkeys(left, middle)
     groups: list[dict[str, Any]] = [
-        {"params": [vector], "lr": lr * factors[name], "name": name} for name, vector in own.items()
+        {"params": [vector], "lr": rate * factors[name], "name": name} for name, vector in own.items()
     ]
     known = {id(vector) for vector in own.values()}
     others = [parameter for parameter in trainable_parameters(root) if id(parameter) not in known]
-    return [*groups, {"params": others, "lr": lr, "name": "others"}] if others else groups
-
-
-def _positive(lr: object) -> float:
-    if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < (rate := _as_float(lr)) < math.inf:
-        raise ConfigError(f"lr={lr!r} is no positive number")
-    return rate
-
-
-def _as_float(number: Real) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf
+    return [*groups, {"params": others, "lr": rate, "name": "others"}] if others else groups
 
 
 @dataclasses.dataclass

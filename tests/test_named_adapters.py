@@ -165,7 +165,7 @@ def test_a_scale_is_of_the_model_and_not_of_the_adapter(scale, tmp_path):
     onelora.set_adapter(model, "two")
     onelora.set_adapter(model, "one")
     torch.testing.assert_close(onelora.vectors(model)["a"].detach(), own["a"] + 1 / scale)
-    wrong: tuple[Any, ...] = (float("nan"), "2", True)
+    wrong: tuple[Any, ...] = (float("nan"), "2", True, 10**400)
     for bad in wrong:
         with pytest.raises(onelora.ConfigError, match="scale="):
             onelora.set_adapter(model, "one", scale=bad)

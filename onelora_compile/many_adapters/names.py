@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import TypeVar
 
 import torch
@@ -26,6 +24,7 @@ from onelora_compile.adapting.pool import check_name
 from onelora_compile.adapting.select_targets import Selection, saved_parameters
 from onelora_compile.adapting.weight_target import vector_at
 from onelora_compile.errors import ConfigError, StateError
+from onelora_compile.kinds import finite_number
 from onelora_compile.many_adapters.extend import extend, refuse_replicated, select_on_base
 from onelora_compile.many_adapters.values import (
     live_saved,
@@ -182,20 +181,15 @@ def set_adapter(model: Model, adapter_name: str, scale: float = 1.0) -> Model:
     refuse_blocks([state], "switch")  # parts of a model have no state of their own where the model has
     pool = pool_of(root, state)
     one_held(pool, adapter_name)
-    scale = _number(scale)
+    if (factor := finite_number(scale)) is None:
+        raise ConfigError(f"scale={scale!r} is no finite number of Python")
     with pool.lock:
-        if (adapter_name, scale) != (pool.active, pool.scale):
+        if (adapter_name, factor) != (pool.active, pool.scale):
             refuse_used(pool, None, f"make {adapter_name!r} the active adapter")
             vectors, trained = live_vectors(root, pool), live_saved(root, state)
             store_active(state, pool, vectors, trained)
-            write_active(state, pool, vectors, trained, adapter_name, scale)
+            write_active(state, pool, vectors, trained, adapter_name, factor)
     return model
-
-
-def _number(scale: object) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
-        raise ConfigError(f"scale={scale!r} is no finite number of Python")
-    return float(scale)
 
 
 def delete_adapter(model: Model, adapter_name: str) -> Model:
