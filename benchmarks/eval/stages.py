@@ -23,10 +23,7 @@ def choose(folder: Path, task: Task, method: str, rates: Sequence[float], bar: C
     for rate in rates:
         path = store.place(folder, task.name, "validation", named, f"{rate:g}")
         if not path.exists():
-            bar.start(f"{task.name}, {named}, rate {rate:g}", task.steps)
-            result = run(task, method, rate, CHOOSING_SEED, test=False, rule=rule, tick=bar.step)
-            store.write(path, result)
-            print(f"{task.name}, {named}, rate {rate:g}: {told(result['validation'])}, {result['seconds']:.0f} s")
+            _train(path, f"{task.name}, {named}, rate {rate:g}", task, method, rate, CHOOSING_SEED, bar, rule)
     _check(folder, task, store.read(folder, task.name, "validation", named))
 
 
@@ -53,10 +50,7 @@ def answer_test(folder: Path, task: Task, method: str, seeds: Sequence[int], bar
             raise OneLoRAError(f"seed {seed} is the one that rates are chosen with; test with others")
         path = store.place(folder, task.name, "test", named, str(seed))
         if not path.exists():
-            bar.start(f"{task.name}, {named}, seed {seed}", task.steps)
-            result = run(task, method, rate, seed, test=True, rule=rule, tick=bar.step)
-            store.write(path, result)
-            print(f"{task.name}, {named}, seed {seed}: test {told(result['test'])}, {result['seconds']:.0f} s")
+            _train(path, f"{task.name}, {named}, seed {seed}", task, method, rate, seed, bar, rule, test=True)
 
 
 def at_one_rate(
@@ -67,11 +61,27 @@ def at_one_rate(
     for seed in seeds:
         path = store.place(folder, task.name, "fixed", named, f"{rate:g}_{seed}")
         if not path.exists():
-            bar.start(f"{task.name}, {named}, rate {rate:g}, seed {seed}", task.steps)
-            result = run(task, method, rate, seed, test=False, rule=rule, tick=bar.step)
-            store.write(path, result)
-            print(f"{task.name}, {named}, rate {rate:g}, seed {seed}: {told(result['validation'])}")
+            _train(path, f"{task.name}, {named}, rate {rate:g}, seed {seed}", task, method, rate, seed, bar, rule)
     _check(folder, task, store.read(folder, task.name, "fixed", named))
+
+
+def _train(
+    path: Path,
+    what: str,
+    task: Task,
+    method: str,
+    rate: float,
+    seed: int,
+    bar: Count,
+    rule: str,
+    test: bool = False,
+) -> None:
+    """Train once, write the result and tell it."""
+    bar.start(what, task.steps)
+    result = run(task, method, rate, seed, test=test, rule=rule, tick=bar.step)
+    store.write(path, result)
+    scores = f"test {told(result['test'])}" if test else told(result["validation"])
+    print(f"{what}: {scores}, {result['seconds']:.0f} s")
 
 
 def best(runs: Sequence[dict[str, Any]], chosen_by: str) -> dict[str, Any]:
