@@ -4,6 +4,8 @@ import torch
 from eval.task import Scores, Task
 from torch import nn
 
+from onelora_compile.progress import counting
+
 WIDTH = 8
 
 
@@ -55,3 +57,14 @@ def result(task, method, rate, seed, accuracy, loss=1.0, rule="", **more):
     fields = {"task": task.name, "method": method, "rule": rule, "rate": rate, "seed": seed, "numbers": 1234}
     scores = {"validation": {"accuracy": accuracy, "loss": loss}, "settings": task.settings()}
     return fields | scores | {"step_cpu_ms": 2.0} | more
+
+
+def new_task():
+    """A fixture: the task, which nobody has asked for anything."""
+    return Clusters()
+
+
+def quiet_bar():
+    """A fixture: a progress bar that nobody sees."""
+    with counting("test", show=False) as count:
+        yield count

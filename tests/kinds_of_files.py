@@ -1,5 +1,7 @@
 """Files of every kind that this package reads or writes, and every function that writes one."""
 
+import shutil
+
 import onnx
 import onnxruntime
 import torch
@@ -17,8 +19,17 @@ def outputs(path):
     return session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]
 
 
-def make_files(folder):
-    """base.onnx of a foreign exporter with base.onnx.data, a model of two modes, two adapters and what each gives."""
+def copied_files(made, tmp_path):
+    """A fixture: a copy of the folder of `made_files` for one test."""
+    return shutil.copytree(made, tmp_path / "work")
+
+
+def made_files(tmp_path_factory):
+    """A fixture of a module: the folder.
+
+    base.onnx of a foreign exporter with base.onnx.data, a model of two modes, two adapters and what each gives.
+    """
+    folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
     torch.onnx.export(model, (X,), folder / "base.onnx", dynamo=True, external_data=True, verbose=False)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.testing import fill_vectors
+from onelora_compile.testing import assert_parity, fill_vectors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BUILDERS = {**zoo.MODELS, "dit": architectures.ARCHITECTURES["dit"]}
@@ -78,7 +78,17 @@ class Two(nn.Module):
 
 def output(model, inputs):
     found = model(**inputs)
-    return (found.sample if hasattr(found, "sample") else zoo.logits(found)).detach()
+    return (found if isinstance(found, torch.Tensor) else found[0]).detach()
+
+
+def wide(inputs):
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def assert_same(ours, theirs, inputs):
+    """Our output is PEFT's or diffusers' own in float64, as near as their own in float32 is."""
+    exact = output(copy.deepcopy(theirs).double(), wide(inputs))
+    assert_parity(output(ours, inputs), exact, output(theirs, inputs), floor=4)
 
 
 def adapted(name, **config):

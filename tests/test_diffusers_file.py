@@ -12,7 +12,7 @@ from command_line import run
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
-from peft_folders import output
+from peft_folders import assert_same, output
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -63,7 +63,7 @@ def test_a_file_of_diffusers_is_read(name, way, tmp_path):
     for place in (tmp_path / FILE, tmp_path):
         with pytest.warns(onelora.OneLoRAWarning, match=UNKNOWN):
             ours = onelora.load_adapter(copy.deepcopy(base), place)
-        torch.testing.assert_close(output(ours, inputs), output(theirs, inputs), rtol=1e-5, atol=1e-5)
+        assert_same(ours, theirs, inputs)
 
 
 def test_ranks_that_differ_have_a_scale_of_one_where_nothing_says_alpha(tmp_path):
@@ -77,7 +77,7 @@ def test_ranks_that_differ_have_a_scale_of_one_where_nothing_says_alpha(tmp_path
     pipe.load_lora_weights(load_file(path))
     with pytest.warns(onelora.OneLoRAWarning, match=UNKNOWN):
         ours = onelora.load_adapter(base, path)
-    torch.testing.assert_close(output(ours, inputs), output(bare, inputs), rtol=1e-5, atol=1e-5)
+    assert_same(ours, bare, inputs)
 
 
 def test_names_of_a_model_are_no_part_of_a_pipeline(tmp_path):
@@ -90,7 +90,7 @@ def test_names_of_a_model_are_no_part_of_a_pipeline(tmp_path):
         save_file({f"{prefix}{name}": value for name, value in tensors.items()}, tmp_path / "bare.safetensors")
         with pytest.warns(onelora.OneLoRAWarning, match=UNKNOWN):
             ours = onelora.load_adapter(copy.deepcopy(base), tmp_path / "bare.safetensors")
-        torch.testing.assert_close(output(ours, inputs), output(theirs, inputs), rtol=1e-5, atol=1e-5)
+        assert_same(ours, theirs, inputs)
 
 
 def test_the_file_of_a_text_encoder_is_read(tmp_path):
@@ -108,8 +108,7 @@ def test_the_file_of_a_text_encoder_is_read(tmp_path):
     assert any(name.endswith(".lora_linear_layer.down.weight") for name in load_file(tmp_path / FILE))
     with pytest.warns(onelora.OneLoRAWarning, match=UNKNOWN):
         ours = onelora.load_adapter(base, tmp_path)
-    found, expected = (model(**inputs).last_hidden_state for model in (ours, theirs))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_same(ours, theirs, inputs)
 
 
 def clip():
@@ -126,7 +125,7 @@ def test_it_is_converted_and_shown(tmp_path):
         assert run("convert", path, "-o", tmp_path / out, *more).exit_code == 0
         with pytest.warns(onelora.OneLoRAWarning, match=UNKNOWN):
             ours = onelora.load_adapter(copy.deepcopy(base), tmp_path / out)
-        torch.testing.assert_close(output(ours, inputs), output(theirs, inputs), rtol=1e-5, atol=1e-5)
+        assert_same(ours, theirs, inputs)
     for place in (path, tmp_path):
         assert "safetensors: 1LoRA adapter" in " ".join(run("inspect", place).output.split())
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from clusters import Clusters, result
+from clusters import new_task, quiet_bar, result
 from eval import stages, store, tables
 from eval.__main__ import TASKS
 from eval.methods import METHODS, why_not
@@ -12,18 +12,8 @@ from eval.packages import folder_of
 from eval.training import run
 
 from onelora_compile.errors import MissingExtraError, OneLoRAError
-from onelora_compile.progress import counting
 
-
-@pytest.fixture
-def task():
-    return Clusters()
-
-
-@pytest.fixture
-def bar():
-    with counting("test", show=False) as count:
-        yield count
+task, bar = pytest.fixture(new_task), pytest.fixture(quiet_bar)
 
 
 RATES = (1e-3, 1e-1)

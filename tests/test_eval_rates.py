@@ -4,25 +4,15 @@ import json
 from typing import Any
 
 import pytest
-from clusters import Clusters, result
+from clusters import Clusters, new_task, quiet_bar, result
 from eval import range_test, rate_study, stages, store
 from eval.methods import METHODS
 from eval.rates import RULES, sizes
 from torch import nn
 
 import onelora_compile as onelora
-from onelora_compile.progress import counting
 
-
-@pytest.fixture
-def task():
-    return Clusters()
-
-
-@pytest.fixture
-def bar():
-    with counting("test", show=False) as count:
-        yield count
+task, bar = pytest.fixture(new_task), pytest.fixture(quiet_bar)
 
 
 def test_a_rule_divides_by_the_size_of_the_sums(task):

@@ -11,7 +11,7 @@ import peft_folders
 import pytest
 import torch
 import zoo
-from peft_folders import BUILDERS, Two, adapted, output
+from peft_folders import BUILDERS, Two, adapted, output, wide
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,10 +19,6 @@ import onelora_compile as onelora
 from onelora_compile.testing import assert_parity, fill_vectors, merged_copy
 
 WAYS = [(name, way) for name in BUILDERS for way in ("peft", "peft-miss") if (name, way) != ("gpt2", "peft-miss")]
-
-
-def wide(inputs):
-    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 @pytest.mark.parametrize(("name", "way"), WAYS)

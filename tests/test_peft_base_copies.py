@@ -8,7 +8,7 @@ import peft_folders
 import pytest
 import torch
 import zoo
-from peft_folders import output
+from peft_folders import assert_same
 from safetensors.torch import load_file
 
 import onelora_compile as onelora
@@ -38,7 +38,7 @@ def test_a_copy_tells_the_base(config, tied, tmp_path):
     assert set(onelora.read_adapter(tmp_path).fingerprints) == {"lm_head"}
     with pytest.warns(onelora.OneLoRAWarning, match="could not be checked"):
         ours = onelora.load_adapter(copy.deepcopy(base), tmp_path)
-    torch.testing.assert_close(output(ours, inputs), output(theirs, inputs), rtol=1e-5, atol=1e-6)
+    assert_same(ours, theirs, inputs)
 
     peft_folders.edit_tensors(tmp_path, lambda tensors: tensors[f"{HEAD}.weight"].mul_(1.1))
     with pytest.raises(onelora.BaseMismatchError, match=r"another base: 1 of 3 weights .*lm_head"):

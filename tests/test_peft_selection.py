@@ -8,7 +8,7 @@ import peft_folders
 import pytest
 import torch
 import zoo
-from peft_folders import Two, output
+from peft_folders import Two, assert_same, output
 
 import onelora_compile as onelora
 from onelora_compile.exporters import convert_adapter
@@ -64,7 +64,7 @@ def test_a_named_adapter_of_peft_on_some_layers_has_a_folder_of_its_own(tmp_path
     with pytest.warns(onelora.OneLoRAWarning, match="could not be checked"):
         ours = onelora.load_adapter(base, tmp_path / "mine")
     assert list(onelora.vectors(ours)) == ["bert.encoder.layer.1.attention.self.query"]
-    torch.testing.assert_close(output(ours, inputs), output(theirs, inputs), rtol=1e-5, atol=1e-6)
+    assert_same(ours, theirs, inputs)
 
 
 def test_names_of_a_list_that_end_another_module_have_to_have_tensors_for_it(tmp_path):

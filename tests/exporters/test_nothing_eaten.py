@@ -1,7 +1,6 @@
 """No writer writes over what it reads, or over a file of another kind."""
 
 import os
-import shutil
 import stat
 from pathlib import Path
 
@@ -9,22 +8,14 @@ import numpy as np
 import pytest
 import torch
 from faults import content
-from kinds_of_files import X, adapted, make_files, outputs, writers
+from kinds_of_files import X, adapted, copied_files, made_files, outputs, writers
 from torch import nn
 
 import onelora_compile as onelora
 from onelora_compile.errors import ConfigError
 from onelora_compile.exporters import build_engine, convert_adapter, export_onnx, fold_onnx, refit_engine
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make_files(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def here(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "work")
+made, here = pytest.fixture(scope="module")(made_files), pytest.fixture(copied_files)
 
 
 def link(kind, source, name):

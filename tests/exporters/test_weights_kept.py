@@ -9,20 +9,12 @@ import numpy as np
 import pytest
 import torch
 from faults import content
-from kinds_of_files import adapted, make_files, outputs
+from kinds_of_files import adapted, copied_files, made_files, outputs
 
 import onelora_compile as onelora
 from onelora_compile.exporters import fold_onnx
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make_files(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def here(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "work")
+made, here = pytest.fixture(scope="module")(made_files), pytest.fixture(copied_files)
 
 
 def fold(here, name, source, out):
